@@ -1,0 +1,186 @@
+"""The attention half-layer x' = x + Attn(norm(x)), over the whole sequence.
+
+A per-token Jacobian dx'_t/dx_t cannot bound a gradient: with a loss on the last token alone the gradient
+of every other token vanishes after the last layer and does not vanish before it. All bounds here are of
+the T d x T d Jacobian.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from theory.functions import exp, minimum, sqrt
+from theory.quantities import quantity
+from theory.random_matrix import cesaro_opnorm
+from theory.sources import Source
+from theory.statements import Statement, register
+
+
+@register
+def softmax_jacobian() -> Statement:
+    r"""Bound the Jacobian of one softmax row.
+
+    .. math:: \|\mathrm{diag}(p) - p p^\top\| \le \tfrac12
+
+    Holds: any logits; equality at two equal logits.
+    Why: v'Jv = Var_p(v) <= (max v - min v)^2 / 4 <= 1/2 for unit v (Popoviciu).
+    Source: popoviciu1935.
+    """
+
+    def formula() -> Any:
+        from fractions import Fraction
+
+        return Fraction(1, 2)
+
+    return Statement(
+        name="softmax-jacobian",
+        kind="upper",
+        quantity=quantity("softmax_jacobian"),
+        formula=formula,
+        source=Source(key="popoviciu1935", label="variance inequality"),
+        assumptions=(),
+        why="v'Jv = Var_p(v) <= (max v - min v)^2 / 4 <= 1/2 for unit v",
+        tight=True,
+    )
+
+
+@register
+def attention_estimate() -> Statement:
+    r"""The paper's excess over 1 of the attention half-layer's Jacobian.
+
+    .. math:: \|\partial x'/\partial x\| \le 1 + \frac{\sigma_O}{\sigma_x} C_{attn}, \qquad C_{attn} = 2\sqrt d \|J^Z\|
+
+    This statement is the branch; `residual` adds the 1.
+    Source: takase2025spike, eq. (20); the 2 is |W_O| ~ sigma_O (sqrt d + sqrt d).
+    """
+    return Statement(
+        name="attention-estimate",
+        kind="estimate",
+        quantity=quantity("attention_branch"),
+        formula=lambda sigma_O, sigma_x, d, J_Z: 2 * sqrt(d) * J_Z * sigma_O / sigma_x,
+        source=Source(key="takase2025spike", label="eq. (20)"),
+        assumptions=("x and the weights are normal (assumption 1)", "W_O is square"),
+        why="|W_O| |J^Z| by the Gaussian norm estimate, over the LayerNorm's sigma",
+    )
+
+
+@register
+def attention_probability_upper() -> Statement:
+    r"""Bound the causal softmax matrix of one head.
+
+    .. math:: \|P\| \le \min(\sqrt T, e^D \|C_T\|), \qquad \|C_T\| < 2
+
+    Holds: causal softmax, D the largest max - min of a row's logits. Attained by equal logits.
+    Why: p_tj <= e^D / t entrywise, and rows sum to 1, so |P|^2 <= |P|_1 |P|_inf <= T.
+    """
+    return Statement(
+        name="attention-probability-upper",
+        kind="upper",
+        quantity=quantity("attention_probability"),
+        formula=lambda n_tokens, logit_spread: minimum(sqrt(n_tokens), exp(logit_spread) * cesaro_opnorm(n_tokens)),
+        source=Source(key="spikecheck", label="entrywise domination; hardy1920 for |C_T| < 2"),
+        assumptions=("causal softmax over all earlier tokens",),
+        why="p_tj <= e^D / t entrywise; rows sum to 1, so |P|^2 <= |P|_1 |P|_inf <= T",
+        tight=True,
+    )
+
+
+def _harmonic(n_tokens: Any) -> Any:
+    from theory.functions import opaque
+
+    def numeric(value: Any) -> Any:
+        import numpy as np
+
+        return np.vectorize(lambda n: float(np.sum(1 / np.arange(1, int(n) + 1))), otypes=[np.float64])(value)[()]
+
+    return opaque("harmonic_number", numeric, n_tokens)
+
+
+@register
+def attention_upper_apriori() -> Statement:
+    r"""Bound the attention sub-layer's Jacobian from norms of the weights alone.
+
+    .. math:: \|J_u\| \le \|W_O\| \left\{ \sqrt g \|W_V\| \pi + \frac{R^2}{\sqrt{d_h}} \left[
+        \max_h(\|W_V^h\| (\|W_Q^h\| + \|b_Q^h\|/R)) \sqrt g \|W_K\| \sqrt\chi
+        + \max_h(\|W_V^h\|\|W_K^h\|) \|W_Q\| \right] \right\}
+
+    with pi = min(sqrt T, e^D |C_T|), chi = min(T, e^D H_T), R the largest normalised token, g the query heads
+    a key head serves.
+    Holds: any weights, any key, value and query bias, causal softmax, with or without RoPE (a rotation
+        changes no norm). D may be any upper bound on the spread of a row's logits.
+    Why: dA_t/du_j has a value term, a term through the keys (Cauchy-Schwarz over the softmax row) and one
+        through the query; covariances are at most the squared radius; key and value biases cancel in them.
+    """
+
+    def formula(
+        opnorm_Q: Any, opnorm_K: Any, opnorm_V: Any, opnorm_O: Any, head_VQ: Any, head_VK: Any,
+        R: Any, d_head: Any, kv_group: Any, n_tokens: Any, logit_spread: Any,
+    ) -> Any:  # fmt: skip
+        probability = minimum(sqrt(n_tokens), exp(logit_spread) * cesaro_opnorm(n_tokens))
+        column = minimum(n_tokens, exp(logit_spread) * _harmonic(n_tokens))
+        keys = head_VQ * sqrt(kv_group) * opnorm_K * sqrt(column)
+        queries = head_VK * opnorm_Q
+        return opnorm_O * (sqrt(kv_group) * opnorm_V * probability + R**2 / sqrt(d_head) * (keys + queries))
+
+    return Statement(
+        name="attention-upper-apriori",
+        kind="upper",
+        quantity=quantity("attention_jacobian"),
+        formula=formula,
+        source=Source(key="spikecheck", label="block Jacobian and Cauchy-Schwarz"),
+        assumptions=("causal softmax attention", "RoPE or no positions inside attention"),
+        why="value, key and query terms of the block Jacobian, each by Cauchy-Schwarz over the softmax row",
+    )
+
+
+@register
+def attention_upper_aposteriori() -> Statement:
+    r"""Bound the attention sub-layer's Jacobian with its real probabilities.
+
+    .. math:: \|J_u\| \le \|W_O\| \left\{ \sqrt g \|W_V\| \max_h \|P_h\| + \max_j \|B_j\|^{1/2}
+        + \max_{h,t} \|\mathrm{Cov}_t(v, k)\| \|W_Q\| / \sqrt{d_h} \right\}
+
+    with B_j = sum over h, t of |Cov_t(v)| p_tj a_tj a_tj', a_tj = W_K^h' R_j' R_t q_t / sqrt(d_h) and keys
+    rotated into the frame of the query (without RoPE the rotations are identities).
+    Holds: any weights and biases, causal or full softmax.
+    Why: |sum_j p_tj (v_j - o_t) (a_tj . du_j)|^2 <= |Cov_t(v)| sum_j p_tj (a_tj . du_j)^2.
+    """
+
+    def formula(
+        opnorm_Q: Any, opnorm_V: Any, opnorm_O: Any, opnorm_P: Any, key_term: Any, query_term: Any,
+        d_head: Any, kv_group: Any,
+    ) -> Any:  # fmt: skip
+        values = sqrt(kv_group) * opnorm_V * opnorm_P
+        return opnorm_O * (values + key_term + query_term * opnorm_Q / sqrt(d_head))
+
+    return Statement(
+        name="attention-upper-aposteriori",
+        kind="upper",
+        quantity=quantity("attention_jacobian"),
+        formula=formula,
+        source=Source(key="spikecheck", label="block Jacobian and Cauchy-Schwarz"),
+        assumptions=("softmax attention", "probabilities and covariances known"),
+        why="value, key and query terms of the block Jacobian, each with the real softmax row",
+    )
+
+
+@register
+def attention_sharp() -> Statement:
+    r"""Predict the attention sub-layer's Jacobian norm at initialisation.
+
+    .. math:: \|J_u\| \approx \|C_T\| \sqrt{27/4} \sqrt{c_V c_O}
+
+    Holds: near-uniform softmax (logit variance at most 0.2), d >= 256; 3 % there.
+    Why: with P near C_T the Jacobian is C_T (x) W_O W_V; sqrt(27/4) is the edge of a product of two square
+        Gaussian matrices.
+    """
+    return Statement(
+        name="attention-sharp",
+        kind="sharp",
+        quantity=quantity("attention_jacobian"),
+        formula=lambda c_VO, n_tokens: cesaro_opnorm(n_tokens) * sqrt(27 * c_VO) / 2,
+        source=Source(key="spikecheck", label="Kronecker structure at uniform attention"),
+        assumptions=("independent normal weights", "logit variance at most 0.2", "d >= 256", "all heads full width"),
+        why="|C_T (x) W_O W_V| = |C_T| |W_O W_V|, whose second factor tends to sqrt(27/4) sqrt(c_V c_O)",
+        target=0.03,
+    )

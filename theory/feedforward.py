@@ -1,0 +1,168 @@
+"""The feed-forward half-layer y = x' + W_2 F(W_1 norm(x'))."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
+
+from theory.architecture import Activation
+from theory.functions import sqrt
+from theory.quantities import quantity
+from theory.random_matrix import feedforward_edge_opnorm
+from theory.sources import Source
+from theory.statements import Statement, register
+
+
+@lru_cache(maxsize=None)
+def lipschitz(activation: Activation) -> float:
+    """The largest slope |F'|, as the smallest double not below it.
+
+    ReLU and identity: 1. GELU (erf): 1.128904..., tanh-GELU: 1.128993..., SiLU: 1.099839..., each attained
+    where F'' = 0; the root is enclosed by an interval and the upper end is taken, since a rounded-down
+    decimal would not be a bound.
+    """
+    if activation in ("identity", "relu"):
+        return 1.0
+    import mpmath
+
+    with mpmath.workdps(40):
+        slope: dict[str, Callable[[Any], Any]] = {
+            "gelu": lambda z: mpmath.ncdf(z) + z * mpmath.npdf(z),
+            "gelu-tanh": lambda z: mpmath.diff(
+                lambda y: y / 2 * (1 + mpmath.tanh(mpmath.sqrt(2 / mpmath.pi) * (y + mpmath.mpf("0.044715") * y**3))),
+                z,
+            ),
+            "silu": lambda z: mpmath.diff(lambda y: y / (1 + mpmath.exp(-y)), z),
+        }
+        start = 2.4 if activation == "silu" else 1.41
+        root = mpmath.findroot(lambda z: mpmath.diff(slope[activation], z), start)
+        value = slope[activation](root)
+        return math.nextafter(float(value), math.inf)
+
+
+@register
+def ffn_estimate() -> Statement:
+    r"""The paper's excess over 1 of the feed-forward half-layer's Jacobian.
+
+    .. math:: \|\partial y/\partial x'\| \le 1 + \frac{\sigma_1 \sigma_2}{\sigma_{x'}} C_{ffn}, \qquad
+        C_{ffn} = (\sqrt d + \sqrt{d_{ffn}})^2
+
+    This statement is the branch; `residual` adds the 1.
+    Source: takase2025spike, eq. (15).
+    """
+    return Statement(
+        name="ffn-estimate",
+        kind="estimate",
+        quantity=quantity("ffn_branch"),
+        formula=lambda sigma_1, sigma_2, sigma_xp, d, d_ffn: (
+            sigma_1 * sigma_2 * (sqrt(d) + sqrt(d_ffn)) ** 2 / sigma_xp
+        ),
+        source=Source(key="takase2025spike", label="eq. (15)"),
+        assumptions=("x' and the weights are normal (assumption 1)", "the activation is the identity"),
+        why="|W_2| |W_1| by the Gaussian norm estimate, over the LayerNorm's sigma",
+    )
+
+
+@register
+def ffn_upper() -> Statement:
+    r"""Bound the plain feed-forward sub-layer's Jacobian in its normalised input.
+
+    .. math:: \|J_u\| \le L \|W_1\| \|W_2\|, \qquad L = \sup |F'|
+
+    Holds: any weights, biases and inputs.
+    Why: J_u = W_2 diag(F'(z)) W_1 and |diag(F'(z))| <= L. Attained by the identity activation with aligned
+        singular vectors.
+    Source: sub-multiplicativity; the paper's identity activation (L = 1) is not a bound for GELU and SiLU.
+    """
+    return Statement(
+        name="ffn-upper",
+        kind="upper",
+        quantity=quantity("ffn_jacobian"),
+        formula=lambda lipschitz, opnorm_1, opnorm_2: lipschitz * opnorm_1 * opnorm_2,
+        source=Source(key="spikecheck", label="sub-multiplicativity"),
+        assumptions=("feed-forward without a gate",),
+        why="J_u = W_2 diag(F'(z)) W_1 and |diag(F'(z))| <= L",
+        tight=True,
+    )
+
+
+@register
+def ffn_gated_upper() -> Statement:
+    r"""Bound the gated feed-forward sub-layer's Jacobian in its normalised input.
+
+    .. math:: \|J_u\| \le \|W_2\| \, \|[W_1; W_3]\| \max_i \sqrt{(F'(z_{1i}) z_{3i})^2 + F(z_{1i})^2}
+
+    Holds: any weights; the maximum is over units and tokens of the real activations.
+    Why: J_u = W_2 [diag(F'(z_1) z_3), diag(F(z_1))] [W_1; W_3], and the middle factor's rows are orthogonal.
+    """
+    return Statement(
+        name="ffn-gated-upper",
+        kind="upper",
+        quantity=quantity("ffn_jacobian"),
+        formula=lambda opnorm_2, opnorm_13, gate_slope: opnorm_2 * opnorm_13 * gate_slope,
+        source=Source(key="spikecheck", label="product rule and sub-multiplicativity"),
+        assumptions=("gated feed-forward", "activations known"),
+        why="J_u = W_2 [diag(F'(z_1) z_3), diag(F(z_1))] [W_1; W_3]; the middle factor has orthogonal rows",
+        tight=True,
+    )
+
+
+@register
+def ffn_branch_upper() -> Statement:
+    r"""Bound the plain feed-forward branch's Jacobian in the residual stream.
+
+    .. math:: \|\partial\, FFN(norm(x'))/\partial x'\| \le L \|W_1\| \|W_2\| \|\gamma\|_\infty / s
+
+    Holds: any weights and inputs, s the smallest normaliser over tokens.
+    """
+    return Statement(
+        name="ffn-branch-upper",
+        kind="upper",
+        quantity=quantity("ffn_branch"),
+        formula=lambda lipschitz, opnorm_1, opnorm_2, gain, s: lipschitz * opnorm_1 * opnorm_2 * gain / s,
+        source=Source(key="spikecheck", label="chain rule of ffn-upper and norm-jacobian-upper"),
+        assumptions=("feed-forward without a gate", "s > 0"),
+        why="chain rule; each token's Jacobian stands alone, so the largest over tokens is the sequence's",
+        tight=True,
+    )
+
+
+def _sharp(activation: Activation) -> Statement:
+    return Statement(
+        name=f"ffn-sharp-{activation}",
+        kind="sharp",
+        quantity=quantity("ffn_jacobian"),
+        formula=lambda sigma_1, sigma_2, d, d_ffn: (
+            sigma_1 * sigma_2 * d * feedforward_edge_opnorm(activation, d, d_ffn, sigma_1)
+        ),
+        source=Source(key="pennington2017resurrecting", label="free convolution; finite-width correction derived here"),
+        assumptions=("independent normal weights", "one normalised token", "d >= 256"),
+        why="edge of the free convolution of W_1'D^2W_1 and W_2'W_2, less its Tracy-Widom offset",
+        target=0.02,
+    )
+
+
+@register
+def ffn_sharp_relu() -> Statement:
+    """Predict |W_2 D W_1| for ReLU at initialisation."""
+    return _sharp("relu")
+
+
+@register
+def ffn_sharp_identity() -> Statement:
+    """Predict |W_2 W_1| at initialisation."""
+    return _sharp("identity")
+
+
+@register
+def ffn_sharp_gelu() -> Statement:
+    """Predict |W_2 D W_1| for GELU at initialisation."""
+    return _sharp("gelu")
+
+
+@register
+def ffn_sharp_silu() -> Statement:
+    """Predict |W_2 D W_1| for SiLU at initialisation."""
+    return _sharp("silu")

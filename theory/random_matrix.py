@@ -1,0 +1,194 @@
+"""Spectral norms of random matrices: an estimate, a bound, and sharp values."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from theory.architecture import Activation
+from theory.functions import opaque, sqrt
+from theory.kernels import activation_slope, gauss_hermite
+from theory.quantities import quantity
+from theory.sources import Source
+from theory.statements import Statement, register
+
+# Mean of the Tracy-Widom law for real symmetric ensembles (beta = 1); tests integrate the law again.
+TRACY_WIDOM_MEAN = -1.2065335745820
+
+
+@register
+def gaussian_opnorm_estimate() -> Statement:
+    r"""The paper's norm of an m x n matrix with N(0, sigma^2) entries.
+
+    .. math:: \|W\| \sim \sigma (\sqrt m + \sqrt n)
+
+    Holds: nothing; 0.4 to 3 % above the mean at widths 64 to 1024.
+    Source: takase2025spike, used for eq. (15) and eq. (20).
+    """
+    return Statement(
+        name="gaussian-opnorm-estimate",
+        kind="estimate",
+        quantity=quantity("matrix_opnorm"),
+        formula=lambda sigma, rows, columns: sigma * (sqrt(rows) + sqrt(columns)),
+        source=Source(key="takase2025spike", label="used for eq. (15)"),
+        assumptions=("independent N(0, sigma^2) entries", "both sides large"),
+        why="the edge of the Marchenko-Pastur law",
+    )
+
+
+@register
+def gaussian_opnorm_upper() -> Statement:
+    r"""Bound the norm of a Gaussian matrix with a stated probability.
+
+    .. math:: P(\|W\| \ge \sigma (\sqrt m + \sqrt n + t)) \le e^{-t^2/2}
+
+    Holds: independent N(0, sigma^2) entries; jointly over k matrices with t = sqrt(2 ln(k / delta)).
+    Why: the mean is at most sigma (sqrt m + sqrt n) (Gordon), and the norm is sigma-Lipschitz in the entries.
+    Source: davidson2001local, theorem II.13.
+    """
+    return Statement(
+        name="gaussian-opnorm-upper",
+        kind="upper",
+        quantity=quantity("matrix_opnorm"),
+        formula=lambda sigma, rows, columns, t: sigma * (sqrt(rows) + sqrt(columns) + t),
+        source=Source(key="davidson2001local", label="theorem II.13"),
+        assumptions=("independent N(0, sigma^2) entries", "with probability at least 1 - exp(-t^2/2)"),
+        why="Gordon's comparison bounds the mean; Gaussian concentration of a sigma-Lipschitz function adds t",
+    )
+
+
+@register
+def gaussian_opnorm_sharp() -> Statement:
+    r"""Predict the mean norm of a Gaussian matrix.
+
+    .. math:: E\|W\| \approx \sigma \sqrt{\mu - 1.2065\,\tau}, \quad \mu = (\sqrt{m-\tfrac12} + \sqrt{n-\tfrac12})^2
+
+    Holds: both sides at least 64, within 0.5 %.
+    Why: the largest eigenvalue of W'W fluctuates by the Tracy-Widom law of scale tau around mu.
+    Source: johnstone2001largest, with the half-integer centring.
+    """
+
+    def formula(sigma: Any, rows: Any, columns: Any) -> Any:
+        m, n = sqrt(2 * rows - 1), sqrt(2 * columns - 1)  # sqrt(2) times the roots of m - 1/2, n - 1/2
+        mu = (m + n) ** 2 / 2
+        tau = (m + n) * (1 / m + 1 / n) ** _third(m) / _power_of_two(m)
+        return sigma * sqrt(mu + TRACY_WIDOM_MEAN * tau)
+
+    return Statement(
+        name="gaussian-opnorm-sharp",
+        kind="sharp",
+        quantity=quantity("matrix_opnorm"),
+        formula=formula,
+        source=Source(key="johnstone2001largest", label="theorem 1.1"),
+        assumptions=("independent N(0, sigma^2) entries", "both sides at least 64"),
+        why="Tracy-Widom mean added to the centring of the largest singular value squared",
+        target=0.005,
+    )
+
+
+def _third(like: Any) -> Any:
+    """1/3, exact among expressions."""
+    return _rational(like, 1, 3)
+
+
+def _power_of_two(like: Any) -> Any:
+    # tau's two roots carry sqrt(2) and sqrt(2)^(-1/3) from the halves: together 2^(1/3).
+    return 2 ** _rational(like, 1, 3)
+
+
+def _rational(like: Any, numerator: int, denominator: int) -> Any:
+    if hasattr(like, "free_symbols"):
+        import sympy as sp
+
+        return sp.Rational(numerator, denominator)
+    return numerator / denominator
+
+
+class Edge(NamedTuple):
+    """Right edge of the squared singular values of W_2 D W_1 over (sigma_1 sigma_2 d)^2.
+
+    limit: at infinite width. curvature: second derivative of lambda in the resolvent there.
+    """
+
+    limit: float
+    curvature: float
+
+    def opnorm(self, d: float) -> float:
+        """Predicted mean norm at width d, over sigma_1 sigma_2 d: the edge less its Tracy-Widom offset."""
+        return float(np.sqrt(self.limit + TRACY_WIDOM_MEAN * d ** (-2 / 3) * (self.curvature / 2) ** (1 / 3)))
+
+
+@lru_cache(maxsize=4096)
+def feedforward_edge(activation: Activation, ratio: float, variance: float) -> Edge:
+    """Edge for W_2 diag(F'(z)) W_1, z ~ N(0, variance) independent of W, hidden width ratio * d.
+
+    With t(w) = ratio E[w D^2 / (1 - w D^2)], the edge is the minimum over 0 < w < 1/max D^2 of (1 + t)^2 / w.
+    Source: pennington2017resurrecting (free multiplicative convolution).
+    """
+    from scipy.optimize import brentq
+
+    if activation in ("identity", "relu"):  # slopes 0 and 1 only: atoms, exactly
+        squares = np.array([1.0])
+        weights = np.array([1.0 if activation == "identity" else 0.5])
+    else:
+        nodes, weights = gauss_hermite()
+        squares = activation_slope(activation, np.sqrt(variance) * nodes) ** 2
+
+    def moments(w: float) -> tuple[float, float, float]:
+        left = 1 - w * squares
+        t = ratio * np.sum(weights * w * squares / left)
+        slope = ratio * np.sum(weights * squares / left**2)
+        second = ratio * np.sum(weights * 2 * squares**2 / left**3)
+        return 1 + float(t), float(slope), float(second)
+
+    def stationary(w: float) -> float:
+        f, slope, _ = moments(w)
+        return 2 * w * slope - f  # sign of the derivative of f^2/w
+
+    largest = float(np.max(squares[weights > 1e-12]))
+    w = float(brentq(stationary, 1e-9 / largest, (1 - 1e-9) / largest, xtol=1e-14))
+    f, slope, second = moments(w)
+    in_w = 2 * slope**2 / w + 2 * f * second / w - 4 * f * slope / w**2 + 2 * f**2 / w**3
+    return Edge(limit=f**2 / w, curvature=in_w * (2 * f) ** 2)
+
+
+def feedforward_edge_opnorm(activation: Activation, d: Any, d_ffn: Any, sigma_1: Any) -> Any:
+    """Predicted |W_2 D W_1| / (sigma_1 sigma_2 d) at finite width, elementwise."""
+
+    def numeric(d: Any, d_ffn: Any, sigma_1: Any) -> Any:
+        one = lambda width, hidden, sigma: feedforward_edge(  # noqa: E731
+            activation, hidden / width, sigma**2 * width
+        ).opnorm(width)
+        return np.vectorize(one, otypes=[np.float64])(d, d_ffn, sigma_1)[()]
+
+    return opaque(f"edge_{activation.replace('-', '_')}", numeric, d, d_ffn, sigma_1)
+
+
+@lru_cache(maxsize=256)
+def _cesaro_opnorm(n_tokens: int) -> float:
+    from scipy.linalg import eigh_tridiagonal
+
+    t = np.arange(1, n_tokens + 1, dtype=np.float64)
+    # The inverse has t on the diagonal and -(t-1) left of it; the norm is one over its smallest singular value.
+    diagonal = t**2
+    diagonal[:-1] += t[:-1] ** 2
+    off = -t[:-1] * t[1:]
+    smallest = eigh_tridiagonal(diagonal, off, eigvals_only=True, select="i", select_range=(0, 0))[0]
+    return float(1 / np.sqrt(smallest))
+
+
+def cesaro_opnorm(n_tokens: Any) -> Any:
+    """Spectral norm of the causal uniform averaging matrix (row t is 1/t on columns 1..t); below 2 for any T.
+
+    Source: hardy1920 for the limit 2.
+
+    >>> float(cesaro_opnorm(1))
+    1.0
+    """
+
+    def numeric(value: Any) -> Any:
+        return np.vectorize(lambda one: _cesaro_opnorm(int(one)), otypes=[np.float64])(value)[()]
+
+    return opaque("cesaro_opnorm", numeric, n_tokens)

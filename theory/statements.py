@@ -1,0 +1,175 @@
+"""What this project asserts, and how strongly.
+
+A `Statement` is one of three kinds, never mixed:
+
+- `estimate`: what the paper writes with "~". It may be violated.
+- `upper`: a true inequality, given what `assumptions` lists. It is tested with `<=` under attack.
+- `sharp`: a large-width prediction of the value itself, tested by its relative error against `target`.
+
+Statements compose along the architecture: `residual(attention).then(residual(feedforward)).repeat(24)`.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from importlib import import_module
+from typing import Any, Literal
+
+import numpy as np
+
+from theory.quantities import Quantity
+from theory.sources import Source
+
+Kind = Literal["estimate", "upper", "sharp"]
+
+# Modules whose statements make up the catalogue; a new file is added here or calls `register` itself.
+STATEMENT_MODULES = ("normalisation", "random_matrix", "feedforward", "attention")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Statement:
+    """One assertion about one quantity.
+
+    Attributes:
+        name: unique, lower case with dashes.
+        kind: estimate, upper or sharp.
+        quantity: what the formula speaks of.
+        formula: a function of named symbols (see `theory.symbols`), for numbers and expressions alike.
+        source: where it is from.
+        assumptions: what must hold for it to be true, in words.
+        why: the proof or the argument in a few lines.
+        tight: an upper bound that some input attains; then a bound shrunk by a tenth must be violated.
+        target: for `sharp`, the relative error it claims in its domain.
+    """
+
+    name: str
+    kind: Kind
+    quantity: Quantity
+    formula: Callable[..., Any]
+    source: Source
+    assumptions: tuple[str, ...]
+    why: str
+    tight: bool = False
+    target: float | None = None
+
+    def __post_init__(self) -> None:
+        if (self.kind == "sharp") != (self.target is not None):
+            raise ValueError(f"{self.name}: a sharp statement, and no other, states its target error; set target=")
+        if self.tight and self.kind != "upper":
+            raise ValueError(f"{self.name}: only an upper bound can be tight; drop tight=True")
+
+    @property
+    def parameters(self) -> tuple[str, ...]:
+        """Names of the symbols that the formula takes."""
+        return tuple(inspect.signature(self.formula).parameters)
+
+    @property
+    def expression(self) -> Any:
+        """The formula as a sympy expression in the symbols of `theory.symbols`."""
+        import sympy as sp
+
+        from theory.symbols import symbol
+
+        return sp.sympify(self.formula(**{name: symbol(name) for name in self.parameters}))
+
+    def evaluate(self, values: Mapping[str, Any]) -> Any:
+        """The formula at numbers or arrays that broadcast.
+
+        Raises:
+            ValueError: a symbol has no value.
+        """
+        missing = [name for name in self.parameters if name not in values]
+        if missing:
+            raise ValueError(f"{self.name} needs a value for {', '.join(missing)}")
+        return self.formula(**{name: values[name] for name in self.parameters})
+
+    def then(self, after: Statement) -> Statement:
+        """Bound the composition of two maps by the product (sub-multiplicativity)."""
+        return _composed(self, after, lambda a, b: a * b, "then")
+
+    def repeat(self, count: int) -> Statement:
+        """Bound `count` such maps in a row. For depth profiles and overflow use `theory.stack.log_product`."""
+        formula, parameters = self.formula, self.parameters
+
+        def power(**values: Any) -> Any:
+            return formula(**values) ** count
+
+        return _derived(self, f"{self.name}^{count}", power, parameters, f"{count} equal maps in a row")
+
+
+def residual(branch: Statement) -> Statement:
+    """Bound |I + J| by 1 + |J| (triangle inequality)."""
+    formula = branch.formula
+
+    def shortcut(**values: Any) -> Any:
+        return 1 + formula(**values)
+
+    return _derived(branch, f"residual({branch.name})", shortcut, branch.parameters, "triangle inequality")
+
+
+def _composed(first: Statement, after: Statement, combine: Callable[[Any, Any], Any], word: str) -> Statement:
+    parameters = tuple(dict.fromkeys(first.parameters + after.parameters))
+
+    def formula(**values: Any) -> Any:
+        own = first.formula(**{name: values[name] for name in first.parameters})
+        return combine(own, after.formula(**{name: values[name] for name in after.parameters}))
+
+    merged = _derived(first, f"{first.name} {word} {after.name}", formula, parameters, "sub-multiplicativity")
+    kind: Kind = "upper" if first.kind == after.kind == "upper" else "estimate"
+    return _replace(merged, kind=kind, assumptions=tuple(dict.fromkeys(first.assumptions + after.assumptions)))
+
+
+def _derived(
+    base: Statement, name: str, formula: Callable[..., Any], parameters: tuple[str, ...], why: str
+) -> Statement:
+    # A product of sharp norms bounds nothing and predicts nothing: it is an estimate.
+    kind: Kind = "upper" if base.kind == "upper" else "estimate"
+    signature = inspect.Signature([inspect.Parameter(p, inspect.Parameter.KEYWORD_ONLY) for p in parameters])
+    formula.__signature__ = signature  # type: ignore[attr-defined]
+    return _replace(base, name=name, kind=kind, formula=formula, why=f"{why}; {base.why}", tight=False, target=None)
+
+
+def _replace(statement: Statement, **changes: Any) -> Statement:
+    from dataclasses import replace
+
+    return replace(statement, **changes)
+
+
+_REGISTRY: dict[str, Callable[[], Statement]] = {}
+
+
+def register(build: Callable[[], Statement]) -> Callable[[], Statement]:
+    """Add a statement to the catalogue; the name is the function's, with dashes."""
+    name = build.__name__.replace("_", "-")
+    if name in _REGISTRY and _REGISTRY[name].__module__ != build.__module__:
+        raise ValueError(f"two statements are called {name!r}; rename one of them")
+    cached = lru_cache(maxsize=1)(build)
+    _REGISTRY[name] = cached
+    return cached
+
+
+def catalogue() -> dict[str, Statement]:
+    """Every registered statement by name."""
+    for module in STATEMENT_MODULES:
+        import_module(f"theory.{module}")
+    return {name: build() for name, build in _REGISTRY.items()}
+
+
+def find(name: str) -> Statement:
+    """A statement by name.
+
+    Raises:
+        ValueError: there is none; the message lists those there are.
+    """
+    statements = catalogue()
+    if name not in statements:
+        raise ValueError(f"unknown statement {name!r}; use one of {', '.join(sorted(statements))}")
+    return statements[name]
+
+
+def as_float(value: Any) -> float:
+    """A formula's value as a plain float."""
+    return float(np.asarray(value, dtype=np.float64))

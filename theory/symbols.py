@@ -1,0 +1,112 @@
+"""Every symbol once: its name in code, its letter in the paper, what it means and where it lives.
+
+All symbols are positive (or non-negative) reals; the assumption is what lets sympy simplify roots.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SymbolEntry:
+    """A symbol of the theory.
+
+    Attributes:
+        name: Python name, and the parameter name in formulas.
+        latex: the paper's letter.
+        meaning: one line.
+        known: `config` if it follows from the configuration, `measured` if it needs weights or activations.
+    """
+
+    name: str
+    latex: str
+    meaning: str
+    known: str
+    integer: bool = False
+
+
+_ALL = (
+    SymbolEntry(name="d", latex="d", meaning="width d_model", known="config", integer=True),
+    SymbolEntry(name="d_ffn", latex=r"d_{\mathrm{ffn}}", meaning="feed-forward width", known="config", integer=True),
+    SymbolEntry(name="d_head", latex=r"d_h", meaning="width of a head", known="config", integer=True),
+    SymbolEntry(name="n_layers", latex="N", meaning="number of layers", known="config", integer=True),
+    SymbolEntry(name="n_tokens", latex="T", meaning="sequence length", known="config", integer=True),
+    SymbolEntry(name="kv_group", latex="g", meaning="query heads that share a key head", known="config", integer=True),
+    SymbolEntry(name="sigma_e", latex=r"\sigma_e", meaning="std of the embedding output", known="config"),
+    SymbolEntry(name="sigma_x", latex=r"\sigma_x", meaning="std of x, entering the attention half", known="config"),
+    SymbolEntry(
+        name="sigma_xp", latex=r"\sigma_{x'}", meaning="std of x', entering the feed-forward half", known="config"
+    ),
+    SymbolEntry(name="sigma_1", latex=r"\sigma_1", meaning="std of W_1", known="config"),
+    SymbolEntry(name="sigma_2", latex=r"\sigma_2", meaning="std of W_2", known="config"),
+    SymbolEntry(name="sigma_O", latex=r"\sigma_O", meaning="std of W_O", known="config"),
+    SymbolEntry(name="c_VO", latex=r"c_V c_O", meaning="variance gain of W_V and W_O together", known="config"),
+    SymbolEntry(name="J_Z", latex=r"\|J^Z\|", meaning="norm of the concatenated heads' Jacobian", known="measured"),
+    SymbolEntry(name="sigma", latex=r"\sigma", meaning="std of a matrix's entries", known="config"),
+    SymbolEntry(name="rows", latex="m", meaning="rows of a matrix", known="config", integer=True),
+    SymbolEntry(name="columns", latex="n", meaning="columns of a matrix", known="config", integer=True),
+    SymbolEntry(name="t", latex="t", meaning="deviation, failing with probability exp(-t^2/2)", known="config"),
+    SymbolEntry(name="s", latex="s", meaning="smallest normaliser sqrt(var + eps) over tokens", known="measured"),
+    SymbolEntry(name="gain", latex=r"\|\gamma\|_\infty", meaning="largest gain of the norm", known="measured"),
+    SymbolEntry(name="lipschitz", latex="L", meaning="largest slope of the activation", known="config"),
+    SymbolEntry(name="opnorm_1", latex=r"\|W_1\|", meaning="spectral norm of W_1", known="measured"),
+    SymbolEntry(name="opnorm_2", latex=r"\|W_2\|", meaning="spectral norm of W_2", known="measured"),
+    SymbolEntry(
+        name="opnorm_13", latex=r"\|[W_1; W_3]\|", meaning="spectral norm of W_1 stacked on W_3", known="measured"
+    ),
+    SymbolEntry(
+        name="gate_slope",
+        latex=r"D_{13}",
+        meaning="largest sqrt((F'(z_1) z_3)^2 + F(z_1)^2) over units and tokens",
+        known="measured",
+    ),
+    SymbolEntry(name="opnorm_Q", latex=r"\|W_Q\|", meaning="spectral norm of W_Q, all heads", known="measured"),
+    SymbolEntry(name="opnorm_K", latex=r"\|W_K\|", meaning="spectral norm of W_K, all heads", known="measured"),
+    SymbolEntry(name="opnorm_V", latex=r"\|W_V\|", meaning="spectral norm of W_V, all heads", known="measured"),
+    SymbolEntry(name="opnorm_O", latex=r"\|W_O\|", meaning="spectral norm of W_O", known="measured"),
+    SymbolEntry(
+        name="head_VQ",
+        latex=r"\max_h \|W_V^h\| (\|W_Q^h\| + \|b_Q^h\| / R)",
+        meaning="largest product of a head's value norm and its query norm, query bias included",
+        known="measured",
+    ),
+    SymbolEntry(
+        name="head_VK",
+        latex=r"\max_h \|W_V^h\| \|W_K^h\|",
+        meaning="largest product of a head's value and key norms",
+        known="measured",
+    ),
+    SymbolEntry(name="R", latex="R", meaning="largest norm of a normalised token", known="measured"),
+    SymbolEntry(name="logit_spread", latex="D", meaning="largest max - min of a row of logits", known="measured"),
+    SymbolEntry(name="opnorm_P", latex=r"\max_h \|P_h\|", meaning="largest softmax matrix norm", known="measured"),
+    SymbolEntry(
+        name="key_term", latex=r"\max_j \|B_j\|^{1/2}", meaning="norm through the keys, from P", known="measured"
+    ),
+    SymbolEntry(
+        name="query_term",
+        latex=r"\max_t \|\mathrm{Cov}_t(v, k)\|",
+        meaning="largest covariance of values and keys under a softmax row, over heads",
+        known="measured",
+    ),
+)
+
+SYMBOLS: dict[str, SymbolEntry] = {entry.name: entry for entry in _ALL}
+
+
+@lru_cache(maxsize=None)
+def symbol(name: str) -> Any:
+    """The sympy symbol of that name, with its assumptions."""
+    import sympy as sp
+
+    if name not in SYMBOLS:
+        raise ValueError(f"unknown symbol {name!r}; add it to theory.symbols")
+    entry = SYMBOLS[name]
+    return sp.Symbol(entry.name, positive=True, integer=True if entry.integer else None)
+
+
+def latex_names() -> dict[Any, str]:
+    """Map from sympy symbols to the paper's letters, for printing."""
+    return {symbol(name): entry.latex for name, entry in SYMBOLS.items()}
