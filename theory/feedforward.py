@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 from theory.architecture import Activation
@@ -15,7 +15,7 @@ from theory.sources import Source
 from theory.statements import Statement, register
 
 
-@lru_cache(maxsize=None)
+@cache
 def lipschitz(activation: Activation) -> float:
     """The largest slope |F'|, as the smallest double not below it.
 

@@ -30,7 +30,7 @@ AttentionModel = Literal["uniform", "second-order"]
 
 EXACT_POSITIONS = 160  # below this length every position is its own block
 MAX_LOGIT_VARIANCE = 0.5  # beyond, softmax is too far from uniform for an expansion in the logits
-MAX_BRANCH_RATIO = 0.5  # beyond, one half-layer rewrites the stream and the large-width limit is not yet reached
+MIN_WIDTH = 32  # narrower, fluctuations between tokens and heads are no longer small
 
 
 class Gram(NamedTuple):
@@ -167,7 +167,7 @@ def gradient_growth(
     *,
     tokens: NDArray[np.int64] | None = None,
     targets: NDArray[np.int64] | None = None,
-    attention: AttentionModel = "uniform",
+    attention: AttentionModel = "second-order",
     exact: bool = False,
 ) -> Growth:
     """Predict gradient growth at initialisation.
@@ -176,15 +176,14 @@ def gradient_growth(
         n_tokens: sequence length T.
         tokens: (T,) token ids; equal ids share an embedding. Distinct tokens unless given.
         targets: (T,) ids of the next tokens, for the loss gradient's own correlations. Distinct unless given.
-        attention: `uniform` averages the past evenly; `second-order` adds the logits' first correction to
-            the forward pass. Both keep the gradient through the logits.
+        attention: `second-order` counts how far the logits move softmax from the uniform average, forwards
+            and backwards; `uniform` does not. Both keep the gradient through the logits.
         exact: one block a position whatever the length (time and memory grow like T^2 N).
     """
     blocks = Blocks.of(n_tokens, exact=exact or tokens is not None or targets is not None)
     stream = _embedding_gram(architecture, blocks, tokens)
     halves: list[_Half] = []
     residual_std: list[float] = []
-    branch_ratio = 0.0
     for half in range(2 * architecture.n_layers):
         residual_std.append(math.sqrt(blocks.trace(stream) / n_tokens))
         kernel, scale = _normalise(stream, architecture.eps)
@@ -194,8 +193,6 @@ def gradient_growth(
             branch = _attention_forward(architecture, blocks, kernel, attention)
         else:
             branch = _feedforward_forward(architecture, kernel)
-        if half >= 1:  # the first attention half always mixes tokens that were independent
-            branch_ratio = max(branch_ratio, blocks.trace(branch) / max(blocks.trace(stream), 1e-300))
         stream = stream + branch
     residual_std.append(math.sqrt(blocks.trace(stream) / n_tokens))
 
@@ -204,15 +201,17 @@ def gradient_growth(
     norms = [blocks.trace(gradient)]
     for half in reversed(halves):
         if half.attention:
-            branch = _attention_backward(architecture, blocks, half.kernel, gradient)
+            branch = _attention_backward(architecture, blocks, half.kernel, gradient, attention)
         else:
             branch = _feedforward_backward(architecture, half.kernel, gradient)
-        # The norm's Jacobian projects out 2 directions (mean and radius) of d, RMSNorm's only the radius.
-        kept = 1 - (2 if architecture.norm == "layernorm" else 1) / architecture.d_model
+        # The norm's Jacobian projects out the mean (LayerNorm) and the radius, and E[1/s^2] exceeds 1/E[s^2]
+        # at finite width: together (d-2)/(d-3) and (d-1)/(d-2), exact for one normal token.
+        removed = 2 if architecture.norm == "layernorm" else 1
+        kept = (architecture.d_model - removed) / max(architecture.d_model - removed - 1, 1)
         gradient = gradient + branch.over_outer(half.scale) * kept
         norms.append(blocks.trace(gradient))
     profile = tuple(math.sqrt(norm / norms[0]) for norm in reversed(norms))
-    reasons = _domain(architecture, branch_ratio)
+    reasons = _domain(architecture)
     return Growth(
         value=profile[0],
         residual_std=tuple(residual_std),
@@ -240,17 +239,13 @@ def growth_closed_form(architecture: Architecture, n_tokens: int) -> float:
     return math.sqrt(1 + architecture.n_layers * added / start)
 
 
-def _domain(architecture: Architecture, branch_ratio: float) -> tuple[str, ...]:
+def _domain(architecture: Architecture) -> tuple[str, ...]:
     reasons: list[str] = []
     logits = _logit_variance(architecture)
     if logits > MAX_LOGIT_VARIANCE:
         reasons.append(f"attention logits have variance {logits:.3g}, above {MAX_LOGIT_VARIANCE}")
-    if branch_ratio > MAX_BRANCH_RATIO:
-        reasons.append(
-            f"a half-layer adds {branch_ratio:.3g} times the residual variance it reads, above {MAX_BRANCH_RATIO}"
-        )
-    if architecture.d_model < 32:
-        reasons.append(f"d_model={architecture.d_model} is below 32, too narrow for a large-width prediction")
+    if architecture.d_model < MIN_WIDTH:
+        reasons.append(f"d_model={architecture.d_model} is below {MIN_WIDTH}, too narrow for a large-width prediction")
     return tuple(reasons)
 
 
@@ -296,6 +291,15 @@ def _logit_variance(architecture: Architecture) -> float:
     return (architecture.d_model * stds.query * stds.key) ** 2
 
 
+def _logit_gain(architecture: Architecture) -> float:
+    """exp(a) - 1: what logits of variance a add to the mean square of an attention weight.
+
+    The expansion's first term is a; with uncorrelated tokens the sum of all terms is exp(a) - 1, and it is
+    used throughout, since correlated tokens have a small correction anyway.
+    """
+    return math.expm1(min(_logit_variance(architecture), 50.0))
+
+
 def _logit_correction(blocks: Blocks, kernel: Gram, weight: Gram) -> Gram:
     """weight o M, M = Cov over the two attended positions of K_jj': the logits' second-order effect on values."""
     averaged = blocks.left(kernel)  # P K
@@ -308,21 +312,20 @@ def _logit_correction(blocks: Blocks, kernel: Gram, weight: Gram) -> Gram:
 def _attention_forward(architecture: Architecture, blocks: Blocks, kernel: Gram, model: AttentionModel) -> Gram:
     mixed = blocks.average(kernel)
     if model == "second-order":
-        mixed = mixed + _logit_correction(blocks, kernel, kernel) * _logit_variance(architecture)
+        mixed = mixed + _logit_correction(blocks, kernel, kernel) * _logit_gain(architecture)
     return mixed * _value_gain(architecture)
 
 
-def _attention_backward(architecture: Architecture, blocks: Blocks, kernel: Gram, gradient: Gram) -> Gram:
+def _attention_backward(
+    architecture: Architecture, blocks: Blocks, kernel: Gram, gradient: Gram, model: AttentionModel
+) -> Gram:
     h = gradient * kernel
     x = blocks.right((blocks.left(kernel) * blocks.right(h)).mT).mT  # P'((PK) o (HP))
-    through_logits = (
-        kernel * blocks.spread(h)
-        - x
-        - x.mT
-        + blocks.spread(blocks.average(kernel) * h)
-        + _logit_correction(blocks, kernel, gradient)
-    )
-    total = blocks.spread(gradient) + through_logits * _logit_variance(architecture)
+    through_keys = kernel * blocks.spread(h) - x - x.mT + blocks.spread(blocks.average(kernel) * h)
+    through_queries = _logit_correction(blocks, kernel, gradient)
+    # To second order in the logits E[P'GP] exceeds its uniform value by the very term that runs through the keys.
+    through_logits = through_keys * (2.0 if model == "second-order" else 1.0) + through_queries
+    total = blocks.spread(gradient) + through_logits * _logit_gain(architecture)
     return total * _value_gain(architecture)
 
 

@@ -6,7 +6,7 @@ All symbols are positive (or non-negative) reals; the assumption is what lets sy
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 
@@ -91,12 +91,25 @@ _ALL = (
         meaning="largest covariance of values and keys under a softmax row, over heads",
         known="measured",
     ),
+    SymbolEntry(name="eps", latex=r"\epsilon", meaning="eps of the normalisation", known="config"),
+    SymbolEntry(
+        name="column_sum", latex=r"\chi", meaning="largest column sum of a softmax matrix, over heads", known="measured"
+    ),
+    SymbolEntry(name="value_range", latex=r"\omega", meaning="max - min of a vector's entries", known="measured"),
+    SymbolEntry(
+        name="branch_variance",
+        latex="b",
+        meaning="residual variance that one layer adds at initialisation",
+        known="config",
+    ),
+    SymbolEntry(name="b_ffn", latex=r"b_F", meaning="the feed-forward sub-layer's share of b", known="config"),
+    SymbolEntry(name="b_attn", latex=r"b_A", meaning="the attention sub-layer's share of b", known="config"),
 )
 
 SYMBOLS: dict[str, SymbolEntry] = {entry.name: entry for entry in _ALL}
 
 
-@lru_cache(maxsize=None)
+@cache
 def symbol(name: str) -> Any:
     """The sympy symbol of that name, with its assumptions."""
     import sympy as sp

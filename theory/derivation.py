@@ -1,0 +1,430 @@
+"""A derivation: a chain of steps from definitions to a statement, each of which can be checked with random numbers.
+
+A step asserts `left relation right`, both sides sympy expressions. The same expressions are printed, substituted
+into one another, and evaluated on random arrays, so that text, algebra and check cannot drift apart.
+
+Scalars are the symbols of `theory.symbols`. Matrices and vectors are non-commutative symbols (`array`), which keeps
+the order of products; vectors are columns. `Norm` is the spectral norm, `Transposed` the transpose.
+
+The chains are in `theory.derivations_*`; a new one is one function under `@register_derivation`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cache
+from importlib import import_module
+from typing import Any, Literal
+
+import numpy as np
+import sympy as sp  # pyright: ignore[reportMissingTypeStubs]
+
+from theory.sources import Source
+from theory.statements import Statement, find, residual
+
+Relation = Literal["=", "<=", "~", "<~"]
+StepKind = Literal["exact", "upper", "estimate"]
+Format = Literal["text", "markdown", "latex"]
+Values = Mapping[Any, Any]  # an expression's atom -> a number, a 2D array, a function, or an index's list of Values
+Sampler = Callable[[np.random.Generator], Values]
+
+KINDS: dict[Relation, StepKind] = {"=": "exact", "<=": "upper", "~": "estimate", "<~": "estimate"}
+ROUNDING = 1e-9  # of double-precision products of a few hundred terms, with room
+
+# Modules whose functions make up DERIVATIONS; a new file is added here.
+DERIVATION_MODULES = ("derivations_paper", "derivations_bounds", "derivations_attention", "derivations_growth")
+
+_sp: Any = sp  # sympy is untyped
+
+
+class Norm(_sp.Function):  # pyright: ignore[reportUntypedBaseClass]
+    """Spectral norm of a matrix expression; the Euclidean norm of a column."""
+
+    nargs = 1
+    is_nonnegative = True
+
+
+class Transposed(_sp.Function):  # pyright: ignore[reportUntypedBaseClass]
+    """Transpose of a matrix expression."""
+
+    nargs = 1
+
+
+class SumOver(_sp.Function):  # pyright: ignore[reportUntypedBaseClass]
+    """Sum of a body over an index: SumOver(body, index)."""
+
+    nargs = 2
+
+
+class MaxOver(_sp.Function):  # pyright: ignore[reportUntypedBaseClass]
+    """Largest value of a scalar body over an index."""
+
+    nargs = 2
+    is_nonnegative = True
+
+
+class ProductOver(_sp.Function):  # pyright: ignore[reportUntypedBaseClass]
+    """Product of a scalar body over an index."""
+
+    nargs = 2
+    is_nonnegative = True
+
+
+_LETTERS: dict[Any, str] = {}
+
+
+def array(name: str, latex: str = "") -> Any:
+    """A matrix or column by name: a symbol whose products keep their order."""
+    return _named(_sp.Symbol(name, commutative=False), latex)
+
+
+def entry(name: str, latex: str = "") -> Any:
+    """A scalar that belongs to one place of a computation, such as p_tj; configuration letters are in `symbols`."""
+    return _named(_sp.Symbol(name, nonnegative=True), latex)
+
+
+def _named(made: Any, latex: str) -> Any:
+    if latex and _LETTERS.setdefault(made, latex) != latex:
+        raise ValueError(f"{made} is already printed as {_LETTERS[made]}; choose another name")
+    return made
+
+
+def letters() -> dict[Any, str]:
+    """Map from every symbol a derivation may contain to its letter in print."""
+    from theory.symbols import latex_names
+
+    return latex_names() | _LETTERS
+
+
+def evaluate(expression: Any, values: Values) -> Any:
+    """The expression at numbers and arrays: products of arrays are matrix products.
+
+    Args:
+        values: numbers (or 2D arrays) for symbols, callables for undefined functions, and for each index a
+            sequence of further values, one mapping for each position.
+
+    Raises:
+        ValueError: an atom has no value.
+
+    >>> x = array("x")
+    >>> float(evaluate(Norm(2 * x), {x: np.array([[3.0], [4.0]])}))
+    10.0
+    """
+    if expression in values:
+        return values[expression]
+    if expression.is_Number or expression.is_NumberSymbol:
+        return float(expression)
+    if isinstance(expression, (SumOver, MaxOver, ProductOver)):
+        body, index = expression.args
+        terms = [evaluate(body, {**values, **more}) for more in values[index]]
+        if isinstance(expression, MaxOver):
+            return max(terms)
+        return sum(terms) if isinstance(expression, SumOver) else np.prod(terms)
+    arguments = [evaluate(argument, values) for argument in expression.args]
+    if not arguments:
+        raise ValueError(f"{expression} has no value; add it to the step's sample")
+    if expression.is_Add:
+        return sum(arguments[1:], start=arguments[0])
+    if expression.is_Mul:
+        product: Any = 1.0
+        for factor in arguments:
+            product = product * factor if np.ndim(product) == 0 or np.ndim(factor) == 0 else product @ factor
+        return product[0, 0] if np.shape(product) == (1, 1) else product
+    if expression.is_Pow:
+        return arguments[0] ** arguments[1]
+    if isinstance(expression, Norm):
+        return np.linalg.norm(np.atleast_2d(arguments[0]), 2)
+    if isinstance(expression, Transposed):
+        return arguments[0].T
+    if expression.func in values:
+        return values[expression.func](*arguments)
+    if isinstance(expression, (_sp.Max, _sp.Min)):
+        return max(arguments) if isinstance(expression, _sp.Max) else min(arguments)
+    if isinstance(expression, _sp.exp):
+        return np.exp(arguments[0])
+    if isinstance(expression, _sp.harmonic):
+        return sum(1 / k for k in range(1, round(arguments[0]) + 1))
+    if hasattr(expression, "_imp_"):
+        return expression._imp_(*arguments)
+    raise ValueError(f"{expression} has no value; add {expression.func} to the step's sample")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Check:
+    """Both sides of a step at random numbers (of an array its Frobenius norm), and whether the relation held.
+
+    error: relative difference for `=` and `~`, relative excess of left over right (negative if none) for `<=` and `<~`.
+    """
+
+    step: str
+    left: float
+    right: float
+    relation: Relation
+    error: float
+    tolerance: float
+    passed: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Step:
+    """One line of a derivation.
+
+    Attributes:
+        left, right: sympy expressions.
+        relation: `=`, `<=` (a true inequality), `~` (an estimate) or `<~` (an estimate of a bound).
+        rule: the field's name for what allows the line, such as "chain rule".
+        explanation: one sentence.
+        sample: draws numbers for both sides; the left side's are computed without the right side's formula.
+        tight: draws numbers at which an inequality (nearly) holds with equality, if there are such.
+        tolerance: relative; an estimate states its own, and `accuracy` the conditions and the reason.
+        proof: an expression or matrix that must be identically zero, where sympy can prove the line.
+        uses: the earlier steps whose composition is `right`.
+    """
+
+    left: Any
+    right: Any
+    relation: Relation
+    rule: str
+    source: Source
+    explanation: str
+    sample: Sampler
+    tight: Sampler | None = None
+    tolerance: float = ROUNDING
+    accuracy: str = ""
+    proof: Callable[[], Any] | None = None
+    uses: tuple[Step, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.relation not in KINDS:
+            raise ValueError(f"relation={self.relation!r} is not known; use one of {', '.join(KINDS)}")
+        if (self.kind == "estimate") != bool(self.accuracy):
+            raise ValueError(f"{self.left}: an estimate, and no other step, states its accuracy; set accuracy=")
+
+    @property
+    def kind(self) -> StepKind:
+        """How strong the line is."""
+        return KINDS[self.relation]
+
+    @property
+    def assertion(self) -> Any:
+        """The line as a sympy relation where there is one; an estimate is the undefined function `estimate`."""
+        if self.relation == "=":
+            return _sp.Eq(self.left, self.right, evaluate=False)
+        if self.relation == "<=":
+            return _sp.Le(self.left, self.right, evaluate=False)
+        return _sp.Function("estimate")(self.left, self.right)
+
+    def check(self, rng: np.random.Generator) -> Check:
+        """Compare both sides at random numbers; fails too if the step's proof or composition does not hold."""
+        return self._compare(self.sample(rng), proven=self._proven())
+
+    def check_tight(self, rng: np.random.Generator) -> Check | None:
+        """The same where an inequality is nearly an equality; None where no such case is known."""
+        return None if self.tight is None else self._compare(self.tight(rng), proven=True)
+
+    def _proven(self) -> bool:
+        composed = not self.uses or _sp.simplify(compose(*self.uses) - self.right) == 0
+        return composed and (self.proof is None or _is_zero(self.proof()))
+
+    def _compare(self, values: Values, *, proven: bool) -> Check:
+        from theory.derivations_rendering import formula
+
+        left, right = evaluate(self.left, values), evaluate(self.right, values)
+        size_left, size_right = float(np.linalg.norm(left)), float(np.linalg.norm(right))
+        if self.relation in ("<=", "<~"):
+            error = (size_left - size_right) / max(size_right, 1e-300)
+        else:
+            # A side that is exactly zero is compared on the scale of 1, the size of the sampled entries.
+            scale = size_right if min(size_left, size_right) > 0 else 1.0
+            error = float(np.linalg.norm(np.subtract(left, right))) / scale
+        return Check(
+            step=formula(self, "text"),
+            left=size_left,
+            right=size_right,
+            relation=self.relation,
+            error=error,
+            tolerance=self.tolerance,
+            passed=bool(proven and error <= self.tolerance),
+        )
+
+
+def compose(first: Step, *others: Step) -> Any:
+    """Substitute each step's right side for its left side, in order, into the first step's right side.
+
+    Raises:
+        ValueError: an inequality is put where the expression does not increase in it, or nowhere at all.
+    """
+    expression = first.right
+    for step in others:
+        dummy = _sp.Dummy(positive=True) if step.left.is_commutative else _sp.Dummy(commutative=False)
+        opened = expression.subs(step.left, dummy)
+        if dummy not in opened.free_symbols:
+            raise ValueError(f"{step.left} does not occur in {expression}; the step cannot be substituted there")
+        if step.relation in ("<=", "<~") and not _sp.diff(opened, dummy).is_nonnegative:
+            raise ValueError(f"{expression} is not increasing in {step.left}; the inequality cannot be substituted")
+        expression = opened.subs(dummy, step.right)
+    return expression
+
+
+def substitution(
+    *uses: Step,
+    source: Source,
+    explanation: str,
+    sample: Sampler,
+    tight: Sampler | None = None,
+    tolerance: float = ROUNDING,
+    accuracy: str = "",
+    simplify: Callable[[Any], Any] = lambda expression: expression,
+) -> Step:
+    """The step that follows from composing others; its relation is the weakest of theirs."""
+    relations = {step.relation for step in uses}
+    bounded = bool(relations & {"<=", "<~"})
+    estimated = bool(relations & {"~", "<~"})
+    relation: Relation = ("<~" if bounded else "~") if estimated else ("<=" if bounded else "=")
+    return Step(
+        left=uses[0].left,
+        right=simplify(compose(*uses)),
+        relation=relation,
+        rule="substitution",
+        source=source,
+        explanation=explanation,
+        sample=sample,
+        tight=tight,
+        tolerance=tolerance,
+        accuracy=accuracy,
+        uses=uses,
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Derivation:
+    """A chain of steps.
+
+    Attributes:
+        statement: name of the statement it arrives at; empty if the catalogue has none.
+        shortcut: it arrives at `residual(statement)`, the half-layer with its shortcut.
+        assumptions: what the chain needs beyond its lines.
+    """
+
+    name: str
+    title: str
+    steps: tuple[Step, ...]
+    statement: str = ""
+    shortcut: bool = False
+    assumptions: tuple[str, ...] = ()
+
+    @property
+    def kind(self) -> StepKind:
+        """The weakest kind among the steps."""
+        kinds = {step.kind for step in self.steps}
+        return next(kind for kind in ("estimate", "upper", "exact") if kind in kinds)
+
+    @property
+    def conclusion(self) -> Step:
+        """The last step."""
+        return self.steps[-1]
+
+    @property
+    def target(self) -> Statement | None:
+        """The statement it arrives at, with its shortcut if the chain has one."""
+        if not self.statement:
+            return None
+        return residual(find(self.statement)) if self.shortcut else find(self.statement)
+
+    def arrives(self) -> bool:
+        """Whether the last line's right side is the statement's expression, by sympy."""
+        target = self.target
+        return target is None or equal(self.conclusion.right, target.expression)
+
+    def verify(self, rng: np.random.Generator) -> list[Check]:
+        """Check every step at random numbers, and at a tight case where one is known."""
+        results: list[Check] = []
+        for step in self.steps:
+            results.append(step.check(rng))
+            tight = step.check_tight(rng)
+            if tight is not None:
+                results.append(tight)
+        return results
+
+
+def equal(left: Any, right: Any) -> bool:
+    """Whether two expressions are the same; functions without a formula are compared by name."""
+    return bool(_sp.simplify(_plain(left) - _plain(right)) == 0)
+
+
+def _plain(expression: Any) -> Any:
+    from sympy.core.function import AppliedUndef  # pyright: ignore[reportMissingTypeStubs]
+
+    def rename(found: Any) -> Any:
+        name = str(found.func)
+        return _sp.harmonic(*found.args) if name == "harmonic_number" else _sp.Function(name)(*found.args)
+
+    return expression.replace(lambda part: isinstance(part, AppliedUndef), rename)
+
+
+def _is_zero(expression: Any) -> bool:
+    parts = list(expression) if hasattr(expression, "shape") else [expression]
+    return all(_sp.simplify(part) == 0 for part in parts)
+
+
+Builder = Callable[[], Derivation]
+_REGISTRY: dict[str, Builder] = {}
+
+
+class _Derivations(Mapping[str, Builder]):
+    """Every derivation's builder by name; the chains are imported on first use."""
+
+    def __getitem__(self, name: str) -> Builder:
+        _load()
+        return _REGISTRY[name]
+
+    def __iter__(self) -> Iterator[str]:
+        _load()
+        return iter(_REGISTRY)
+
+    def __len__(self) -> int:
+        _load()
+        return len(_REGISTRY)
+
+
+DERIVATIONS: Mapping[str, Builder] = _Derivations()
+
+
+def _load() -> None:
+    for module in DERIVATION_MODULES:
+        import_module(f"theory.{module}")
+
+
+def register_derivation(build: Builder) -> Builder:
+    """Add a derivation to `DERIVATIONS`; the name is the function's, with dashes."""
+    name = build.__name__.replace("_", "-")
+    if name in _REGISTRY and _REGISTRY[name].__module__ != build.__module__:
+        raise ValueError(f"two derivations are called {name!r}; rename one of them")
+    cached = cache(build)
+    _REGISTRY[name] = cached
+    return cached
+
+
+def derivation(name: str) -> Derivation:
+    """A derivation by name.
+
+    Raises:
+        ValueError: there is none; the message lists those there are.
+    """
+    if name not in DERIVATIONS:
+        raise ValueError(f"unknown derivation {name!r}; use one of {', '.join(sorted(DERIVATIONS))}")
+    return DERIVATIONS[name]()
+
+
+def render(chain: Derivation, format: Format = "text") -> str:
+    """The derivation as `text`, `markdown` (formulas between dollars) or `latex` (a fragment that needs amsmath).
+
+    Raises:
+        ValueError: the format is not known.
+    """
+    from theory.derivations_rendering import RENDERERS
+
+    if format not in RENDERERS:
+        raise ValueError(f"unknown format {format!r}; use one of {', '.join(RENDERERS)}")
+    return RENDERERS[format](chain)

@@ -1,0 +1,223 @@
+"""Derivations in print: text for a terminal, Markdown, and LaTeX that matplotlib's mathtext can draw as well."""
+
+from __future__ import annotations
+
+import re
+import textwrap
+from collections.abc import Callable
+from typing import Any, Literal
+
+import sympy as sp  # pyright: ignore[reportMissingTypeStubs]
+from sympy.printing.latex import LatexPrinter  # pyright: ignore[reportMissingTypeStubs]
+from sympy.printing.precedence import PRECEDENCE  # pyright: ignore[reportMissingTypeStubs]
+from sympy.printing.str import StrPrinter  # pyright: ignore[reportMissingTypeStubs]
+
+from theory.derivation import Derivation, Step, letters
+
+_Latex: Any = LatexPrinter
+_Text: Any = StrPrinter
+_sp: Any = sp
+
+SIGNS = {"=": "=", "<=": r"\leq", "~": r"\approx", "<~": r"\lesssim"}
+_WIDTH = 110
+
+
+class PaperLatex(_Latex):  # pyright: ignore[reportUntypedBaseClass]
+    """Sympy's LaTeX with the paper's letters, inside the commands that mathtext knows."""
+
+    def __init__(self) -> None:
+        super().__init__({"symbol_names": letters(), "order": "none"})
+
+    def _print_Norm(self, expr: Any, exp: str | None = None) -> str:
+        return _power(rf"\left\| {self._print(expr.args[0])} \right\|", exp)
+
+    def _print_Transposed(self, expr: Any, exp: str | None = None) -> str:
+        body = self._print(expr.args[0])
+        # A prime already sits where the sign of the transpose goes.
+        return rf"\left( {body} \right)^{{\top}}" if not expr.args[0].is_Symbol or "'" in body else rf"{body}^{{\top}}"
+
+    def _over(self, command: str, expr: Any, exp: str | None) -> str:
+        body, index = expr.args
+        inner = self._print(body)
+        if body.is_Add or (exp is not None):
+            inner = rf"\left( {inner} \right)"
+        return _power(rf"{command}_{{{self._print(index)}}} {inner}", exp)
+
+    def _print_SumOver(self, expr: Any, exp: str | None = None) -> str:
+        return self._over(r"\sum", expr, exp)
+
+    def _print_MaxOver(self, expr: Any, exp: str | None = None) -> str:
+        return self._over(r"\max", expr, exp)
+
+    def _print_ProductOver(self, expr: Any, exp: str | None = None) -> str:
+        return self._over(r"\prod", expr, exp)
+
+    def _print_harmonic(self, expr: Any, exp: str | None = None) -> str:
+        return _power(rf"H_{{{self._print(expr.args[0])}}}", exp)
+
+    def _print_exp(self, expr: Any, exp: str | None = None) -> str:
+        return _power(rf"e^{{{self._print(expr.args[0])}}}", exp)
+
+    def _print_Function(self, expr: Any, exp: str | None = None) -> str:
+        if str(expr.func) == "cesaro_opnorm":
+            return _power(rf"\|C_{{{self._print(expr.args[0])}}}\|", exp)
+        name = letters().get(expr.func, str(expr.func))
+        if len(name) > 1 and "\\" not in name:
+            name = rf"\mathrm{{{name}}}"
+        inner = ", ".join(self._print(argument) for argument in expr.args)
+        return _power(rf"{name}\left( {inner} \right)", exp)
+
+    def _print_Symbol(self, expr: Any, style: str = "plain") -> str:
+        letter = letters().get(expr)
+        if letter is None:
+            return super()._print_Symbol(expr)
+        # A letter that is itself a product or a maximum must not swallow its neighbours.
+        return rf"\left[ {letter} \right]" if letter.startswith(r"\max") else letter
+
+
+def _power(body: str, exp: str | None) -> str:
+    return body if exp is None else rf"{body}^{{{exp}}}"
+
+
+class PaperText(_Text):  # pyright: ignore[reportUntypedBaseClass]
+    """One line of ASCII, with |A| for norms and A^T for transposes."""
+
+    def __init__(self) -> None:
+        super().__init__({"order": "none"})
+
+    def _print_Norm(self, expr: Any) -> str:
+        return f"|{self._print(expr.args[0])}|"
+
+    def _print_Transposed(self, expr: Any) -> str:
+        return f"{self.parenthesize(expr.args[0], PRECEDENCE['Atom'])}^T"
+
+    def _over(self, word: str, expr: Any) -> str:
+        return f"{word}_{{{self._print(expr.args[1])}}} {self.parenthesize(expr.args[0], PRECEDENCE['Mul'])}"
+
+    def _print_SumOver(self, expr: Any) -> str:
+        return self._over("sum", expr)
+
+    def _print_MaxOver(self, expr: Any) -> str:
+        return self._over("max", expr)
+
+    def _print_ProductOver(self, expr: Any) -> str:
+        return self._over("prod", expr)
+
+    def _print_harmonic(self, expr: Any) -> str:
+        return f"H_{self._print(expr.args[0])}"
+
+    def _print_Function(self, expr: Any) -> str:
+        if str(expr.func) == "cesaro_opnorm":
+            return f"|C_{self._print(expr.args[0])}|"
+        return f"{expr.func}({', '.join(self._print(argument) for argument in expr.args)})"
+
+    def _print_Symbol(self, expr: Any) -> str:
+        if not expr.is_commutative or expr not in letters():
+            return str(expr.name)
+        letter = plain(letters()[expr])
+        return f"[{letter}]" if letter.startswith("max") else letter
+
+
+def plain(latex: str) -> str:
+    r"""A LaTeX letter in ASCII.
+
+    >>> plain(r"\sigma_{x'}"), plain(r"d_{\mathrm{ffn}}"), plain(r"\|W_1\|")
+    ("sigma_x'", 'd_ffn', '|W_1|')
+    """
+    bare = latex.replace(r"\|", "|").replace(r"\infty", "inf")
+    return re.sub(r"\\(?:mathrm|mathcal|tilde|bar)|[\\{}]", "", bare)
+
+
+def latex(expression: Any) -> str:
+    """An expression in LaTeX, with the paper's letters."""
+    return str(PaperLatex().doprint(expression))
+
+
+def text(expression: Any) -> str:
+    """An expression on one line."""
+    return str(PaperText().doprint(expression)).replace("**", "^").replace("*", " ")
+
+
+def formula(step: Step, style: Literal["text", "latex"] = "latex") -> str:
+    """A step's line: left, relation, right."""
+    if style == "text":
+        return f"{text(step.left)} {step.relation} {text(step.right)}"
+    return f"{latex(step.left)} {SIGNS[step.relation]} {latex(step.right)}"
+
+
+def _numbers(chain: Derivation, step: Step) -> str:
+    """Which lines a composed step puts together, by number."""
+    places = [number for number, other in enumerate(chain.steps, start=1) if any(other is used for used in step.uses)]
+    return f" of {', '.join(map(str, places))}" if places else ""
+
+
+def _reason(chain: Derivation, step: Step) -> str:
+    accuracy = f" ({step.accuracy})" if step.accuracy else ""
+    return f"{step.rule}{_numbers(chain, step)} [{step.kind}; {step.source}]. {step.explanation}{accuracy}"
+
+
+def _target(chain: Derivation) -> str:
+    if not chain.statement:
+        return ""
+    return f"residual({chain.statement})" if chain.shortcut else chain.statement
+
+
+def render_text(chain: Derivation) -> str:
+    """Numbered lines, the reason under each."""
+    lines = [chain.title, "=" * len(chain.title), f"kind: {chain.kind}"]
+    if _target(chain):
+        lines.append(f"arrives at: {_target(chain)}")
+    lines += [f"assumes: {assumption}" for assumption in chain.assumptions]
+    for number, step in enumerate(chain.steps, start=1):
+        lines += ["", f"({number})  {formula(step, 'text')}"]
+        lines += textwrap.wrap(_reason(chain, step), _WIDTH, initial_indent="     ", subsequent_indent="     ")
+    return "\n".join(lines) + "\n"
+
+
+def render_markdown(chain: Derivation) -> str:
+    """A heading, then a formula and its reason for each line."""
+    about = f"Kind: **{chain.kind}**."
+    if _target(chain):
+        about += f" Arrives at `{_target(chain)}`."
+    lines = [f"## {chain.title}", "", about]
+    if chain.assumptions:
+        lines += ["", "Assumes:", "", *(f"- {assumption}" for assumption in chain.assumptions)]
+    for number, step in enumerate(chain.steps, start=1):
+        lines += ["", f"**({number})** {_reason(chain, step)}", "", "$$", formula(step), "$$"]
+    return "\n".join(lines) + "\n"
+
+
+def render_latex(chain: Derivation) -> str:
+    """One align environment, a numbered line for each step, then the reasons."""
+    rows = [
+        f"  {latex(step.left)} &{SIGNS[step.relation]} {latex(step.right)} && \\text{{{escape(step.rule)}}} \\\\"
+        for step in chain.steps
+    ]
+    rows[-1] = rows[-1].removesuffix(r" \\")
+    lines = [rf"\paragraph{{{escape(chain.title)}}} Kind: {chain.kind}."]
+    if _target(chain):
+        lines.append(rf"Arrives at \texttt{{{escape(_target(chain))}}}.")
+    if chain.assumptions:
+        lines.append("Assumes: " + "; ".join(escape(assumption) for assumption in chain.assumptions) + ".")
+    lines += [r"\begin{align}", *rows, r"\end{align}", r"\begin{enumerate}"]
+    lines += [rf"  \item {escape(_reason(chain, step))}" for step in chain.steps]
+    return "\n".join([*lines, r"\end{enumerate}"]) + "\n"
+
+
+_ESCAPES = {"_": r"\_", "%": r"\%", "&": r"\&", "#": r"\#", "^": r"\^{}", "~": r"$\sim$", "|": r"$|$", "<": r"$<$"}
+
+
+def escape(words: str) -> str:
+    r"""Plain words for LaTeX.
+
+    >>> escape("W_1 within 10 %")
+    'W\\_1 within 10 \\%'
+    """
+    return "".join(_ESCAPES.get(character, character) for character in words)
+
+
+RENDERERS: dict[str, Callable[[Derivation], str]] = {
+    "text": render_text,
+    "markdown": render_markdown,
+    "latex": render_latex,
+}
