@@ -1,0 +1,187 @@
+"""What is measured on a network: one probe a quantity, sharing no formula with the theory it tests.
+
+Shapes: B batch, T tokens, D d_model, H heads, E head width.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from scipy.special import ndtr
+from torch import Tensor
+
+from empirics.data import Batch
+from empirics.model import Attention, Layer, Transformer, build
+from empirics.spectral import lanczos_opnorm
+from theory.architecture import Architecture
+from theory.records import Measurement
+
+QUANTILES = (0.001, 0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 0.999)
+SAMPLE = 50_000  # entries a distribution is judged by; the largest matrices are thinned to it
+
+
+def place_statistics(places: list[Tensor]) -> tuple[list[float], list[float]]:
+    """Standard deviation of the residual stream and norm of its gradient, at each place.
+
+    The standard deviation is over the D entries of a token (mean removed), its square averaged over tokens.
+    """
+    deviation = [math.sqrt(float(x.detach().double().var(-1, unbiased=False).mean())) for x in places]
+    gradient = [math.nan if x.grad is None else float(x.grad.double().norm()) for x in places]
+    return deviation, gradient
+
+
+def distribution(values: Tensor) -> dict[str, Any]:
+    """Moments, quantiles and distance to normality of a tensor's entries.
+
+    `normal_distance` is Kolmogorov's: the largest gap between the empirical distribution function and that
+    of the normal law with the same mean and standard deviation. `entries` is the number it is judged by.
+    """
+    flat = values.detach().reshape(-1).double().cpu().numpy()
+    if flat.size > SAMPLE:
+        flat = flat[:: math.ceil(flat.size / SAMPLE)]
+    mean, deviation = float(flat.mean()), float(flat.std())
+    if deviation == 0.0 or not math.isfinite(deviation):
+        return {"mean": mean, "std": deviation, "entries": int(flat.size)}
+    z = np.sort((flat - mean) / deviation)
+    expected = ndtr(z)
+    rank = np.arange(1, z.size + 1) / z.size
+    distance = max(float(np.max(rank - expected)), float(np.max(expected - rank + 1 / z.size)))
+    return {
+        "mean": mean,
+        "std": deviation,
+        "skewness": float(np.mean(z**3)),
+        "excess_kurtosis": float(np.mean(z**4) - 3),
+        "quantiles": [float(q) for q in np.quantile(flat, QUANTILES)],
+        "normal_distance": distance,
+        "entries": int(flat.size),
+    }
+
+
+@torch.no_grad()
+def distributions(model: Transformer, tokens: Tensor) -> dict[str, Any]:
+    """Distributions of x and x' at every place and of every matrix, as (B, T) tokens see them."""
+    places: list[Tensor] = []
+    model(tokens, places)
+    weights = {
+        name: distribution(parameter)
+        for name, parameter in model.named_parameters()
+        if parameter.ndim == 2
+        and (name.startswith(("layers.0.", f"layers.{len(model.layers) - 1}.", "tokens", "head")))
+    }
+    return {"places": [distribution(x) for x in places], "weights": weights}
+
+
+def gradient_profile(model: Transformer, tokens: Tensor, targets: Tensor) -> tuple[list[float], list[float]]:
+    """Residual standard deviation and gradient norm at the 2N+1 places, for one batch."""
+    places: list[Tensor] = []
+    model.zero_grad(set_to_none=True)
+    model.loss(tokens, targets, places).backward()
+    return place_statistics(places)
+
+
+def measure_growth(
+    architecture: Architecture,
+    *,
+    seeds: tuple[int, ...],
+    batches: Callable[[int], Batch],
+    device: str = "cpu",
+    on_seed: Callable[[int], None] | None = None,
+) -> tuple[Measurement, Measurement, Measurement]:
+    """Gradient growth, gradient profile and residual profile at initialisation, in float32.
+
+    The growth is the geometric mean over seeds of the gradient norm entering the first block (after
+    embedding scale, positions and norm) over that leaving the last block.
+
+    Args:
+        batches: (tokens, targets) of a seed.
+    """
+    logs: list[list[float]] = []
+    deviations: list[list[float]] = []
+    for seed in seeds:
+        model = build(architecture, seed=seed, device=device)
+        tokens, targets = (torch.from_numpy(part).to(device) for part in batches(seed))
+        deviation, gradient = gradient_profile(model, tokens, targets)
+        logs.append([math.log(value / gradient[-1]) for value in gradient])
+        deviations.append(deviation)
+        if on_seed is not None:
+            on_seed(seed)
+    log_profile, log_deviation = np.array(logs), np.log(np.array(deviations))
+
+    def measurement(quantity: str, values: Any) -> Measurement:
+        spread = values.std(0, ddof=1) if len(seeds) > 1 else np.full(values.shape[1], math.nan)
+        return Measurement(
+            quantity=quantity,
+            values=tuple(float(v) for v in np.exp(values.mean(0))),
+            seeds=seeds,
+            log_sd=tuple(float(v) for v in spread),
+            lower_estimate=False,
+        )
+
+    return (
+        measurement("gradient_growth", log_profile[:, :1]),
+        measurement("gradient_profile", log_profile),
+        measurement("residual_std", log_deviation),
+    )
+
+
+def layer_norms(
+    model: Transformer, tokens: Tensor, *, tolerance: float = 1e-3, on_layer: Callable[[int], None] | None = None
+) -> list[dict[str, float]]:
+    """Spectral norms of every layer's real Jacobians on one sequence of T tokens; lower estimates.
+
+    A layer's entry has the norm of the half-layers (`attention_half`, `feedforward_half`), of the branches in
+    the residual stream (`attention_branch`, `feedforward_branch`), of the concatenated heads in their normalised
+    input (`J_Z`), of the weight matrices, and the standard deviations entering each half-layer.
+    """
+    places: list[Tensor] = []
+    with torch.no_grad():
+        model(tokens, places)
+    model.requires_grad_(False)  # weights are constants here; the products differentiate in x alone
+    rows: list[dict[str, float]] = []
+    for n, layer in enumerate(model.layers):
+        assert isinstance(layer, Layer)
+        x, middle = places[2 * n].detach(), places[2 * n + 1].detach()
+        plain = PlainAttention(layer.attention)
+
+        def attention_branch(v: Tensor, layer: Layer = layer, plain: PlainAttention = plain) -> Tensor:
+            return plain(layer.attention_norm(v))
+
+        functions: dict[str, tuple[Callable[[Tensor], Tensor], Tensor]] = {
+            "attention_branch": (attention_branch, x),
+            "attention_half": (lambda v, f=attention_branch: v + f(v), x),
+            "J_Z": (plain.heads, layer.attention_norm(x)),
+            "feedforward_branch": (layer.feedforward_branch, middle),
+            "feedforward_half": (lambda v, f=layer.feedforward_branch: v + f(v), middle),
+        }
+        row = {name: lanczos_opnorm(f, at, tolerance=tolerance).value for name, (f, at) in functions.items()}
+        (row["sigma_x"], row["sigma_xp"]), _ = place_statistics([x, middle])
+        row["opnorm_O"] = float(torch.linalg.matrix_norm(layer.attention.output.weight, ord=2))
+        row["opnorm_1"] = float(torch.linalg.matrix_norm(layer.feedforward.enter.weight, ord=2))
+        row["opnorm_2"] = float(torch.linalg.matrix_norm(layer.feedforward.leave.weight, ord=2))
+        rows.append(row)
+        if on_layer is not None:
+            on_layer(n)
+    model.requires_grad_(True)
+    return rows
+
+
+class PlainAttention:
+    """Attention spelled out in elementary operations: forward-mode products need them, fused kernels lack them."""
+
+    def __init__(self, attention: Attention) -> None:
+        self.attention = attention
+
+    def heads(self, u_BTD: Tensor) -> Tensor:
+        attention = self.attention
+        _, probabilities = attention.probabilities(u_BTD)
+        value = attention.queries_keys_values(u_BTD)[2]
+        value = value.repeat_interleave(attention.n_heads // attention.n_kv_heads, dim=1)
+        mixed = probabilities @ value
+        return mixed.transpose(1, 2).reshape(*u_BTD.shape[:2], -1)
+
+    def __call__(self, u_BTD: Tensor) -> Tensor:
+        return self.attention.output(self.heads(u_BTD))

@@ -1,0 +1,280 @@
+"""The training loop: a pure function of its `RunSpec`, resumable at any step.
+
+Adam with decoupled weight decay on the matrices inside the layers and the head; gains, biases and
+embeddings do not decay. Warm-up is linear, then the rate is constant or falls to a tenth by a cosine.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import platform
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from empirics.data import Corpus, batch, heldout_batches
+from empirics.model import Transformer, build
+from empirics.probes import distributions, place_statistics
+from theory.architecture import Architecture
+from theory.records import fingerprint, plain, write_bytes
+
+HELDOUT_BATCHES = 8
+COSINE_FLOOR = 0.1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunSpec:
+    """Everything that decides a training run's numbers.
+
+    Attributes:
+        label: the method's name in figures.
+        experiment: which question the run belongs to.
+        probe_every: steps between probes of the residual stream; probes change no number of the run.
+        clip: gradient norms above this are scaled down to it; infinite for none.
+    """
+
+    architecture: Architecture
+    label: str
+    experiment: str
+    seed: int
+    steps: int
+    batch_size: int
+    seq_len: int
+    learning_rate: float
+    warmup: int
+    schedule: Literal["cosine", "constant"]
+    clip: float = 1.0
+    beta_1: float = 0.9
+    beta_2: float = 0.95
+    weight_decay: float = 0.0
+    precision: Literal["float32", "bfloat16"] = "float32"
+    device: str = "cpu"
+    compile: bool = False
+    data: str = "sympy"
+    tokenizer: str = "bpe"
+    probe_every: int = 20
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "seq_len", "probe_every"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name}={value!r} is not a positive whole number; use 1 or more")
+        for name in ("learning_rate", "clip"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name}={getattr(self, name)!r} is not positive; use a number above 0")
+        if self.seq_len > self.architecture.context and self.architecture.positions == "learned":
+            raise ValueError(
+                f"seq_len={self.seq_len} exceeds the {self.architecture.context} learned positions; use fewer tokens"
+            )
+
+    @property
+    def identity(self) -> str:
+        """Name of the run's record: readable parts and a fingerprint of every field."""
+        label = self.label.lower().replace(" + ", "-").replace(" ", "-")
+        return f"{self.experiment}-{label}-lr{self.learning_rate:g}-seed{self.seed}-{fingerprint(self)}"
+
+    def rate(self, step: int) -> float:
+        """Learning rate of a step, counted from 0."""
+        if step < self.warmup:
+            return self.learning_rate * (step + 1) / self.warmup
+        if self.schedule == "constant":
+            return self.learning_rate
+        progress = (step - self.warmup) / max(1, self.steps - self.warmup)
+        return self.learning_rate * (COSINE_FLOOR + (1 - COSINE_FLOOR) * 0.5 * (1 + math.cos(math.pi * progress)))
+
+
+@dataclass(slots=True)
+class Series:
+    """What is written down a step; all lists are plain numbers, so that a checkpoint can hold them as JSON."""
+
+    loss: list[float] = field(default_factory=list)
+    learning_rate: list[float] = field(default_factory=list)
+    gradient_norm: list[float] = field(default_factory=list)
+    update_norm: list[float] = field(default_factory=list)
+    embedding_gradient: list[float] = field(default_factory=list)
+    layer_gradient: list[list[float]] = field(default_factory=list)
+    layer_update: list[list[float]] = field(default_factory=list)
+    probe_step: list[int] = field(default_factory=list)
+    residual_std: list[list[float]] = field(default_factory=list)
+    place_gradient: list[list[float]] = field(default_factory=list)
+    distributions: dict[str, Any] = field(default_factory=dict)
+    diverged_at: int | None = None
+
+
+def environment(device: str) -> dict[str, Any]:
+    """What else the numbers depend on."""
+    return {
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "python": platform.python_version(),
+        "threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else device,
+    }
+
+
+def train(
+    spec: RunSpec,
+    corpus: Corpus,
+    *,
+    checkpoint: Path | None = None,
+    checkpoint_every: int = 100,
+    on_step: Callable[[int, float], None] | None = None,
+) -> dict[str, Any]:
+    """Train, and return the record's body.
+
+    Args:
+        checkpoint: where to keep the state; an existing whole one is resumed, and it is removed at the end.
+        on_step: called with the step and its loss after every step.
+    """
+    model = build(spec.architecture, seed=spec.seed, device=spec.device)
+    optimizer = _optimizer(model, spec)
+    series, start = Series(), 0
+    if checkpoint is not None and checkpoint.exists():
+        series, start = _resume(checkpoint, model, optimizer)
+    loss_function = torch.compile(model.loss) if spec.compile else model.loss
+    groups = _parameter_groups(model)
+    step = start
+    while step < spec.steps and series.diverged_at is None:
+        _train_step(spec, corpus, model, loss_function, optimizer, groups, series, step)
+        if on_step is not None:
+            on_step(step, series.loss[-1])
+        step += 1
+        if checkpoint is not None and step < spec.steps and step % checkpoint_every == 0:
+            _save(checkpoint, model, optimizer, series, step)
+    final = _heldout_loss(spec, corpus, model) if series.diverged_at is None else math.nan
+    if series.diverged_at is None:
+        tokens, _ = _to_tensors(batch(corpus, seed=spec.seed, step=0, **_shape(spec)), spec.device)
+        series.distributions["end"] = distributions(model, tokens)
+    if checkpoint is not None:
+        checkpoint.unlink(missing_ok=True)
+    return {
+        "id": spec.identity,
+        "spec": plain(spec),
+        "environment": environment(spec.device),
+        "data": {"source": corpus.description, "digest": corpus.digest, "vocab_size": corpus.vocab_size},
+        "series": plain(series),
+        "final": {"heldout_loss": plain(final), "diverged_at": series.diverged_at},
+    }
+
+
+def _shape(spec: RunSpec) -> dict[str, int]:
+    return {"batch_size": spec.batch_size, "seq_len": spec.seq_len}
+
+
+def _train_step(
+    spec: RunSpec,
+    corpus: Corpus,
+    model: Transformer,
+    loss_function: Callable[..., Tensor],
+    optimizer: torch.optim.Optimizer,
+    groups: dict[str, list[nn.Parameter]],
+    series: Series,
+    step: int,
+) -> None:
+    tokens, targets = _to_tensors(batch(corpus, seed=spec.seed, step=step, **_shape(spec)), spec.device)
+    probing = step % spec.probe_every == 0
+    places: list[Tensor] | None = [] if probing else None
+    if step == 0:
+        series.distributions["start"] = distributions(model, tokens)
+    device_type = spec.device.split(":")[0]
+    with torch.autocast(device_type, dtype=torch.bfloat16, enabled=spec.precision == "bfloat16"):
+        # The compiled graph has no places to keep: a probed step runs the same arithmetic uncompiled.
+        loss = model.loss(tokens, targets, places) if probing else loss_function(tokens, targets)
+    value = float(loss.detach())
+    series.loss.append(value)
+    if not math.isfinite(value):
+        series.diverged_at = step
+        return
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    if places is not None:
+        residual_std, gradient = place_statistics(places)
+        series.probe_step.append(step)
+        series.residual_std.append(residual_std)
+        series.place_gradient.append(gradient)
+
+    parameters = [parameter for group in groups.values() for parameter in group]
+    norms = _group_norms([parameter.grad for parameter in parameters], groups)
+    total = math.sqrt(sum(norm * norm for norm in norms.values()))
+    series.gradient_norm.append(total)
+    series.embedding_gradient.append(norms["embedding"])
+    series.layer_gradient.append([norm for name, norm in norms.items() if name.startswith("layer")])
+    if not math.isfinite(total):
+        series.diverged_at = step
+        return
+    if total > spec.clip:
+        torch._foreach_mul_([parameter.grad for parameter in parameters], spec.clip / total)
+    for group in optimizer.param_groups:
+        group["lr"] = spec.rate(step)
+    before = [parameter.detach().clone() for parameter in parameters]
+    optimizer.step()
+    changes = torch._foreach_sub([parameter.detach() for parameter in parameters], before)
+    updates = _group_norms(changes, groups)
+    series.learning_rate.append(spec.rate(step))
+    series.update_norm.append(math.sqrt(sum(norm * norm for norm in updates.values())))
+    series.layer_update.append([norm for name, norm in updates.items() if name.startswith("layer")])
+
+
+def _optimizer(model: Transformer, spec: RunSpec) -> torch.optim.Optimizer:
+    decays = [p for name, p in model.named_parameters() if p.ndim == 2 and name.startswith(("layers", "head"))]
+    rest = [p for name, p in model.named_parameters() if not (p.ndim == 2 and name.startswith(("layers", "head")))]
+    groups = [{"params": decays, "weight_decay": spec.weight_decay}, {"params": rest, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=spec.learning_rate, betas=(spec.beta_1, spec.beta_2), fused=True)
+
+
+def _parameter_groups(model: Transformer) -> dict[str, list[nn.Parameter]]:
+    """Parameters by where they sit: embedding, layer 0..N-1, head."""
+    layers = {f"layer {n}": list(layer.parameters()) for n, layer in enumerate(model.layers)}
+    owned = {id(parameter) for group in layers.values() for parameter in group}
+    embedding = [p for name, p in model.named_parameters() if name.startswith(("tokens", "positions", "embedding"))]
+    owned |= {id(parameter) for parameter in embedding}
+    head = [parameter for parameter in model.parameters() if id(parameter) not in owned]
+    return {"embedding": embedding, **layers, "head": head}
+
+
+def _group_norms(tensors: list[Any], groups: dict[str, list[nn.Parameter]]) -> dict[str, float]:
+    squares = torch.stack(torch._foreach_norm(tensors)).double().square().tolist()
+    values: Iterator[float] = iter(squares)
+    return {name: math.sqrt(sum(next(values) for _ in group)) for name, group in groups.items()}
+
+
+def _to_tensors(pair: tuple[Any, Any], device: str) -> tuple[Tensor, Tensor]:
+    tokens, targets = pair
+    return torch.from_numpy(tokens).to(device), torch.from_numpy(targets).to(device)
+
+
+@torch.no_grad()
+def _heldout_loss(spec: RunSpec, corpus: Corpus, model: Transformer) -> float:
+    batches = heldout_batches(corpus, count=HELDOUT_BATCHES, **_shape(spec))
+    losses = [float(model.loss(*_to_tensors(pair, spec.device))) for pair in batches]
+    return float(np.mean(losses))
+
+
+def _save(path: Path, model: Transformer, optimizer: torch.optim.Optimizer, series: Series, step: int) -> None:
+    buffer = io.BytesIO()
+    state = {
+        "model": model.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "series": json.dumps(plain(series)),
+        "step": step,
+    }
+    torch.save(state, buffer)
+    write_bytes(path, buffer.getvalue())
+
+
+def _resume(path: Path, model: Transformer, optimizer: torch.optim.Optimizer) -> tuple[Series, int]:
+    try:
+        state = torch.load(path, weights_only=True)
+    except Exception:  # any damage: the zip layer, the pickle layer and torch each raise their own types
+        path.unlink()
+        return Series(), 0
+    model.load_state_dict(state["model"])
+    optimizer.load_state_dict(state["optimizer"])
+    return Series(**json.loads(state["series"])), int(state["step"])

@@ -1,0 +1,136 @@
+"""Results on disk: what was predicted and what was measured, with everything needed to trust it.
+
+A record is one JSON file. It carries its schema version, the full specification it came from, the versions
+of the libraries, the digest of the data, and lists of `Prediction`s and `Measurement`s. It holds no clock
+time, so an interrupted and resumed run writes the same bytes as an undisturbed one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import tempfile
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, is_dataclass
+from pathlib import Path
+from typing import Any
+
+from theory.architecture import Architecture, Init
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prediction:
+    """What theory says of one quantity; from the configuration alone.
+
+    Attributes:
+        kind: estimate, upper or sharp.
+        statement: which statement or recursion it is from, with `source`.
+        values: over the quantity's axis.
+        in_domain, reasons: whether the statement's assumptions hold here, and which do not.
+    """
+
+    quantity: str
+    kind: str
+    statement: str
+    source: str
+    values: tuple[float, ...]
+    in_domain: bool
+    reasons: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measurement:
+    """What was observed of one quantity.
+
+    Attributes:
+        values: over the quantity's axis.
+        seeds: what was averaged over; `log_sd` is the standard deviation of the log over them, where known.
+        lower_estimate: an iterative norm, which can only be too small.
+    """
+
+    quantity: str
+    values: tuple[float, ...]
+    seeds: tuple[int, ...]
+    log_sd: tuple[float, ...] | None
+    lower_estimate: bool
+
+
+def plain(value: Any) -> Any:
+    """JSON-ready form: dataclasses and tuples opened, non-finite numbers as null (JSON has none)."""
+    if is_dataclass(value) and not isinstance(value, type):
+        return plain(asdict(value))
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if hasattr(value, "item"):
+        return plain(value.item())
+    return value
+
+
+def fingerprint(value: Any) -> str:
+    """Twelve hexadecimal digits that identify a specification."""
+    text = json.dumps(plain(value), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def architecture_from(data: Mapping[str, Any]) -> Architecture:
+    """The `Architecture` that `plain` wrote."""
+    fields = dict(data)
+    fields["init"] = Init(**fields["init"])
+    return Architecture(**fields)
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file whole or not at all.
+
+    Raises:
+        ValueError: the folder cannot be written; the message names the remedy.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        try:
+            with os.fdopen(handle, "wb") as stream:
+                stream.write(content)
+                stream.flush()
+                os.fsync(stream.fileno())
+            os.chmod(temporary, 0o644)
+            os.replace(temporary, path)
+        except BaseException:
+            os.unlink(temporary)
+            raise
+    except OSError as error:
+        raise ValueError(f"cannot write {path}: {error.strerror}; choose a writable folder with --out") from None
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` as JSON, atomically."""
+    text = json.dumps(plain(value), indent=None, separators=(",", ":"), allow_nan=False)
+    write_bytes(path, text.encode() + b"\n")
+
+
+def write_record(path: Path, *, kind: str, body: Mapping[str, Any]) -> None:
+    """Write one record."""
+    write_json(path, {"schema": SCHEMA, "kind": kind, **body})
+
+
+def read_record(path: Path) -> dict[str, Any] | None:
+    """A record, or None where there is none or it is not whole (then it has to be made again)."""
+    try:
+        record = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
+    return record if isinstance(record, dict) and record.get("schema") == SCHEMA else None
+
+
+def read_records(folder: Path) -> list[dict[str, Any]]:
+    """Every whole record of a folder, in the order of their names."""
+    records = (read_record(path) for path in sorted(folder.glob("*.json")))
+    return [record for record in records if record is not None]
