@@ -20,13 +20,14 @@ from empirics.spectral import explicit_jacobian, explicit_opnorm
 
 def opnorm(matrix: Tensor) -> float:
     """Largest singular value."""
-    return float(torch.linalg.matrix_norm(matrix, ord=2))
+    return float(torch.linalg.matrix_norm(matrix.detach(), ord=2))
 
 
 def true_norm_jacobian(norm: nn.Module, x_D: Tensor) -> float:
     return explicit_opnorm(norm, x_D)
 
 
+@torch.no_grad()
 def observe_norm(norm: nn.Module, x_TD: Tensor) -> dict[str, float]:
     """`gain`, and `s` the smallest normaliser over tokens."""
     if isinstance(norm, nn.LayerNorm):
@@ -52,7 +53,7 @@ def observe_feedforward(feedforward: FeedForward, u_TD: Tensor) -> dict[str, flo
         z = enter(u_TD).detach().requires_grad_()
         active = feedforward.activation(z)
         (slope,) = torch.autograd.grad(active.sum(), z)
-        values["gate_slope"] = float((slope * feedforward.gate(u_TD)).hypot(active).max())
+        values["gate_slope"] = float((slope * feedforward.gate(u_TD)).hypot(active).detach().max())
     return values
 
 
@@ -66,6 +67,7 @@ def true_heads(attention: Attention, u_TD: Tensor) -> float:
     return explicit_opnorm(PlainAttention(attention).heads, u_TD[None])
 
 
+@torch.no_grad()
 def true_probability(attention: Attention, u_TD: Tensor) -> float:
     """Largest norm over heads of the softmax matrix."""
     return max(opnorm(p) for p in attention.probabilities(u_TD[None])[1][0])
@@ -86,7 +88,11 @@ def observe_attention(attention: Attention, u_TD: Tensor) -> dict[str, float]:
     key_HED = attention.key.weight.view(groups, width, -1).repeat_interleave(group, 0)
     value_HED = attention.value.weight.view(groups, width, -1).repeat_interleave(group, 0)
     radius = float(u_TD.norm(dim=-1).max())
-    bias_HE = torch.zeros(heads, width) if attention.query.bias is None else attention.query.bias.view(heads, width)
+    query_bias_H, key_bias_H = torch.zeros(heads), torch.zeros(heads)
+    if attention.query.bias is not None:
+        query_bias_H = attention.query.bias.view(heads, -1).norm(dim=1)
+    if attention.rope and attention.key.bias is not None:  # without RoPE it is the same for all keys and cancels
+        key_bias_H = attention.key.bias.view(groups, -1).norm(dim=1).repeat_interleave(group)
     logits, probabilities = attention.probabilities(u_TD[None])
     logits_HTT, p_HTT = logits[0], probabilities[0]
     seen = torch.ones(length, length, dtype=torch.bool).tril()
@@ -99,10 +105,13 @@ def observe_attention(attention: Attention, u_TD: Tensor) -> dict[str, float]:
         "opnorm_V": opnorm(attention.value.weight),
         "opnorm_O": opnorm(attention.output.weight),
         "head_VQ": max(
-            opnorm(v) * (opnorm(q) + float(b.norm()) / max(radius, 1e-300))
-            for v, q, b in zip(value_HED, query_HED, bias_HE, strict=True)
+            opnorm(v) * (opnorm(q) + _over(float(b), radius))
+            for v, q, b in zip(value_HED, query_HED, query_bias_H, strict=True)
         ),
-        "head_VK": max(opnorm(v) * opnorm(k) for v, k in zip(value_HED, key_HED, strict=True)),
+        "head_VK": max(
+            opnorm(v) * (opnorm(k) + _over(float(b), radius))
+            for v, k, b in zip(value_HED, key_HED, key_bias_H, strict=True)
+        ),
         "R": radius,
         "logit_spread": float((highest - lowest).max()),
         "opnorm_P": max(opnorm(p) for p in p_HTT),
@@ -112,6 +121,11 @@ def observe_attention(attention: Attention, u_TD: Tensor) -> dict[str, float]:
         "kv_group": group,
         "n_tokens": length,
     }
+
+
+def _over(bias: float, radius: float) -> float:
+    """A bias over the radius; both meet R^2 in the bounds, so that at R = 0 nothing of the bias is left."""
+    return bias / radius if radius > 0 else 0.0
 
 
 def _posterior_terms(attention: Attention, u_TD: Tensor, p_HTT: Tensor, key_HED: Tensor) -> tuple[float, float]:

@@ -51,7 +51,7 @@ def lanczos_opnorm(
     for iteration in range(1, limit + 1):
         rights.append(right)
         product = jvp(function, (x,), (right.view_as(x),))[1]
-        left = product.reshape(-1)
+        left = product.detach().reshape(-1)
         if lefts:
             left = _orthogonal(left, lefts)
         alpha = float(left.norm())
@@ -60,7 +60,7 @@ def lanczos_opnorm(
         left = left / alpha
         lefts.append(left)
         alphas.append(alpha)
-        back = pullback(left.view_as(product))[0].reshape(-1)
+        back = pullback(left.view_as(product))[0].detach().reshape(-1)
         back = _orthogonal(back, rights)
         beta = float(back.norm())
         small = torch.diag(torch.tensor(alphas, dtype=torch.float64))
@@ -88,7 +88,7 @@ def _orthogonal(vector: Tensor, basis: list[Tensor]) -> Tensor:
 def explicit_jacobian(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """The Jacobian as an (outputs, inputs) matrix; memory is their product."""
     jacobian = jacrev(function)(x)
-    return jacobian.reshape(-1, x.numel())
+    return jacobian.detach().reshape(-1, x.numel())
 
 
 def explicit_opnorm(function: Callable[[Tensor], Tensor], x: Tensor) -> float:

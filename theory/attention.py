@@ -102,14 +102,15 @@ def attention_upper_apriori() -> Statement:
 
     .. math:: \|J_u\| \le \|W_O\| \left\{ \sqrt g \|W_V\| \pi + \frac{R^2}{\sqrt{d_h}} \left[
         \max_h(\|W_V^h\| (\|W_Q^h\| + \|b_Q^h\|/R)) \sqrt g \|W_K\| \sqrt\chi
-        + \max_h(\|W_V^h\|\|W_K^h\|) \|W_Q\| \right] \right\}
+        + \max_h(\|W_V^h\| (\|W_K^h\| + \|b_K^h\|/R)) \|W_Q\| \right] \right\}
 
     with pi = min(sqrt T, e^D |C_T|), chi = min(T, e^D H_T), R the largest normalised token, g the query heads
-    a key head serves.
+    a key head serves; b_K counts with RoPE alone.
     Holds: any weights, any key, value and query bias, causal softmax, with or without RoPE (a rotation
         changes no norm). D may be any upper bound on the spread of a row's logits.
     Why: dA_t/du_j has a value term, a term through the keys (Cauchy-Schwarz over the softmax row) and one
-        through the query; covariances are at most the squared radius; key and value biases cancel in them.
+        through the query; covariances are at most the squared radius; value biases cancel in them, and key
+        biases too, unless RoPE turns them by the token.
     """
 
     def formula(

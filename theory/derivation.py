@@ -1,10 +1,8 @@
 """A derivation: a chain of steps from definitions to a statement, each of which can be checked with random numbers.
 
 A step asserts `left relation right`, both sides sympy expressions. The same expressions are printed, substituted
-into one another, and evaluated on random arrays, so that text, algebra and check cannot drift apart.
-
-Scalars are the symbols of `theory.symbols`. Matrices and vectors are non-commutative symbols (`array`), which keeps
-the order of products; vectors are columns. `Norm` is the spectral norm, `Transposed` the transpose.
+into one another, and evaluated on random arrays (`theory.derivations_expressions`), so that text, algebra and check
+cannot drift apart.
 
 The chains are in `theory.derivations_*`; a new one is one function under `@register_derivation`.
 """
@@ -20,134 +18,28 @@ from typing import Any, Literal
 import numpy as np
 import sympy as sp  # pyright: ignore[reportMissingTypeStubs]
 
+from theory.derivations_expressions import Values, evaluate
 from theory.sources import Source
 from theory.statements import Statement, find, residual
 
 Relation = Literal["=", "<=", "~", "<~"]
 StepKind = Literal["exact", "upper", "estimate"]
 Format = Literal["text", "markdown", "latex"]
-Values = Mapping[Any, Any]  # an expression's atom -> a number, a 2D array, a function, or an index's list of Values
 Sampler = Callable[[np.random.Generator], Values]
 
 KINDS: dict[Relation, StepKind] = {"=": "exact", "<=": "upper", "~": "estimate", "<~": "estimate"}
 ROUNDING = 1e-9  # of double-precision products of a few hundred terms, with room
 
 # Modules whose functions make up DERIVATIONS; a new file is added here.
-DERIVATION_MODULES = ("derivations_paper", "derivations_bounds", "derivations_attention", "derivations_growth")
+DERIVATION_MODULES = (
+    "derivations_paper",
+    "derivations_gradient",
+    "derivations_bounds",
+    "derivations_attention",
+    "derivations_growth",
+)
 
 _sp: Any = sp  # sympy is untyped
-
-
-class Norm(_sp.Function):  # pyright: ignore[reportUntypedBaseClass]
-    """Spectral norm of a matrix expression; the Euclidean norm of a column."""
-
-    nargs = 1
-    is_nonnegative = True
-
-
-class Transposed(_sp.Function):  # pyright: ignore[reportUntypedBaseClass]
-    """Transpose of a matrix expression."""
-
-    nargs = 1
-
-
-class SumOver(_sp.Function):  # pyright: ignore[reportUntypedBaseClass]
-    """Sum of a body over an index: SumOver(body, index)."""
-
-    nargs = 2
-
-
-class MaxOver(_sp.Function):  # pyright: ignore[reportUntypedBaseClass]
-    """Largest value of a scalar body over an index."""
-
-    nargs = 2
-    is_nonnegative = True
-
-
-class ProductOver(_sp.Function):  # pyright: ignore[reportUntypedBaseClass]
-    """Product of a scalar body over an index."""
-
-    nargs = 2
-    is_nonnegative = True
-
-
-_LETTERS: dict[Any, str] = {}
-
-
-def array(name: str, latex: str = "") -> Any:
-    """A matrix or column by name: a symbol whose products keep their order."""
-    return _named(_sp.Symbol(name, commutative=False), latex)
-
-
-def entry(name: str, latex: str = "") -> Any:
-    """A scalar that belongs to one place of a computation, such as p_tj; configuration letters are in `symbols`."""
-    return _named(_sp.Symbol(name, nonnegative=True), latex)
-
-
-def _named(made: Any, latex: str) -> Any:
-    if latex and _LETTERS.setdefault(made, latex) != latex:
-        raise ValueError(f"{made} is already printed as {_LETTERS[made]}; choose another name")
-    return made
-
-
-def letters() -> dict[Any, str]:
-    """Map from every symbol a derivation may contain to its letter in print."""
-    from theory.symbols import latex_names
-
-    return latex_names() | _LETTERS
-
-
-def evaluate(expression: Any, values: Values) -> Any:
-    """The expression at numbers and arrays: products of arrays are matrix products.
-
-    Args:
-        values: numbers (or 2D arrays) for symbols, callables for undefined functions, and for each index a
-            sequence of further values, one mapping for each position.
-
-    Raises:
-        ValueError: an atom has no value.
-
-    >>> x = array("x")
-    >>> float(evaluate(Norm(2 * x), {x: np.array([[3.0], [4.0]])}))
-    10.0
-    """
-    if expression in values:
-        return values[expression]
-    if expression.is_Number or expression.is_NumberSymbol:
-        return float(expression)
-    if isinstance(expression, (SumOver, MaxOver, ProductOver)):
-        body, index = expression.args
-        terms = [evaluate(body, {**values, **more}) for more in values[index]]
-        if isinstance(expression, MaxOver):
-            return max(terms)
-        return sum(terms) if isinstance(expression, SumOver) else np.prod(terms)
-    arguments = [evaluate(argument, values) for argument in expression.args]
-    if not arguments:
-        raise ValueError(f"{expression} has no value; add it to the step's sample")
-    if expression.is_Add:
-        return sum(arguments[1:], start=arguments[0])
-    if expression.is_Mul:
-        product: Any = 1.0
-        for factor in arguments:
-            product = product * factor if np.ndim(product) == 0 or np.ndim(factor) == 0 else product @ factor
-        return product[0, 0] if np.shape(product) == (1, 1) else product
-    if expression.is_Pow:
-        return arguments[0] ** arguments[1]
-    if isinstance(expression, Norm):
-        return np.linalg.norm(np.atleast_2d(arguments[0]), 2)
-    if isinstance(expression, Transposed):
-        return arguments[0].T
-    if expression.func in values:
-        return values[expression.func](*arguments)
-    if isinstance(expression, (_sp.Max, _sp.Min)):
-        return max(arguments) if isinstance(expression, _sp.Max) else min(arguments)
-    if isinstance(expression, _sp.exp):
-        return np.exp(arguments[0])
-    if isinstance(expression, _sp.harmonic):
-        return sum(1 / k for k in range(1, round(arguments[0]) + 1))
-    if hasattr(expression, "_imp_"):
-        return expression._imp_(*arguments)
-    raise ValueError(f"{expression} has no value; add {expression.func} to the step's sample")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -354,13 +246,12 @@ def equal(left: Any, right: Any) -> bool:
 
 
 def _plain(expression: Any) -> Any:
-    from sympy.core.function import AppliedUndef  # pyright: ignore[reportMissingTypeStubs]
-
-    def rename(found: Any) -> Any:
+    found: Any
+    for found in expression.atoms(_sp.core.function.AppliedUndef):
         name = str(found.func)
-        return _sp.harmonic(*found.args) if name == "harmonic_number" else _sp.Function(name)(*found.args)
-
-    return expression.replace(lambda part: isinstance(part, AppliedUndef), rename)
+        named = _sp.harmonic if name == "harmonic_number" else _sp.Function(name)
+        expression = expression.xreplace({found: named(*found.args)})
+    return expression
 
 
 def _is_zero(expression: Any) -> bool:

@@ -12,7 +12,9 @@ from sympy.printing.latex import LatexPrinter  # pyright: ignore[reportMissingTy
 from sympy.printing.precedence import PRECEDENCE  # pyright: ignore[reportMissingTypeStubs]
 from sympy.printing.str import StrPrinter  # pyright: ignore[reportMissingTypeStubs]
 
-from theory.derivation import Derivation, Step, letters
+from theory.derivation import Derivation, Step
+from theory.derivations_expressions import letters
+from theory.symbols import latex_names
 
 _Latex: Any = LatexPrinter
 _Text: Any = StrPrinter
@@ -20,13 +22,14 @@ _sp: Any = sp
 
 SIGNS = {"=": "=", "<=": r"\leq", "~": r"\approx", "<~": r"\lesssim"}
 _WIDTH = 110
+_LATEX_WIDTH = 180
 
 
 class PaperLatex(_Latex):  # pyright: ignore[reportUntypedBaseClass]
     """Sympy's LaTeX with the paper's letters, inside the commands that mathtext knows."""
 
     def __init__(self) -> None:
-        super().__init__({"symbol_names": letters(), "order": "none"})
+        super().__init__({"symbol_names": letters(), "order": "none"})  # pyright: ignore[reportUnknownMemberType]
 
     def _print_Norm(self, expr: Any, exp: str | None = None) -> str:
         return _power(rf"\left\| {self._print(expr.args[0])} \right\|", exp)
@@ -70,7 +73,7 @@ class PaperLatex(_Latex):  # pyright: ignore[reportUntypedBaseClass]
     def _print_Symbol(self, expr: Any, style: str = "plain") -> str:
         letter = letters().get(expr)
         if letter is None:
-            return super()._print_Symbol(expr)
+            return str(_Latex._print_Symbol(self, expr))
         # A letter that is itself a product or a maximum must not swallow its neighbours.
         return rf"\left[ {letter} \right]" if letter.startswith(r"\max") else letter
 
@@ -83,16 +86,19 @@ class PaperText(_Text):  # pyright: ignore[reportUntypedBaseClass]
     """One line of ASCII, with |A| for norms and A^T for transposes."""
 
     def __init__(self) -> None:
-        super().__init__({"order": "none"})
+        super().__init__({"order": "none"})  # pyright: ignore[reportUnknownMemberType]
 
     def _print_Norm(self, expr: Any) -> str:
         return f"|{self._print(expr.args[0])}|"
 
     def _print_Transposed(self, expr: Any) -> str:
-        return f"{self.parenthesize(expr.args[0], PRECEDENCE['Atom'])}^T"
+        body = self._print(expr.args[0])
+        return f"{body}^T" if body.isidentifier() or body.isdigit() else f"({body})^T"
 
     def _over(self, word: str, expr: Any) -> str:
-        return f"{word}_{{{self._print(expr.args[1])}}} {self.parenthesize(expr.args[0], PRECEDENCE['Mul'])}"
+        index = self._print(expr.args[1])
+        index = index if index.isidentifier() else f"{{{index}}}"
+        return f"{word}_{index} {self.parenthesize(expr.args[0], PRECEDENCE['Mul'])}"
 
     def _print_SumOver(self, expr: Any) -> str:
         return self._over("sum", expr)
@@ -106,15 +112,21 @@ class PaperText(_Text):  # pyright: ignore[reportUntypedBaseClass]
     def _print_harmonic(self, expr: Any) -> str:
         return f"H_{self._print(expr.args[0])}"
 
+    def _print_Min(self, expr: Any) -> str:
+        return f"min({', '.join(self._print(argument) for argument in expr.args)})"
+
+    def _print_Max(self, expr: Any) -> str:
+        return f"max({', '.join(self._print(argument) for argument in expr.args)})"
+
     def _print_Function(self, expr: Any) -> str:
         if str(expr.func) == "cesaro_opnorm":
             return f"|C_{self._print(expr.args[0])}|"
         return f"{expr.func}({', '.join(self._print(argument) for argument in expr.args)})"
 
     def _print_Symbol(self, expr: Any) -> str:
-        if not expr.is_commutative or expr not in letters():
+        if expr not in latex_names():
             return str(expr.name)
-        letter = plain(letters()[expr])
+        letter = plain(latex_names()[expr])
         return f"[{letter}]" if letter.startswith("max") else letter
 
 
@@ -189,11 +201,8 @@ def render_markdown(chain: Derivation) -> str:
 
 def render_latex(chain: Derivation) -> str:
     """One align environment, a numbered line for each step, then the reasons."""
-    rows = [
-        f"  {latex(step.left)} &{SIGNS[step.relation]} {latex(step.right)} && \\text{{{escape(step.rule)}}} \\\\"
-        for step in chain.steps
-    ]
-    rows[-1] = rows[-1].removesuffix(r" \\")
+    rows = [_latex_row(step) for step in chain.steps]
+    rows[:-1] = [rf"{row} \\" for row in rows[:-1]]
     lines = [rf"\paragraph{{{escape(chain.title)}}} Kind: {chain.kind}."]
     if _target(chain):
         lines.append(rf"Arrives at \texttt{{{escape(_target(chain))}}}.")
@@ -204,7 +213,17 @@ def render_latex(chain: Derivation) -> str:
     return "\n".join([*lines, r"\end{enumerate}"]) + "\n"
 
 
-_ESCAPES = {"_": r"\_", "%": r"\%", "&": r"\&", "#": r"\#", "^": r"\^{}", "~": r"$\sim$", "|": r"$|$", "<": r"$<$"}
+def _latex_row(step: Step) -> str:
+    row = f"  {latex(step.left)} &{SIGNS[step.relation]} {latex(step.right)}"
+    # A line that fills the page leaves its rule to the list below.
+    return row if len(row) > _LATEX_WIDTH else rf"{row} && \text{{{escape(step.rule)}}}"
+
+
+_ESCAPES: dict[str, str] = {
+    **{character: rf"\{character}" for character in "_%&#"},
+    **{character: f"${character}$" for character in "|<>"},
+    **{"^": r"\^{}", "~": r"$\sim$"},
+}
 
 
 def escape(words: str) -> str:

@@ -36,7 +36,17 @@ def sqrt(value: Any) -> Any:
 
 
 def exp(value: Any) -> Any:
-    return _dispatch("exp", np.exp, value)
+    """Exponential; infinite, without a warning, beyond the range of doubles (an infinite bound is still one).
+
+    >>> float(exp(1000.0))
+    inf
+    """
+
+    def numeric(value: Any) -> Any:
+        with np.errstate(over="ignore"):
+            return np.exp(value)
+
+    return _dispatch("exp", numeric, value)
 
 
 def log(value: Any) -> Any:

@@ -168,15 +168,23 @@ def feedforward_edge_opnorm(activation: Activation, d: Any, d_ffn: Any, sigma_1:
 
 @lru_cache(maxsize=256)
 def _cesaro_opnorm(n_tokens: int) -> float:
-    from scipy.linalg import eigh_tridiagonal
-
-    t = np.arange(1, n_tokens + 1, dtype=np.float64)
-    # The inverse has t on the diagonal and -(t-1) left of it; the norm is one over its smallest singular value.
-    diagonal = t**2
-    diagonal[:-1] += t[:-1] ** 2
-    off = -t[:-1] * t[1:]
-    smallest = eigh_tridiagonal(diagonal, off, eigvals_only=True, select="i", select_range=(0, 0))[0]
-    return float(1 / np.sqrt(smallest))
+    # The inverse has t on the diagonal and -(t-1) left of it; the norm is one over its smallest singular value,
+    # found by bisection on the signs of the pivots of (inverse' inverse - shift). Plain Python, because loading
+    # a solver would take longer than the whole check of a configuration.
+    diagonal = [float(t * t + (t * t if t < n_tokens else 0)) for t in range(1, n_tokens + 1)]
+    squared_off = [float((t * (t + 1)) ** 2) for t in range(1, n_tokens)]
+    low, high = 0.25, 1.0  # hardy1920: the norm is below 2; the first row alone makes it at least 1
+    while high - low > 1e-15:
+        shift = (low + high) / 2
+        pivot = diagonal[0] - shift
+        definite = pivot > 0
+        for entry, off in zip(diagonal[1:], squared_off, strict=True):
+            if not definite:
+                break
+            pivot = entry - shift - off / pivot
+            definite = pivot > 0
+        low, high = (shift, high) if definite else (low, shift)
+    return low**-0.5  # low keeps the matrix definite, so this is not below the norm
 
 
 def cesaro_opnorm(n_tokens: Any) -> Any:

@@ -75,8 +75,8 @@ _ALL = (
     ),
     SymbolEntry(
         name="head_VK",
-        latex=r"\max_h \|W_V^h\| \|W_K^h\|",
-        meaning="largest product of a head's value and key norms",
+        latex=r"\max_h \|W_V^h\| (\|W_K^h\| + \|b_K^h\| / R)",
+        meaning="largest product of a head's value norm and its key norm, with RoPE key bias included",
         known="measured",
     ),
     SymbolEntry(name="R", latex="R", meaning="largest norm of a normalised token", known="measured"),

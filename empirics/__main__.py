@@ -1,0 +1,228 @@
+"""`python -m empirics`: measure a network at initialisation, or train one."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from empirics.data import Batch, batch, load_corpus, random_tokens
+from empirics.probes import measure_growth
+from empirics.run import record_path, run
+from empirics.train import RunSpec
+from theory.__main__ import EXIT_UNKNOWN, Parser, add_architecture_options, chosen, emit, run_command, whole
+from theory.architecture import Architecture
+from theory.growth import gradient_growth
+from theory.hf_config import UnknownArchitecture
+from theory.records import plain, write_bytes
+
+MEASURE_SEQ_LEN = 128  # default where the context is longer: activations of the whole batch are kept
+
+
+def check_device(device: str) -> str:
+    """The device, if torch can reach it.
+
+    Raises:
+        ValueError: it cannot.
+    """
+    try:
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError):
+        raise ValueError(f"device {device!r} is not available here; use --device cpu") from None
+    return device
+
+
+def check_memory(architecture: Architecture) -> None:
+    """Refuse a network whose weights and gradients (float32) cannot fit in this machine's memory."""
+    needed = 8 * architecture.n_parameters
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > 0.9 * total:
+        raise ValueError(
+            f"{architecture.name} needs {needed / 1e9:.3g} GB for weights and gradients and this machine has "
+            f"{total / 1e9:.3g} GB; use fewer --layers or a smaller preset"
+        )
+
+
+def batches_of(
+    architecture: Architecture, *, batch_size: int, seq_len: int, data: str | None, cache: Path | None
+) -> Callable[[int], Batch]:
+    """Batches by seed: uniformly random ids, or text where `data` names some."""
+    if data is None:
+        return lambda seed: random_tokens(architecture.vocab_size, seed=seed, batch_size=batch_size, seq_len=seq_len)
+    corpus = load_corpus(data, vocab_size=architecture.vocab_size, cache=cache)
+    return lambda seed: batch(corpus, seed=seed, step=0, batch_size=batch_size, seq_len=seq_len)
+
+
+def _measure(arguments: argparse.Namespace) -> int:
+    try:
+        architecture, longest, _ = chosen(arguments)
+    except UnknownArchitecture as reason:
+        answer = {"verdict": "unknown", "why": [str(reason)]}
+        emit(json.dumps(answer) if arguments.json else f"unknown: {reason}", arguments.out)
+        return EXIT_UNKNOWN
+    check_memory(architecture)
+    device = check_device(arguments.device)
+    seq_len = arguments.seq_len or min(longest, MEASURE_SEQ_LEN)
+    batches = batches_of(
+        architecture, batch_size=arguments.batch, seq_len=seq_len, data=arguments.data, cache=arguments.cache
+    )
+    with tqdm(total=arguments.seeds, desc="seeds", unit="seed", disable=arguments.seeds < 2) as bar:
+        growth, profile, residual = measure_growth(
+            architecture,
+            seeds=tuple(range(arguments.seeds)),
+            batches=batches,
+            device=device,
+            on_seed=lambda _: bar.update(1),
+        )
+    predicted = gradient_growth(architecture, seq_len)
+    log_sd = None if growth.log_sd is None or not math.isfinite(growth.log_sd[0]) else growth.log_sd[0]
+    answer: dict[str, Any] = {
+        "architecture": architecture,
+        "seq_len": seq_len,
+        "batch": arguments.batch,
+        "tokens": arguments.data or "uniformly random",
+        "gradient_growth": {"value": growth.values[0], "log_sd": log_sd, "seeds": list(growth.seeds)},
+        "gradient_profile": {"values": profile.values, "log_sd": profile.log_sd},
+        "residual_std": {"values": residual.values, "log_sd": residual.log_sd},
+        "predicted": {
+            "gradient_growth": predicted.value,
+            "kind": "sharp",
+            "in_domain": predicted.in_domain,
+            "reasons": predicted.reasons,
+            "gradient_profile": predicted.gradient,
+            "residual_std": predicted.residual_std,
+        },
+    }
+    if arguments.json:
+        emit(json.dumps(plain(answer), indent=2, allow_nan=False), arguments.out)
+        return 0
+    spread = "" if log_sd is None else f" (log sd {log_sd:.3f} over {arguments.seeds} seeds)"
+    domain = "" if predicted.in_domain else ", outside its domain"
+    lines = [
+        f"{architecture.name}, {seq_len} tokens: gradient growth {growth.values[0]:.4g}{spread}",
+        f"predicted {predicted.value:.4g} (sharp{domain}): {predicted.value / growth.values[0] - 1:+.2%}",
+        f"{'place':>6}{'residual std':>14}{'gradient':>12}{'predicted':>12}",
+        *(
+            f"{n:>6}{std:>14.4g}{g:>12.4g}{p:>12.4g}"
+            for n, (std, g, p) in enumerate(zip(residual.values, profile.values, predicted.gradient, strict=True))
+        ),
+    ]
+    emit("\n".join(lines), arguments.out)
+    return 0
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    architecture, longest, _ = chosen(arguments)
+    seq_len = arguments.seq_len or longest
+    check_memory(architecture)
+    spec = RunSpec(
+        architecture=architecture,
+        label=arguments.config,
+        experiment="train",
+        seed=arguments.seed,
+        steps=arguments.steps,
+        batch_size=arguments.batch,
+        seq_len=seq_len,
+        learning_rate=arguments.lr,
+        warmup=min(arguments.warmup, arguments.steps),
+        schedule=arguments.schedule,
+        weight_decay=arguments.weight_decay,
+        precision=arguments.precision,
+        device=check_device(arguments.device),
+        compile=arguments.compile,
+        data=arguments.data,
+        tokenizer=arguments.tokenizer,
+        probe_every=arguments.probe_every,
+    )
+    out = Path(arguments.out)
+    record = run(spec, out, progress=True, checkpoint_every=arguments.checkpoint_every)
+    losses = "".join(
+        json.dumps({"step": step, "loss": loss}) + "\n" for step, loss in enumerate(record["series"]["loss"])
+    )
+    write_bytes(out / "losses.jsonl", losses.encode())
+    final = record["final"]
+    if final["diverged_at"] is not None:
+        print(f"diverged: the loss or its gradient was not finite at step {final['diverged_at']}")
+    else:
+        print(f"held-out loss {final['heldout_loss']:.4f} nats a token after {spec.steps} steps")
+    print(f"record {record_path(spec, out)}\nlosses {out / 'losses.jsonl'}")
+    return 0
+
+
+def positive(text: str) -> float:
+    """A positive finite number for argparse."""
+    try:
+        value = float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number; write for example 0.001") from None
+    if not (math.isfinite(value) and value > 0):
+        raise argparse.ArgumentTypeError(f"{text} is not a positive finite number")
+    return value
+
+
+def natural(text: str) -> int:
+    """A whole number from 0 for argparse."""
+    return 0 if text.strip() == "0" else whole(text)
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    top = Parser(prog="python -m empirics", description="Measure real transformers, at initialisation or in training.")
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
+
+    measure = commands.add_parser(
+        "measure",
+        help="gradient growth of a network at initialisation",
+        description="Build the network (float32, no dropout) and measure its gradient growth beside the prediction.",
+    )
+    add_architecture_options(measure)
+    measure.add_argument("--batch", type=whole, default=4, metavar="B", help="sequences (default 4)")
+    measure.add_argument("--seeds", type=whole, default=3, metavar="K", help="seeds 0..K-1 (default 3)")
+    measure.add_argument(
+        "--data", metavar="TEXT", help="text to measure on (sympy, a file, hf:NAME); default random ids"
+    )
+    measure.add_argument("--cache", type=Path, metavar="DIR", help="folder that keeps tokenised text")
+    measure.add_argument("--json", action="store_true", help="print JSON")
+    measure.add_argument("--out", metavar="FILE", help="write to a file instead of standard output")
+    measure.set_defaults(run=_measure)
+
+    train = commands.add_parser(
+        "train",
+        help="one training run",
+        description="Train once; a killed run resumes, a finished one is not trained again.",
+    )
+    add_architecture_options(train)
+    train.add_argument("--steps", type=whole, default=300, help="default 300")
+    train.add_argument("--seed", type=natural, default=0, help="default 0")
+    train.add_argument("--batch", type=whole, default=8, help="sequences a step (default 8)")
+    train.add_argument("--lr", type=positive, default=1e-3, help="peak learning rate (default 1e-3)")
+    train.add_argument("--warmup", type=natural, default=20, help="steps of warm-up (default 20)")
+    train.add_argument("--schedule", choices=("cosine", "constant"), default="cosine", help="default cosine")
+    train.add_argument("--weight-decay", type=float, default=0.0, help="on matrices, not embeddings (default 0)")
+    train.add_argument("--precision", choices=("float32", "bfloat16"), default="float32", help="default float32")
+    train.add_argument("--compile", action="store_true", help="torch.compile the loss")
+    train.add_argument("--data", default="sympy", metavar="TEXT", help="sympy (default), a file, or hf:NAME")
+    train.add_argument("--tokenizer", choices=("bpe", "bytes"), default="bpe", help="default bpe")
+    train.add_argument("--probe-every", type=whole, default=20, help="steps between probes (default 20)")
+    train.add_argument("--checkpoint-every", type=whole, default=100, help="steps between checkpoints (default 100)")
+    train.add_argument("--out", required=True, metavar="DIR", help="folder for the record and losses.jsonl")
+    train.set_defaults(run=_train)
+    for command in (measure, train):
+        command.add_argument("--device", default="cpu", help="cpu (default), cuda, cuda:1, ...")
+    return top
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of `python -m empirics`."""
+    return run_command(parser(), argv)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

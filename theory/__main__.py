@@ -1,0 +1,245 @@
+"""`spikecheck`: check a configuration, derive a bound, sweep a grid. Needs no torch."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NoReturn
+
+from theory.architecture import EMBEDDINGS, INITS, PRESETS, Architecture, preset
+from theory.hf_config import Config, UnknownArchitecture, read_config
+
+EXIT_STABLE, EXIT_AT_RISK, EXIT_BAD_INPUT, EXIT_UNKNOWN = 0, 1, 2, 3
+DEFAULT_SEQ_LEN = 2048
+LARGEST_SEQ_LEN = 10**6
+LARGEST_DEPTH = 4096  # the recursion keeps every half-layer's Gram: about 2 GB at this depth
+
+
+class Parser(argparse.ArgumentParser):
+    """Argument parser whose errors are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        print(f"{self.prog}: {message}; see {self.prog} --help", file=sys.stderr)
+        raise SystemExit(EXIT_BAD_INPUT)
+
+
+def whole(text: str) -> int:
+    """A positive whole number for argparse."""
+    try:
+        value = int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number; write for example 64") from None
+    if not 1 <= value <= 10**9:
+        raise argparse.ArgumentTypeError(f"{value} is out of range; use 1 to 1000000000")
+    return value
+
+
+def load(config: str) -> Config:
+    """A preset by name, or a `config.json` by path.
+
+    Raises:
+        ValueError: neither; UnknownArchitecture: a class without a prediction.
+    """
+    if config in PRESETS:
+        positions = "the paper's positions and activation are not confirmed: RoPE and ReLU"
+        return Config(preset(config), (positions,))
+    path = Path(config)
+    if not path.exists() and path.suffix != ".json" and "/" not in config:
+        raise ValueError(f"unknown preset {config!r}; use one of {', '.join(PRESETS)} or the path of a config.json")
+    return read_config(path)
+
+
+def add_architecture_options(parser: argparse.ArgumentParser) -> None:
+    """The options that choose and vary an architecture, shared by every command."""
+    parser.add_argument("config", metavar="CONFIG", help=f"{', '.join(PRESETS)}, or the path of a config.json")
+    parser.add_argument("--embedding", choices=EMBEDDINGS, help="embedding treatment (default: vanilla, or the file's)")
+    parser.add_argument("--init", choices=list(INITS), help="initialisation (default: paper, or the file's class's)")
+    parser.add_argument("--seq-len", type=whole, metavar="T", help="tokens (default: the context, at most 2048)")
+    parser.add_argument("--layers", type=whole, metavar="N", help="another depth")
+
+
+def chosen(arguments: argparse.Namespace) -> tuple[Architecture, int, tuple[str, ...]]:
+    """Architecture, sequence length and assumptions that the options ask for."""
+    architecture, assumed = load(arguments.config)
+    if arguments.layers:
+        architecture = replace(architecture, n_layers=arguments.layers)
+    if arguments.embedding:
+        architecture = architecture.with_embedding(arguments.embedding)
+    if arguments.init:
+        architecture = architecture.with_init(arguments.init)
+    seq_len = arguments.seq_len or min(architecture.context, DEFAULT_SEQ_LEN)
+    if architecture.n_layers > LARGEST_DEPTH:
+        raise ValueError(f"{architecture.n_layers} layers are out of range; use at most {LARGEST_DEPTH}")
+    if seq_len > LARGEST_SEQ_LEN:
+        raise ValueError(f"--seq-len {seq_len} is out of range; use at most {LARGEST_SEQ_LEN}")
+    if architecture.positions == "learned" and seq_len > architecture.context:
+        raise ValueError(f"--seq-len {seq_len} exceeds the {architecture.context} learned positions; use fewer tokens")
+    return architecture, seq_len, assumed
+
+
+def emit(text: str, out: str | None) -> None:
+    """Print, or write to a file."""
+    if out is None:
+        print(text)
+        return
+    from theory.records import write_bytes
+
+    write_bytes(Path(out), (text + "\n").encode())
+    print(f"wrote {out}", file=sys.stderr)
+
+
+def _check(arguments: argparse.Namespace) -> int:
+    from theory.verdict import check, unknown
+
+    try:
+        architecture, seq_len, assumed = chosen(arguments)
+    except UnknownArchitecture as reason:
+        answer = unknown(str(reason))
+        emit(json.dumps(answer, indent=2) if arguments.json else f"unknown: {reason}", arguments.out)
+        return EXIT_UNKNOWN
+    verdict = check(architecture, seq_len, assumed=assumed)
+    if arguments.json:
+        emit(json.dumps(verdict.as_json(), indent=2, allow_nan=False), arguments.out)
+    else:
+        emit(_verdict_text(verdict), arguments.out)
+    return {"stable": EXIT_STABLE, "unknown": EXIT_UNKNOWN}.get(verdict.outcome, EXIT_AT_RISK)
+
+
+def _verdict_text(verdict: Any) -> str:
+    a = verdict.architecture
+    domain = "" if verdict.growth.in_domain else ", outside its domain"
+    lines = [
+        f"{a.name}: d_model {a.d_model}, {a.n_layers} layers, {a.n_heads} heads, d_ffn {a.d_ffn}, "
+        f"{a.n_parameters / 1e6:.4g}M parameters, init {a.init.name}, {verdict.seq_len} tokens",
+        f"verdict: {verdict.outcome}",
+        f"gradient growth: {verdict.growth.value:.4g} (sharp{domain})",
+        f"log10 of the bound on it: {verdict.paper.log10_product:.4g} (the paper's estimate), "
+        f"{verdict.rigorous.log10_product:.4g} (rigorous upper)",
+        *(f"why: {reason}" for reason in verdict.why),
+        *(f"next: {step}" for step in verdict.next),
+        *(f"assumed: {assumption}" for assumption in verdict.assumed),
+    ]
+    return "\n".join(lines)
+
+
+def _derive(arguments: argparse.Namespace) -> int:
+    from theory.derivation import DERIVATIONS, derivation, render
+
+    if arguments.name is None:
+        emit("\n".join(DERIVATIONS), arguments.out)
+    else:
+        emit(render(derivation(arguments.name), arguments.format), arguments.out)
+    return EXIT_STABLE
+
+
+def _statements(arguments: argparse.Namespace) -> int:
+    from theory.statements import catalogue
+
+    rows = [
+        {
+            "name": s.name,
+            "kind": s.kind,
+            "quantity": s.quantity.name,
+            "expression": str(s.expression),
+            "assumptions": list(s.assumptions),
+            "source": str(s.source),
+            "target": s.target,
+        }
+        for s in catalogue().values()
+    ]
+    if arguments.json:
+        emit(json.dumps(rows, indent=2), arguments.out)
+    else:
+        emit("\n".join(f"{r['name']:30} {r['kind']:9} {r['quantity']:22} {r['source']}" for r in rows), arguments.out)
+    return EXIT_STABLE
+
+
+def _sizes(text: str) -> list[int]:
+    return [whole(part) for part in text.split(",")]
+
+
+def _sweep(arguments: argparse.Namespace) -> int:
+    from theory.evaluate import closed_form_sweep
+
+    rows = closed_form_sweep(arguments.widths, arguments.depths, arguments.embedding, arguments.seq_len)
+    if arguments.json:
+        emit(json.dumps(rows, indent=None, allow_nan=False), arguments.out)
+        return EXIT_STABLE
+    header = f"{'embedding':14}{'d_model':>9}{'layers':>8}{'growth (estimate)':>19}{'eq. (15) excess (estimate)':>28}"
+    body = [
+        f"{r['embedding']:14}{r['d_model']:>9}{r['n_layers']:>8}{r['growth']:>19.5g}{r['ffn_excess']:>28.4g}"
+        for r in rows
+    ]
+    emit("\n".join([header, *body]), arguments.out)
+    return EXIT_STABLE
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    top = Parser(prog="spikecheck", description="Say whether a transformer will train, before it is trained.")
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
+
+    check = commands.add_parser(
+        "check",
+        help="judge an architecture from its configuration",
+        description="Judge an architecture from its configuration. Exit status: 0 stable, 1 at risk or unstable, "
+        "2 bad input, 3 unknown.",
+    )
+    add_architecture_options(check)
+    check.set_defaults(run=_check)
+
+    derive = commands.add_parser(
+        "derive", help="print a derivation, step by step", description="Print a derivation; without a name, list them."
+    )
+    derive.add_argument("name", nargs="?", metavar="NAME", help="a derivation, for example ffn")
+    derive.add_argument("--format", choices=("text", "markdown", "latex"), default="text", help="default: text")
+    derive.set_defaults(run=_derive)
+
+    statements = commands.add_parser("statements", help="list every bound, prediction and estimate")
+    statements.set_defaults(run=_statements)
+
+    sweep = commands.add_parser(
+        "sweep",
+        help="closed-form growth over a grid of sizes",
+        description="Closed-form growth and the first layer's eq. (15) excess over a grid; both are estimates.",
+    )
+    sweep.add_argument("--widths", type=_sizes, default=[256, 1024, 4096], metavar="D,D,...", help="model widths")
+    sweep.add_argument("--depths", type=_sizes, default=[8, 24, 96], metavar="N,N,...", help="numbers of layers")
+    sweep.add_argument("--embedding", choices=EMBEDDINGS, action="append", help="repeatable; default: all four")
+    sweep.add_argument("--seq-len", type=whole, default=1024, metavar="T", help="tokens (default 1024)")
+    sweep.set_defaults(run=_sweep)
+
+    for command in (check, statements, sweep):
+        command.add_argument("--json", action="store_true", help="print JSON")
+    for command in (check, derive, statements, sweep):
+        command.add_argument("--out", metavar="FILE", help="write to a file instead of standard output")
+    return top
+
+
+def run_command(top: argparse.ArgumentParser, argv: Sequence[str] | None) -> int:
+    """Parse and run; bad input is one line on standard error and status 2, a broken pipe is silent."""
+    arguments = top.parse_args(argv)
+    try:
+        return int(arguments.run(arguments))
+    except ValueError as error:
+        print(f"{top.prog}: {' '.join(str(error).split())}", file=sys.stderr)
+        return EXIT_BAD_INPUT
+    except KeyboardInterrupt:
+        print(f"{top.prog}: interrupted; run the same command again to go on", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        sys.stderr.close()
+        return EXIT_STABLE
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of `spikecheck` and `python -m theory`."""
+    return run_command(parser(), argv)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

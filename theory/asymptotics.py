@@ -1,0 +1,184 @@
+"""What the formulas say at large width and depth: the limits that separate the methods.
+
+Everything is at the paper's initialisation: N(0, 2/(5d)) weights, the two matrices that write to the residual stream
+times 1/sqrt(2N), d_ffn = 4d, ReLU, and an embedding of std sqrt(2/(5d)) (Vanilla), sqrt(2/5) (Scaled Embed) or 1
+(Embed LN). Growth is the closed form; excess is eq. (15) less 1 in the first layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import sympy as sp  # pyright: ignore[reportMissingTypeStubs]
+
+from theory.derivation import derivation
+from theory.statements import find
+from theory.symbols import symbol
+
+_sp: Any = sp
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Asymptote:
+    """A limit.
+
+    Attributes:
+        statement: what it says.
+        expression: the quantity, at finite sizes.
+        over: its rate; 1 if it tends to a constant.
+        variable: what tends to infinity.
+        limit: of expression / over, found by sympy; it may depend on the other symbols.
+    """
+
+    name: str
+    statement: str
+    expression: Any
+    over: Any
+    variable: Any
+    limit: Any
+
+
+def paper_init() -> dict[Any, Any]:
+    """The paper's initialisation, exact, as substitutions for the theory's symbols."""
+    d, N = symbol("d"), symbol("n_layers")
+    small = _sp.sqrt(_sp.Rational(2, 5) / d)
+    written = small / _sp.sqrt(2 * N)
+    return {
+        symbol("d_ffn"): 4 * d,
+        symbol("sigma_1"): small,
+        symbol("sigma_2"): written,
+        symbol("sigma_O"): written,
+        symbol("c_VO"): d * small**2 * d * written**2,
+    }
+
+
+def embedding_std(method: str) -> Any:
+    """Exact std of the embedding output under a method's name."""
+    stds = {
+        "Vanilla": _sp.sqrt(_sp.Rational(2, 5) / symbol("d")),
+        "Scaled Embed": _sp.sqrt(_sp.Rational(2, 5)),
+        "Embed LN": _sp.Integer(1),
+    }
+    if method not in stds:
+        raise ValueError(f"unknown method {method!r}; use one of {', '.join(stds)}")
+    return stds[method]
+
+
+def growth(method: str) -> Any:
+    """Gradient growth of a method in d and T; N cancels."""
+    closed = derivation("closed-form").conclusion.right
+    return _tidy(closed.subs(paper_init()).subs(symbol("sigma_e"), embedding_std(method)))
+
+
+def first_excess(method: str, *, attended: bool = False) -> Any:
+    """Eq. (15) less 1 in the first layer, in d and N.
+
+    Args:
+        attended: x' has passed the attention half, which adds `c_V c_O H_T / T` to its variance; otherwise its
+            std is the embedding's.
+    """
+    start = embedding_std(method) ** 2
+    added = symbol("c_VO").subs(paper_init()) * _sp.harmonic(symbol("n_tokens")) / symbol("n_tokens") if attended else 0
+    bound = find("ffn-estimate").expression.subs(paper_init())
+    return _tidy(bound.subs(symbol("sigma_xp"), _sp.sqrt(start + added)))
+
+
+def _tidy(expression: Any) -> Any:
+    """With H_T a sum under one root reads best."""
+    simple = _sp.simplify(expression)
+    square = _sp.expand(simple**2)
+    return _sp.sqrt(square) if simple.has(_sp.harmonic) and square.is_Add else simple
+
+
+def _tends(name: str, statement: str, expression: Any, variable: Any, over: Any = 1) -> Asymptote:
+    over = _sp.sympify(over)
+    # sympy's limits want a plain positive variable and no undefined signs; H_T is one positive number here.
+    harmonic, free = _sp.Symbol("H_T", positive=True), _sp.Symbol("limit_variable", positive=True)
+    opened = (expression / over).subs(_sp.harmonic(symbol("n_tokens")), harmonic).subs(variable, free)
+    found = _sp.limit(opened, free, _sp.oo).subs(harmonic, _sp.harmonic(symbol("n_tokens")))
+    return Asymptote(
+        name=name, statement=statement, expression=expression, over=over, variable=variable, limit=_tidy(found)
+    )
+
+
+def vanilla_growth() -> Asymptote:
+    """Vanilla's growth over sqrt(d), as d grows."""
+    d = symbol("d")
+    text = "Vanilla's gradient growth is of order sqrt(d), whatever the depth"
+    return _tends("vanilla-growth", text, growth("Vanilla"), d, over=_sp.sqrt(d))
+
+
+def scaled_embed_growth() -> Asymptote:
+    """Scaled Embed's growth, as d grows."""
+    text = "Scaled Embed's gradient growth tends to a constant that neither width nor depth moves"
+    return _tends("scaled-embed-growth", text, growth("Scaled Embed"), symbol("d"))
+
+
+def embed_ln_growth() -> Asymptote:
+    """Embed LN's growth, as d grows."""
+    text = "Embed LN's gradient growth tends to a constant that neither width nor depth moves"
+    return _tends("embed-ln-growth", text, growth("Embed LN"), symbol("d"))
+
+
+def vanilla_excess() -> Asymptote:
+    """Vanilla's first-layer excess over sqrt(d/N), as d grows."""
+    d, N = symbol("d"), symbol("n_layers")
+    text = "Vanilla's first-layer excess is of order sqrt(d/N), with the std at the embedding"
+    return _tends("vanilla-excess", text, first_excess("Vanilla"), d, over=_sp.sqrt(d / N))
+
+
+def vanilla_excess_attended() -> Asymptote:
+    """Vanilla's first-layer excess after the attention half, as d grows."""
+    text = "Vanilla's first-layer excess saturates, whatever the depth, once attention's share of the std outweighs it"
+    return _tends("vanilla-excess-attended", text, first_excess("Vanilla", attended=True), symbol("d"))
+
+
+def scaled_embed_excess() -> Asymptote:
+    """Scaled Embed's first-layer excess over 1/sqrt(N), as d grows."""
+    d, N = symbol("d"), symbol("n_layers")
+    text = "Scaled Embed's first-layer excess does not depend on the width and falls like 1/sqrt(N)"
+    return _tends("scaled-embed-excess", text, first_excess("Scaled Embed"), d, over=1 / _sp.sqrt(N))
+
+
+def embed_ln_excess() -> Asymptote:
+    """Embed LN's first-layer excess over 1/sqrt(N), as d grows."""
+    d, N = symbol("d"), symbol("n_layers")
+    text = "Embed LN's first-layer excess does not depend on the width and falls like 1/sqrt(N)"
+    return _tends("embed-ln-excess", text, first_excess("Embed LN"), d, over=1 / _sp.sqrt(N))
+
+
+def scaled_embed_product() -> Asymptote:
+    """Log of the N-fold product of Scaled Embed's feed-forward bounds over sqrt(N), as N grows."""
+    N = symbol("n_layers")
+    text = "The log of N equal bounds' product is of order sqrt(N), though the growth itself stays finite"
+    logarithm = N * _sp.log(1 + first_excess("Scaled Embed"))
+    return _tends("scaled-embed-product", text, logarithm, N, over=_sp.sqrt(N))
+
+
+ASYMPTOTICS: dict[str, Callable[[], Asymptote]] = {
+    "vanilla-growth": vanilla_growth,
+    "scaled-embed-growth": scaled_embed_growth,
+    "embed-ln-growth": embed_ln_growth,
+    "vanilla-excess": vanilla_excess,
+    "vanilla-excess-attended": vanilla_excess_attended,
+    "scaled-embed-excess": scaled_embed_excess,
+    "embed-ln-excess": embed_ln_excess,
+    "scaled-embed-product": scaled_embed_product,
+}
+
+
+def render_asymptotics() -> str:
+    """Every limit, one under the other, in text."""
+    from theory.derivations_rendering import text
+
+    lines: list[str] = []
+    for build in ASYMPTOTICS.values():
+        found = build()
+        decimal = "" if found.limit.free_symbols else f" = {float(found.limit):.4g}"
+        lines.append(f"{found.statement}:")
+        rate = "it" if found.over == 1 else f"over {text(found.over)} it"
+        lines.append(f"    {text(found.expression)}")
+        lines.append(f"    as {text(found.variable)} -> infinity, {rate} tends to {text(found.limit)}{decimal}")
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,212 @@
+"""The pre-flight check: what a configuration's gradient will do, why, and what to change."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from theory.architecture import Architecture
+from theory.growth import Growth, gradient_growth
+from theory.records import plain
+from theory.sources import Source
+from theory.stack import DepthBound, paper_bound, rigorous_bound
+
+Outcome = Literal["stable", "at risk", "unstable", "unknown"]
+
+# Thresholds are conventions until outcomes of real trainings calibrate them.
+GROWTH_LIMIT = 2.0  # stable up to this growth of the gradient from the last layer to the first
+SUBLAYER_LIMIT = 2.0  # condition 1: the paper's norm of a sub-layer in its normalised input
+SHORTCUT_LIMIT = 2.0  # condition 2: the paper's excess over 1 of a half-layer's Jacobian, at the worst layer
+THRESHOLD_SOURCE = Source(key="convention", label="until outcomes calibrate it")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Condition:
+    """One of the paper's two conditions, evaluated.
+
+    Attributes:
+        value: the largest over sub-layers and depth; `limit` is the convention it is held against.
+    """
+
+    name: str
+    holds: bool
+    value: float
+    limit: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verdict:
+    """The answer of `check`; `as_json` is its public form."""
+
+    architecture: Architecture
+    seq_len: int
+    outcome: Outcome
+    growth: Growth
+    conditions: tuple[Condition, Condition]
+    paper: DepthBound
+    rigorous: DepthBound
+    assumed: tuple[str, ...]
+    why: tuple[str, ...]
+    next: tuple[str, ...]
+
+    def as_json(self) -> dict[str, Any]:
+        """JSON-ready form with the documented keys."""
+        return plain(
+            {
+                "architecture": self.architecture,
+                "seq_len": self.seq_len,
+                "verdict": self.outcome,
+                "gradient_growth": {
+                    "value": self.growth.value,
+                    "kind": "sharp",
+                    "in_domain": self.growth.in_domain,
+                    "reasons": self.growth.reasons,
+                },
+                "conditions": self.conditions,
+                "bounds": {
+                    "paper": {"log10": self.paper.log10_product, "kind": "estimate"},
+                    "rigorous": {
+                        "log10": self.rigorous.log10_product,
+                        "kind": "upper",
+                        "assumptions": self.rigorous.assumptions,
+                    },
+                },
+                "thresholds": {
+                    "growth": GROWTH_LIMIT,
+                    "sub_layer": SUBLAYER_LIMIT,
+                    "shortcut": SHORTCUT_LIMIT,
+                    "source": str(THRESHOLD_SOURCE),
+                },
+                "assumed": self.assumed,
+                "why": self.why,
+                "next": self.next,
+            }
+        )
+
+
+def unknown(reason: str) -> dict[str, Any]:
+    """The JSON answer where there is no prediction to make; the same keys as `Verdict.as_json`."""
+    return {
+        "architecture": None,
+        "seq_len": None,
+        "verdict": "unknown",
+        "gradient_growth": {"value": None, "kind": "sharp", "in_domain": False, "reasons": [reason]},
+        "conditions": [],
+        "bounds": {
+            "paper": {"log10": None, "kind": "estimate"},
+            "rigorous": {"log10": None, "kind": "upper", "assumptions": []},
+        },
+        "thresholds": {
+            "growth": GROWTH_LIMIT,
+            "sub_layer": SUBLAYER_LIMIT,
+            "shortcut": SHORTCUT_LIMIT,
+            "source": str(THRESHOLD_SOURCE),
+        },
+        "assumed": [],
+        "why": [reason],
+        "next": ["describe the model as one of the known classes, or measure it: python -m empirics measure"],
+    }
+
+
+def check(architecture: Architecture, seq_len: int, *, assumed: Sequence[str] = ()) -> Verdict:
+    """Judge an architecture at initialisation, before anything is built."""
+    growth = gradient_growth(architecture, seq_len)
+    paper = paper_bound(architecture, seq_len, growth)
+    conditions = _conditions(architecture, growth, paper)
+    reasons = _reasons(architecture, growth, conditions)
+    outcome = _outcome(growth, conditions)
+    return Verdict(
+        architecture=architecture,
+        seq_len=seq_len,
+        outcome=outcome,
+        growth=growth,
+        conditions=conditions,
+        paper=paper,
+        rigorous=rigorous_bound(architecture, seq_len),
+        assumed=(*assumed, *_assumptions(architecture)),
+        why=reasons,
+        next=_remedies(architecture, seq_len, outcome, growth),
+    )
+
+
+def _outcome(growth: Growth, conditions: Sequence[Condition]) -> Outcome:
+    if not all(condition.holds for condition in conditions):
+        return "at risk"  # the conditions do not depend on the growth's domain
+    if not growth.in_domain:
+        return "unknown"
+    return "stable" if growth.value <= GROWTH_LIMIT else "at risk"
+
+
+def _conditions(architecture: Architecture, growth: Growth, paper: DepthBound) -> tuple[Condition, Condition]:
+    scales = [(std**2 + architecture.eps) ** 0.5 for std in growth.residual_std]
+    excess = [branch for pair in zip(paper.attention, paper.feedforward, strict=True) for branch in pair]
+    sublayer = max(branch * scale for branch, scale in zip(excess, scales, strict=False))
+    shortcut = max(excess)
+    return (
+        Condition(name="small sub-layers", holds=sublayer <= SUBLAYER_LIMIT, value=sublayer, limit=SUBLAYER_LIMIT),
+        Condition(name="large shortcut", holds=shortcut <= SHORTCUT_LIMIT, value=shortcut, limit=SHORTCUT_LIMIT),
+    )
+
+
+def _reasons(architecture: Architecture, growth: Growth, conditions: Sequence[Condition]) -> tuple[str, ...]:
+    small, large = conditions
+    reasons: list[str] = []
+    word = "about" if growth.in_domain else "perhaps (outside the prediction's domain)"
+    reasons.append(
+        f"the gradient grows {word} {growth.value:.4g} times from the last layer to the first (limit {GROWTH_LIMIT:g})"
+    )
+    if not small.holds:
+        reasons.append(
+            f"sub-layers are not small: the paper's norm of the largest is {small.value:.3g} (limit {small.limit:g})"
+        )
+    if not large.holds:
+        std = growth.residual_std[0]
+        reasons.append(
+            f"the shortcut is not large: embeddings of std {std:.3g} let a half-layer's Jacobian exceed 1 by "
+            f"{large.value:.3g} in the paper's estimate (limit {large.limit:g})"
+        )
+    if small.holds and large.holds:
+        reasons.append("both of the paper's conditions hold: small sub-layers and a large shortcut")
+    reasons.extend(growth.reasons)
+    if architecture.tied and growth.residual_std[0] > 0.3:
+        reasons.append("the head is tied to embeddings this large: expect a high loss in the first steps")
+    return tuple(reasons)
+
+
+def _assumptions(architecture: Architecture) -> tuple[str, ...]:
+    assumed = ["initialisation, no dropout", "uniformly random, distinct tokens", "float32 or wider residual stream"]
+    if architecture.positions == "rope":
+        assumed.append("rotary positions do not change the recursion (they change no norm)")
+    if architecture.n_kv_heads != architecture.n_heads:
+        assumed.append("grouped keys and values enter as full heads")
+    if architecture.gated:
+        assumed.append("eq. (15) extended to a gate by the root mean square slope")
+    if architecture.padding_row:
+        assumed.append("the padding token does not occur: its zero row has gradients of order 1/sqrt(eps)")
+    return tuple(assumed)
+
+
+def _remedies(architecture: Architecture, seq_len: int, outcome: Outcome, growth: Growth) -> tuple[str, ...]:
+    if outcome == "stable":
+        return ("train; at the next change of width, depth or initialisation, check again",)
+    lines: list[str] = []
+    treatments = ("scaled-embed", "embed-ln")
+    for words, base in (("", architecture), (" with the paper's initialisation", architecture.with_init("paper"))):
+        for treatment in treatments:
+            changed = base.with_embedding(treatment)
+            after = gradient_growth(changed, seq_len)
+            conditions = _conditions(changed, after, paper_bound(changed, seq_len, after))
+            if _outcome(after, conditions) == "stable":
+                lines.append(
+                    f"--embedding {treatment}{' --init paper' if words else ''}: growth {after.value:.4g} "
+                    f"instead of {growth.value:.4g}"
+                )
+        if lines:
+            break
+    if not lines:
+        lines.append(
+            "no single change of the embedding or the initialisation makes this stable; make the sub-layers smaller "
+            "(output matrices times 1/sqrt(2 n_layers)) and the embeddings' std about 1"
+        )
+    return tuple(lines)
