@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from empirics.model import Attention, FeedForward, rotary_table, rotate
-from empirics.probes import PlainAttention
+from empirics.probes import PlainAttention, smallest_normaliser
 from empirics.spectral import explicit_jacobian, explicit_opnorm
 
 
@@ -30,13 +30,9 @@ def true_norm_jacobian(norm: nn.Module, x_D: Tensor) -> float:
 @torch.no_grad()
 def observe_norm(norm: nn.Module, x_TD: Tensor) -> dict[str, float]:
     """`gain`, and `s` the smallest normaliser over tokens."""
-    if isinstance(norm, nn.LayerNorm):
-        variance = x_TD.var(-1, unbiased=False)
-    else:
-        variance = x_TD.square().mean(-1)
     return {
         "gain": float(norm.weight.abs().max()),  # type: ignore[operator, union-attr]
-        "s": math.sqrt(float(variance.min()) + float(norm.eps)),  # type: ignore[arg-type]
+        "s": smallest_normaliser(norm, x_TD),
     }
 
 

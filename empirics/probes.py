@@ -128,6 +128,13 @@ def measure_growth(
     )
 
 
+def smallest_normaliser(norm: Any, x_TD: Tensor) -> float:
+    """Smallest sqrt(var + eps) (LayerNorm) or sqrt(mean square + eps) (RMSNorm) over tokens."""
+    layer_norm = isinstance(norm, torch.nn.LayerNorm)
+    square = x_TD.var(-1, unbiased=False) if layer_norm else x_TD.square().mean(-1)
+    return math.sqrt(float(square.min()) + float(norm.eps))
+
+
 def layer_norms(
     model: Transformer, tokens: Tensor, *, tolerance: float = 1e-3, on_layer: Callable[[int], None] | None = None
 ) -> list[dict[str, float]]:
@@ -159,6 +166,8 @@ def layer_norms(
         }
         row = {name: lanczos_opnorm(f, at, tolerance=tolerance).value for name, (f, at) in functions.items()}
         (row["sigma_x"], row["sigma_xp"]), _ = place_statistics([x, middle])
+        row["s_attention"] = smallest_normaliser(layer.attention_norm, x)
+        row["s_feedforward"] = smallest_normaliser(layer.feedforward_norm, middle)
         row["opnorm_O"] = float(torch.linalg.matrix_norm(layer.attention.output.weight, ord=2))
         row["opnorm_1"] = float(torch.linalg.matrix_norm(layer.feedforward.enter.weight, ord=2))
         row["opnorm_2"] = float(torch.linalg.matrix_norm(layer.feedforward.leave.weight, ord=2))

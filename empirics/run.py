@@ -12,8 +12,11 @@ import torch
 from tqdm import tqdm
 
 from empirics.data import Corpus, load_corpus
+from empirics.initialisation import InitialisationSpec, initialisation
 from empirics.train import RunSpec, train
 from theory.records import read_record, write_record
+
+Spec = RunSpec | InitialisationSpec
 
 
 def corpus_of(spec: RunSpec, out: Path) -> Corpus:
@@ -21,66 +24,85 @@ def corpus_of(spec: RunSpec, out: Path) -> Corpus:
     return load_corpus(spec.data, vocab_size=spec.architecture.vocab_size, tokenizer=spec.tokenizer, cache=out / "data")
 
 
-def record_path(spec: RunSpec, out: Path) -> Path:
-    """Where the run's record lies."""
+def record_path(spec: Spec, out: Path) -> Path:
+    """Where the record lies."""
     return out / "records" / f"{spec.identity}.json"
 
 
-def run(spec: RunSpec, out: Path, *, progress: bool = False, checkpoint_every: int = 100) -> dict[str, Any]:
-    """One run's record: read if it is there, otherwise trained (from its last checkpoint) and written."""
+def run(spec: Spec, out: Path, *, progress: bool = False, checkpoint_every: int = 100) -> dict[str, Any]:
+    """One record: read if it is there, otherwise computed (a training from its last checkpoint) and written."""
     path = record_path(spec, out)
     record = read_record(path)
     if record is not None:
         return record
+    if isinstance(spec, InitialisationSpec):
+        write_record(path, kind="initialisation", body=initialisation(spec, out / "data"))
+    else:
+        write_record(path, kind="training", body=_train(spec, out, progress, checkpoint_every))
+    written = read_record(path)
+    assert written is not None
+    return written
+
+
+def _train(spec: RunSpec, out: Path, progress: bool, checkpoint_every: int) -> dict[str, Any]:
     with tqdm(total=spec.steps, disable=not progress, desc=spec.label, unit="step") as bar:
 
         def on_step(step: int, loss: float) -> None:
-            bar.n = step + 1
             bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)
-            bar.update(0)
+            bar.update(step + 1 - bar.n)
 
-        body = train(
+        return train(
             spec,
             corpus_of(spec, out),
             checkpoint=out / "checkpoints" / f"{spec.identity}.pt",
             checkpoint_every=checkpoint_every,
             on_step=on_step,
         )
-    write_record(path, kind="training", body=body)
-    written = read_record(path)
-    assert written is not None
-    return written
 
 
-def _worker(spec: RunSpec, out: Path) -> str:
+def _worker(spec: Spec, out: Path) -> None:
     torch.set_num_threads(1)  # two one-thread processes beat one of two threads, and fix the rounding
     run(spec, out)
-    return spec.identity
 
 
-def run_all(specs: Sequence[RunSpec], out: Path, *, processes: int = 2) -> list[dict[str, Any]]:
-    """All records, in the order of `specs`; what is missing is trained, `processes` runs at a time.
+def cost(spec: Spec) -> float:
+    """Rough work of a record, in floating-point operations; only its proportions matter."""
+    a = spec.architecture
+    if isinstance(spec, RunSpec):
+        return 6.0 * a.n_parameters * spec.steps * spec.batch_size * spec.seq_len
+    passes = 6.0 * a.n_parameters * len(spec.seeds) * spec.batch_size * spec.seq_len
+    # Five norms a layer, some 12 pairs of products each, every pair about one forward and backward pass.
+    return passes + 6.0 * a.n_parameters * 60 * spec.jacobian_tokens
+
+
+def run_all(specs: Sequence[Spec], out: Path, *, processes: int = 2, title: str = "runs") -> list[dict[str, Any]]:
+    """All records, in the order of `specs`; what is missing is computed, `processes` at a time.
 
     Every run is single-threaded, so that its numbers depend neither on `processes` nor on the machine's cores.
     """
     missing = [spec for spec in specs if read_record(record_path(spec, out)) is None]
-    total = sum(spec.steps * spec.batch_size * spec.seq_len for spec in missing)
     if missing:
-        for key in {(spec.data, spec.tokenizer, spec.architecture.vocab_size): spec for spec in missing}.values():
-            corpus_of(key, out)  # once, before two processes would both build it
+        corpora = {
+            (spec.data, spec.tokenizer, spec.architecture.vocab_size): spec
+            for spec in missing
+            if isinstance(spec, RunSpec)
+        }
+        for spec in corpora.values():
+            corpus_of(spec, out)  # once, before two processes would both build it
+        total = sum(cost(spec) for spec in missing)
         context = multiprocessing.get_context("spawn")
+        layout = "{desc}: {percentage:3.0f}% |{bar}| {elapsed} elapsed, {remaining} left"
         with (
             ProcessPoolExecutor(min(processes, len(missing)), mp_context=context) as pool,
-            tqdm(total=total, desc=f"{len(missing)} trainings", unit="token", unit_scale=True) as bar,
+            tqdm(total=total, desc=f"{len(missing)} {title}", bar_format=layout) as bar,
         ):
             # Longest first, so that the last ones to finish are short.
-            ordered = sorted(missing, key=lambda spec: -spec.steps)
+            ordered = sorted(missing, key=lambda spec: -cost(spec))
             futures = {pool.submit(_worker, spec, out): spec for spec in ordered}
             try:
                 for future in as_completed(futures):
                     future.result()
-                    spec = futures[future]
-                    bar.update(spec.steps * spec.batch_size * spec.seq_len)
+                    bar.update(cost(futures[future]))
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise

@@ -37,6 +37,7 @@ class RunSpec:
         label: the method's name in figures.
         experiment: which question the run belongs to.
         probe_every: steps between probes of the residual stream; probes change no number of the run.
+        micro_batch: sequences that go through the network at once, gradients being accumulated; all if None.
         clip: gradient norms above this are scaled down to it; infinite for none.
     """
 
@@ -57,6 +58,7 @@ class RunSpec:
     precision: Literal["float32", "bfloat16"] = "float32"
     device: str = "cpu"
     compile: bool = False
+    micro_batch: int | None = None
     data: str = "sympy"
     tokenizer: str = "bpe"
     probe_every: int = 20
@@ -66,6 +68,10 @@ class RunSpec:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name}={value!r} is not a positive whole number; use 1 or more")
+        if self.micro_batch is not None and (self.micro_batch < 1 or self.batch_size % self.micro_batch):
+            raise ValueError(
+                f"micro_batch={self.micro_batch} does not divide batch_size={self.batch_size}; use a divisor of it"
+            )
         for name in ("learning_rate", "clip"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}={getattr(self, name)!r} is not positive; use a number above 0")
@@ -151,7 +157,7 @@ def train(
     final = _heldout_loss(spec, corpus, model) if series.diverged_at is None else math.nan
     if series.diverged_at is None:
         tokens, _ = _to_tensors(batch(corpus, seed=spec.seed, step=0, **_shape(spec)), spec.device)
-        series.distributions["end"] = distributions(model, tokens)
+        series.distributions["end"] = distributions(model, tokens[: spec.micro_batch])
     if checkpoint is not None:
         checkpoint.unlink(missing_ok=True)
     return {
@@ -180,22 +186,15 @@ def _train_step(
 ) -> None:
     tokens, targets = _to_tensors(batch(corpus, seed=spec.seed, step=step, **_shape(spec)), spec.device)
     probing = step % spec.probe_every == 0
-    places: list[Tensor] | None = [] if probing else None
     if step == 0:
-        series.distributions["start"] = distributions(model, tokens)
-    device_type = spec.device.split(":")[0]
-    with torch.autocast(device_type, dtype=torch.bfloat16, enabled=spec.precision == "bfloat16"):
-        # The compiled graph has no places to keep: a probed step runs the same arithmetic uncompiled.
-        loss = model.loss(tokens, targets, places) if probing else loss_function(tokens, targets)
-    value = float(loss.detach())
+        series.distributions["start"] = distributions(model, tokens[: spec.micro_batch])
+    optimizer.zero_grad(set_to_none=True)
+    value, residual_std, gradient = _accumulate(spec, model, None if probing else loss_function, tokens, targets)
     series.loss.append(value)
     if not math.isfinite(value):
         series.diverged_at = step
         return
-    optimizer.zero_grad(set_to_none=True)
-    loss.backward()
-    if places is not None:
-        residual_std, gradient = place_statistics(places)
+    if probing:
         series.probe_step.append(step)
         series.residual_std.append(residual_std)
         series.place_gradient.append(gradient)
@@ -220,6 +219,39 @@ def _train_step(
     series.learning_rate.append(spec.rate(step))
     series.update_norm.append(math.sqrt(sum(norm * norm for norm in updates.values())))
     series.layer_update.append([norm for name, norm in updates.items() if name.startswith("layer")])
+
+
+def _accumulate(
+    spec: RunSpec, model: Transformer, loss_function: Callable[..., Tensor] | None, tokens: Tensor, targets: Tensor
+) -> tuple[float, list[float], list[float]]:
+    """Add the batch's gradient; its loss, and with `loss_function` None the residual stream's statistics.
+
+    A probed step runs the same arithmetic uncompiled, since a compiled graph has no places to keep.
+    """
+    parts = tokens.shape[0] // (spec.micro_batch or tokens.shape[0])
+    value, deviations, gradients = 0.0, [], []
+    for part_tokens, part_targets in zip(tokens.chunk(parts), targets.chunk(parts), strict=True):
+        places: list[Tensor] | None = [] if loss_function is None else None
+        with torch.autocast(spec.device.split(":")[0], torch.bfloat16, enabled=spec.precision == "bfloat16"):
+            if loss_function is None:
+                loss = model.loss(part_tokens, part_targets, places)
+            else:
+                loss = loss_function(part_tokens, part_targets)
+        loss = loss / parts if parts > 1 else loss
+        value += float(loss.detach())
+        if not math.isfinite(value):
+            break
+        loss.backward()
+        if places is not None:
+            deviation, gradient = place_statistics(places)
+            deviations.append(deviation)
+            gradients.append(gradient)
+    if not deviations:
+        return value, [], []
+    # Sequences are independent before the loss: squared norms add over micro-batches, variances average.
+    std = np.sqrt(np.mean(np.square(deviations), axis=0)) if parts > 1 else np.array(deviations[0])
+    norm = np.sqrt(np.sum(np.square(gradients), axis=0)) if parts > 1 else np.array(gradients[0])
+    return value, std.tolist(), norm.tolist()
 
 
 def _optimizer(model: Transformer, spec: RunSpec) -> torch.optim.Optimizer:
@@ -252,7 +284,8 @@ def _to_tensors(pair: tuple[Any, Any], device: str) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def _heldout_loss(spec: RunSpec, corpus: Corpus, model: Transformer) -> float:
-    batches = heldout_batches(corpus, count=HELDOUT_BATCHES, **_shape(spec))
+    size = spec.micro_batch or spec.batch_size
+    batches = heldout_batches(corpus, count=HELDOUT_BATCHES, batch_size=size, seq_len=spec.seq_len)
     losses = [float(model.loss(*_to_tensors(pair, spec.device))) for pair in batches]
     return float(np.mean(losses))
 

@@ -228,6 +228,9 @@ def run_command(top: argparse.ArgumentParser, argv: Sequence[str] | None) -> int
     except ValueError as error:
         print(f"{top.prog}: {' '.join(str(error).split())}", file=sys.stderr)
         return EXIT_BAD_INPUT
+    except UnknownArchitecture as reason:
+        print(f"{top.prog}: unknown: {reason}", file=sys.stderr)
+        return EXIT_UNKNOWN
     except KeyboardInterrupt:
         print(f"{top.prog}: interrupted; run the same command again to go on", file=sys.stderr)
         return 130

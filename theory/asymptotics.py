@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import sympy as sp  # pyright: ignore[reportMissingTypeStubs]
@@ -66,12 +67,14 @@ def embedding_std(method: str) -> Any:
     return stds[method]
 
 
+@cache
 def growth(method: str) -> Any:
     """Gradient growth of a method in d and T; N cancels."""
     closed = derivation("closed-form").conclusion.right
     return _tidy(closed.subs(paper_init()).subs(symbol("sigma_e"), embedding_std(method)))
 
 
+@cache
 def first_excess(method: str, *, attended: bool = False) -> Any:
     """Eq. (15) less 1 in the first layer, in d and N.
 
@@ -103,6 +106,7 @@ def _tends(name: str, statement: str, expression: Any, variable: Any, over: Any 
     )
 
 
+@cache
 def vanilla_growth() -> Asymptote:
     """Vanilla's growth over sqrt(d), as d grows."""
     d = symbol("d")
@@ -110,18 +114,21 @@ def vanilla_growth() -> Asymptote:
     return _tends("vanilla-growth", text, growth("Vanilla"), d, over=_sp.sqrt(d))
 
 
+@cache
 def scaled_embed_growth() -> Asymptote:
     """Scaled Embed's growth, as d grows."""
     text = "Scaled Embed's gradient growth tends to a constant that neither width nor depth moves"
     return _tends("scaled-embed-growth", text, growth("Scaled Embed"), symbol("d"))
 
 
+@cache
 def embed_ln_growth() -> Asymptote:
     """Embed LN's growth, as d grows."""
     text = "Embed LN's gradient growth tends to a constant that neither width nor depth moves"
     return _tends("embed-ln-growth", text, growth("Embed LN"), symbol("d"))
 
 
+@cache
 def vanilla_excess() -> Asymptote:
     """Vanilla's first-layer excess over sqrt(d/N), as d grows."""
     d, N = symbol("d"), symbol("n_layers")
@@ -129,12 +136,14 @@ def vanilla_excess() -> Asymptote:
     return _tends("vanilla-excess", text, first_excess("Vanilla"), d, over=_sp.sqrt(d / N))
 
 
+@cache
 def vanilla_excess_attended() -> Asymptote:
     """Vanilla's first-layer excess after the attention half, as d grows."""
     text = "Vanilla's first-layer excess saturates, whatever the depth, once attention's share of the std outweighs it"
     return _tends("vanilla-excess-attended", text, first_excess("Vanilla", attended=True), symbol("d"))
 
 
+@cache
 def scaled_embed_excess() -> Asymptote:
     """Scaled Embed's first-layer excess over 1/sqrt(N), as d grows."""
     d, N = symbol("d"), symbol("n_layers")
@@ -142,6 +151,7 @@ def scaled_embed_excess() -> Asymptote:
     return _tends("scaled-embed-excess", text, first_excess("Scaled Embed"), d, over=1 / _sp.sqrt(N))
 
 
+@cache
 def embed_ln_excess() -> Asymptote:
     """Embed LN's first-layer excess over 1/sqrt(N), as d grows."""
     d, N = symbol("d"), symbol("n_layers")
@@ -149,6 +159,7 @@ def embed_ln_excess() -> Asymptote:
     return _tends("embed-ln-excess", text, first_excess("Embed LN"), d, over=1 / _sp.sqrt(N))
 
 
+@cache
 def scaled_embed_product() -> Asymptote:
     """Log of the N-fold product of Scaled Embed's feed-forward bounds over sqrt(N), as N grows."""
     N = symbol("n_layers")

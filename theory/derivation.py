@@ -109,15 +109,11 @@ class Step:
 
     def check(self, rng: np.random.Generator) -> Check:
         """Compare both sides at random numbers; fails too if the step's proof or composition does not hold."""
-        return self._compare(self.sample(rng), proven=self._proven())
+        return self._compare(self.sample(rng), proven=_proven(self))
 
     def check_tight(self, rng: np.random.Generator) -> Check | None:
         """The same where an inequality is nearly an equality; None where no such case is known."""
         return None if self.tight is None else self._compare(self.tight(rng), proven=True)
-
-    def _proven(self) -> bool:
-        composed = not self.uses or _sp.simplify(compose(*self.uses) - self.right) == 0
-        return composed and (self.proof is None or _is_zero(self.proof()))
 
     def _compare(self, values: Values, *, proven: bool) -> Check:
         from theory.derivations_rendering import formula
@@ -139,6 +135,13 @@ class Step:
             tolerance=self.tolerance,
             passed=bool(proven and error <= self.tolerance),
         )
+
+
+@cache
+def _proven(step: Step) -> bool:
+    """Whether the step's composition and its proof hold, as far as it has them."""
+    composed = not step.uses or _sp.simplify(compose(*step.uses) - step.right) == 0
+    return composed and (step.proof is None or _is_zero(step.proof()))
 
 
 def compose(first: Step, *others: Step) -> Any:
@@ -309,7 +312,7 @@ def derivation(name: str) -> Derivation:
 
 
 def render(chain: Derivation, format: Format = "text") -> str:
-    """The derivation as `text`, `markdown` (formulas between dollars) or `latex` (a fragment that needs amsmath).
+    """The derivation as `text`, `markdown` (formulas between dollars) or `latex` (a fragment for amsmath, amssymb).
 
     Raises:
         ValueError: the format is not known.

@@ -358,7 +358,7 @@ def attention_upper_apriori() -> Derivation:
         relation="<=",
         rule="covariance at most second moment",
         source=OWN,
-        explanation="A turned key bias differs from token to token and does not cancel; without RoPE b_K^h is left out.",
+        explanation="RoPE turns a key bias by the token, so that it does not cancel; without RoPE b_K^h is left out.",
         sample=_sample,
         tight=_opposite_tokens,
     )

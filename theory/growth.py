@@ -156,8 +156,10 @@ class _Half(NamedTuple):
 
 
 def embedding_variance(architecture: Architecture) -> float:
-    """Mean square of the token part of the residual stream entering the first block."""
+    """Mean square of the residual stream entering the first block, for one token at one position."""
     raw = (architecture.embedding_multiplier * architecture.stds.embedding) ** 2
+    if architecture.positions == "learned":
+        raw += architecture.stds.position**2
     return raw / (raw + architecture.eps) if architecture.embedding_norm else raw
 
 
@@ -176,8 +178,9 @@ def gradient_growth(
         n_tokens: sequence length T.
         tokens: (T,) token ids; equal ids share an embedding. Distinct tokens unless given.
         targets: (T,) ids of the next tokens, for the loss gradient's own correlations. Distinct unless given.
-        attention: `second-order` counts how far the logits move softmax from the uniform average, forwards
-            and backwards; `uniform` does not. Both keep the gradient through the logits.
+        attention: `second-order` counts the correlated fluctuation of two softmax rows around the uniform
+            average, forwards and backwards; `uniform` does not. Both keep the gradient through the logits. Left
+            out: the mean shift of a single row, of the same order but zero while tokens are uncorrelated.
         exact: one block a position whatever the length (time and memory grow like T^2 N).
     """
     blocks = Blocks.of(n_tokens, exact=exact or tokens is not None or targets is not None)
@@ -204,10 +207,8 @@ def gradient_growth(
             branch = _attention_backward(architecture, blocks, half.kernel, gradient, attention)
         else:
             branch = _feedforward_backward(architecture, half.kernel, gradient)
-        # The norm's Jacobian projects out the mean (LayerNorm) and the radius, and E[1/s^2] exceeds 1/E[s^2]
-        # at finite width: together (d-2)/(d-3) and (d-1)/(d-2), exact for one normal token.
-        removed = 2 if architecture.norm == "layernorm" else 1
-        kept = (architecture.d_model - removed) / max(architecture.d_model - removed - 1, 1)
+        fixed = architecture.embedding_norm and half is halves[0]
+        kept = _norm_gain(architecture, fixed_scale=fixed)
         gradient = gradient + branch.over_outer(half.scale) * kept
         norms.append(blocks.trace(gradient))
     profile = tuple(math.sqrt(norm / norms[0]) for norm in reversed(norms))
@@ -234,8 +235,6 @@ def growth_closed_form(architecture: Architecture, n_tokens: int) -> float:
     harmonic = float(np.sum(1 / np.arange(1, n_tokens + 1))) / n_tokens
     added = feedforward + _value_gain(architecture) * harmonic
     start = embedding_variance(architecture)
-    if architecture.positions == "learned":
-        start += architecture.stds.position**2
     return math.sqrt(1 + architecture.n_layers * added / start)
 
 
@@ -272,6 +271,18 @@ def _head_gradient(architecture: Architecture, blocks: Blocks, targets: NDArray[
         return Gram(np.ones(n), np.zeros((n, n)))
     same = (targets[:, None] == targets[None, :]).astype(np.float64) - 1 / architecture.vocab_size
     return Gram(np.diagonal(same).copy(), same)
+
+
+def _norm_gain(architecture: Architecture, *, fixed_scale: bool) -> float:
+    """Backward variance gain of a normalisation, times the token's mean square.
+
+    The Jacobian projects out 2 directions of d (LayerNorm: mean and radius) or 1 (RMSNorm). The token's own
+    scale fluctuates at finite width, and E[1/s^2] exceeds 1/E[s^2]: together (d-2)/(d-3) and (d-1)/(d-2), exact
+    for a normal token; (d-2)/d and (d-1)/d where a norm before has fixed the scale.
+    """
+    d = architecture.d_model
+    left = d - (2 if architecture.norm == "layernorm" else 1)
+    return left / (d if fixed_scale else max(left - 1, 1))
 
 
 def _normalise(stream: Gram, eps: float) -> tuple[Gram, Array]:

@@ -1,0 +1,168 @@
+"""One network at initialisation: what theory says of it beside what is measured, as one record."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from empirics.data import Batch, Corpus, batch, load_corpus, random_tokens
+from empirics.model import build
+from empirics.probes import layer_norms, measure_growth
+from theory.architecture import Architecture
+from theory.attention import attention_estimate
+from theory.feedforward import ffn_branch_upper, lipschitz
+from theory.growth import Growth, gradient_growth, growth_closed_form
+from theory.records import Prediction, fingerprint, plain
+from theory.stack import paper_bound, rigorous_bound
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InitialisationSpec:
+    """What decides the record's numbers.
+
+    Attributes:
+        tokens: `random` ids are uniform and independent; `text` predicts with the tokens' own equalities.
+        jacobian_tokens: length of the sequence whose Jacobian norms are measured (first seed); 0 for none.
+    """
+
+    architecture: Architecture
+    label: str
+    preset: str
+    seeds: tuple[int, ...]
+    seq_len: int
+    batch_size: int
+    tokens: Literal["random", "text"]
+    jacobian_tokens: int
+    data: str = "sympy"
+    device: str = "cpu"
+
+    @property
+    def identity(self) -> str:
+        """Name of the record."""
+        label = self.label.lower().replace(" + ", "-").replace(" ", "-")
+        return f"initialisation-{self.preset}-{label}-{self.tokens}-{fingerprint(self)}"
+
+
+def initialisation(spec: InitialisationSpec, cache: Path | None) -> dict[str, Any]:
+    """The record's body. Predictions use the configuration (and, on text, which tokens are equal), nothing measured,
+    except eq. (20)'s |J^Z| and the a posteriori bounds, which say so."""
+    a = spec.architecture
+    corpus = load_corpus(spec.data, vocab_size=a.vocab_size, cache=cache) if spec.tokens == "text" else None
+
+    def batches(seed: int) -> Batch:
+        return _batch(spec, corpus, seed)
+
+    measured = measure_growth(a, seeds=spec.seeds, batches=batches, device=spec.device)
+    growth = gradient_growth(a, spec.seq_len) if corpus is None else _growth_on(a, spec, corpus)
+    predictions = _predictions(a, spec, growth)
+    jacobians: dict[str, Any] | None = None
+    if spec.jacobian_tokens:
+        tokens, _ = batches(spec.seeds[0])
+        model = build(a, seed=spec.seeds[0], device=spec.device)
+        sequence = torch.from_numpy(tokens[:1, : spec.jacobian_tokens]).to(spec.device)
+        layers = layer_norms(model, sequence, tolerance=1e-2)
+        jacobians = {"seq_len": spec.jacobian_tokens, "seed": spec.seeds[0], "lower_estimate": True, "layers": layers}
+        predictions += _layer_bounds(a, layers)
+    return {
+        "id": spec.identity,
+        "label": spec.label,
+        "preset": spec.preset,
+        "architecture": plain(a),
+        "seq_len": spec.seq_len,
+        "batch_size": spec.batch_size,
+        "tokens": spec.tokens,
+        "seeds": list(spec.seeds),
+        "data": None if corpus is None else {"source": corpus.description, "digest": corpus.digest},
+        "predictions": plain(predictions),
+        "measurements": plain(list(measured)),
+        "jacobians": plain(jacobians),
+    }
+
+
+def _batch(spec: InitialisationSpec, corpus: Corpus | None, seed: int) -> Batch:
+    if corpus is None:
+        return random_tokens(spec.architecture.vocab_size, seed=seed, batch_size=spec.batch_size, seq_len=spec.seq_len)
+    return batch(corpus, seed=seed, step=0, batch_size=spec.batch_size, seq_len=spec.seq_len)
+
+
+def _growth_on(architecture: Architecture, spec: InitialisationSpec, corpus: Corpus) -> Growth:
+    """The recursion on the measured batches' own token equalities; squared gradient norms add over sequences."""
+    parts: list[Growth] = []
+    for seed in spec.seeds:
+        tokens, targets = _batch(spec, corpus, seed)
+        for row, row_targets in zip(tokens, targets, strict=True):
+            parts.append(gradient_growth(architecture, spec.seq_len, tokens=row, targets=row_targets))
+    gradient = np.sqrt(np.mean([np.square(part.gradient) for part in parts], axis=0))
+    residual = np.sqrt(np.mean([np.square(part.residual_std) for part in parts], axis=0))
+    return Growth(
+        value=float(gradient[0]),
+        residual_std=tuple(residual.tolist()),
+        gradient=tuple(gradient.tolist()),
+        in_domain=parts[0].in_domain,
+        reasons=parts[0].reasons,
+    )
+
+
+def _prediction(quantity: str, kind: str, statement: str, source: str, values: Any, **domain: Any) -> Prediction:
+    return Prediction(
+        quantity=quantity,
+        kind=kind,
+        statement=statement,
+        source=source,
+        values=tuple(float(value) for value in np.atleast_1d(values)),
+        in_domain=domain.get("in_domain", True),
+        reasons=tuple(domain.get("reasons", ())),
+    )
+
+
+def _predictions(architecture: Architecture, spec: InitialisationSpec, growth: Growth) -> list[Prediction]:
+    domain = {"in_domain": growth.in_domain, "reasons": growth.reasons}
+    recursion = ("kernel recursion", "spikecheck")
+    paper = paper_bound(architecture, spec.seq_len, growth)
+    rigorous = rigorous_bound(architecture, spec.seq_len)
+    closed = growth_closed_form(architecture, spec.seq_len)
+    return [
+        _prediction("gradient_growth", "sharp", *recursion, growth.value, **domain),
+        _prediction("gradient_profile", "sharp", *recursion, growth.gradient, **domain),
+        _prediction("residual_std", "sharp", *recursion, growth.residual_std, **domain),
+        _prediction("gradient_growth", "estimate", "closed form", "spikecheck", closed),
+        _prediction("ffn_branch", "estimate", "ffn-estimate", "takase2025spike, eq. (15)", paper.feedforward),
+        _prediction("log10_gradient_bound", "estimate", "product", "takase2025spike", paper.log10_profile),
+        _prediction("log10_gradient_bound", "upper", "product", "spikecheck", rigorous.log10_profile),
+    ]
+
+
+def _layer_bounds(architecture: Architecture, layers: list[dict[str, float]]) -> list[Prediction]:
+    """Eq. (20) with the measured |J^Z|, and the rigorous feed-forward bound with measured weight norms."""
+    rows = [
+        attention_estimate().evaluate(
+            {
+                "sigma_O": architecture.stds.output,
+                "sigma_x": row["sigma_x"],
+                "d": architecture.d_model,
+                "J_Z": row["J_Z"],
+            }
+        )
+        for row in layers
+    ]
+    found = [_prediction("attention_branch", "estimate", "attention-estimate", "takase2025spike, eq. (20)", rows)]
+    if not architecture.gated:
+        slope = lipschitz(architecture.activation)
+        upper = [
+            ffn_branch_upper().evaluate(
+                {
+                    "lipschitz": slope,
+                    "opnorm_1": row["opnorm_1"],
+                    "opnorm_2": row["opnorm_2"],
+                    "gain": 1.0,  # gains start at 1
+                    "s": row["s_feedforward"],
+                }
+            )
+            for row in layers
+        ]
+        found.append(_prediction("ffn_branch", "upper", "ffn-branch-upper", "spikecheck", upper))
+    return found
