@@ -17,7 +17,7 @@ from empirics.data import Batch, batch, load_corpus, random_tokens
 from empirics.probes import measure_growth
 from empirics.run import record_path, run
 from empirics.train import RunSpec
-from theory.__main__ import EXIT_UNKNOWN, Parser, add_architecture_options, chosen, emit, run_command, whole
+from theory.__main__ import EXIT_UNKNOWN, Parser, add_architecture_options, chosen, emit, natural, run_command, whole
 from theory.architecture import Architecture
 from theory.growth import gradient_growth
 from theory.hf_config import UnknownArchitecture
@@ -165,11 +165,6 @@ def positive(text: str) -> float:
     if not (math.isfinite(value) and value > 0):
         raise argparse.ArgumentTypeError(f"{text} is not a positive finite number")
     return value
-
-
-def natural(text: str) -> int:
-    """A whole number from 0 for argparse."""
-    return 0 if text.strip() == "0" else whole(text)
 
 
 def parser() -> argparse.ArgumentParser:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,8 +10,9 @@ import numpy as np
 import torch
 
 from empirics.data import Batch, Corpus, batch, load_corpus, random_tokens
-from empirics.model import build
+from empirics.model import build, make_norm
 from empirics.probes import layer_norms, measure_growth
+from empirics.spectral import explicit_jacobian
 from theory.architecture import Architecture
 from theory.attention import attention_estimate
 from theory.feedforward import ffn_branch_upper, lipschitz
@@ -25,6 +26,7 @@ class InitialisationSpec:
     """What decides the record's numbers.
 
     Attributes:
+        seeds: networks that are built and measured; none for a record of predictions alone.
         tokens: `random` ids are uniform and independent; `text` predicts with the tokens' own equalities.
         jacobian_tokens: length of the sequence whose Jacobian norms are measured (first seed); 0 for none.
     """
@@ -56,7 +58,7 @@ def initialisation(spec: InitialisationSpec, cache: Path | None) -> dict[str, An
     def batches(seed: int) -> Batch:
         return _batch(spec, corpus, seed)
 
-    measured = measure_growth(a, seeds=spec.seeds, batches=batches, device=spec.device)
+    measured = measure_growth(a, seeds=spec.seeds, batches=batches, device=spec.device) if spec.seeds else ()
     growth = gradient_growth(a, spec.seq_len) if corpus is None else _growth_on(a, spec, corpus)
     predictions = _predictions(a, spec, growth)
     jacobians: dict[str, Any] | None = None
@@ -80,6 +82,28 @@ def initialisation(spec: InitialisationSpec, cache: Path | None) -> dict[str, An
         "predictions": plain(predictions),
         "measurements": plain(list(measured)),
         "jacobians": plain(jacobians),
+        "norm_jacobian": plain(_norm_jacobian(a, spec.seeds[0])) if spec.jacobian_tokens else None,
+    }
+
+
+def _norm_jacobian(architecture: Architecture, seed: int) -> dict[str, float]:
+    """The first normalisation's Jacobian at a normal token, in float64, held against the paper's form of it.
+
+    `opnorm_sigma` is its spectral norm times the token's standard deviation; `paper_gap` is the relative
+    Frobenius distance to (I - z z'/d)/sigma, `exact_gap` that to (I - 11'/d - z z'/d)/sigma.
+    """
+    d = architecture.d_model
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(d, generator=generator, dtype=torch.float64)
+    jacobian = explicit_jacobian(make_norm(replace(architecture, eps=0.0)).double(), x).detach()
+    sigma = x.std(unbiased=False)
+    z = (x - x.mean()) / sigma
+    paper = (torch.eye(d, dtype=torch.float64) - torch.outer(z, z) / d) / sigma
+    exact = paper - torch.ones(d, d, dtype=torch.float64) / (d * sigma)
+    return {
+        "opnorm_sigma": float(torch.linalg.matrix_norm(jacobian, ord=2) * sigma),
+        "paper_gap": float((jacobian - paper).norm() / jacobian.norm()),
+        "exact_gap": float((jacobian - exact).norm() / jacobian.norm()),
     }
 
 

@@ -36,7 +36,8 @@ def run(spec: Spec, out: Path, *, progress: bool = False, checkpoint_every: int 
     if record is not None:
         return record
     if isinstance(spec, InitialisationSpec):
-        write_record(path, kind="initialisation", body=initialisation(spec, out / "data"))
+        kind = "initialisation" if spec.seeds else "prediction"
+        write_record(path, kind=kind, body=initialisation(spec, out / "data"))
     else:
         write_record(path, kind="training", body=_train(spec, out, progress, checkpoint_every))
     written = read_record(path)

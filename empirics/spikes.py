@@ -6,7 +6,8 @@ at earlier steps, so that it could have been applied while training.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -71,3 +72,52 @@ def paired_ratio(series: Series, reference: Series) -> Series:
     """A gradient norm over a reference run's on the same batches, times the reference's median."""
     length = min(series.size, reference.size)
     return series[:length] / reference[:length] * float(np.median(reference[:length]))
+
+
+def count_events(records: Sequence[Mapping[str, Any]], references: tuple[str, ...]) -> list[dict[str, Any]]:
+    """Spikes of every training record, by every definition, raw and paired on the same batches.
+
+    Args:
+        references: methods whose runs stand for an undisturbed one, by preference; a run is paired with the first
+            that is not its own and shares its experiment, seed, learning rate and shape.
+
+    Returns:
+        One row a run, quantity and definition, with the steps of the events; `paired` is None without a reference.
+    """
+    runs = {(*_pairing(record), record["spec"]["label"]): record for record in records}
+    rows: list[dict[str, Any]] = []
+    for record in records:
+        spec = record["spec"]
+        names = [name for name in references if name != spec["label"] and (*_pairing(record), name) in runs]
+        reference = runs[(*_pairing(record), names[0])] if names else None
+        for quantity, pair in (("loss", paired_difference), ("gradient_norm", paired_ratio)):
+            series = _finite(record, quantity)
+            paired = None if reference is None else pair(series, _finite(reference, quantity))
+            for definition, find in DEFINITIONS.items():
+                rows.append(
+                    {
+                        "experiment": spec["experiment"],
+                        "label": spec["label"],
+                        "seed": spec["seed"],
+                        "learning_rate": spec["learning_rate"],
+                        "seq_len": spec["seq_len"],
+                        "quantity": quantity,
+                        "definition": definition,
+                        "raw": list(find(series)),
+                        "paired": None if paired is None else list(find(paired)),
+                        "reference": names[0] if names else None,
+                    }
+                )
+    return rows
+
+
+def _pairing(record: Mapping[str, Any]) -> tuple[Any, ...]:
+    spec = record["spec"]
+    return tuple(spec[name] for name in ("experiment", "seed", "learning_rate", "seq_len", "batch_size", "steps"))
+
+
+def _finite(record: Mapping[str, Any], quantity: str) -> Series:
+    """The series up to its first number that is not finite."""
+    values = record["series"][quantity]
+    end = next((n for n, value in enumerate(values) if value is None), len(values))
+    return np.array(values[:end], dtype=np.float64)

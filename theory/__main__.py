@@ -38,6 +38,16 @@ def whole(text: str) -> int:
     return value
 
 
+def natural_list(text: str) -> list[int]:
+    """Whole numbers from 0, separated by commas, for argparse."""
+    return [natural(part) for part in text.split(",")]
+
+
+def natural(text: str) -> int:
+    """A whole number from 0 for argparse."""
+    return 0 if text.strip() == "0" else whole(text)
+
+
 def load(config: str) -> Config:
     """A preset by name, or a `config.json` by path.
 

@@ -106,6 +106,9 @@ def _rational(like: Any, numerator: int, denominator: int) -> Any:
     return numerator / denominator
 
 
+_RARE = 1e-5  # probability of a pre-activation below which a layer of some thousand units has none
+
+
 class Edge(NamedTuple):
     """Right edge of the squared singular values of W_2 D W_1 over (sigma_1 sigma_2 d)^2.
 
@@ -125,6 +128,7 @@ def feedforward_edge(activation: Activation, ratio: float, variance: float) -> E
     """Edge for W_2 diag(F'(z)) W_1, z ~ N(0, variance) independent of W, hidden width ratio * d.
 
     With t(w) = ratio E[w D^2 / (1 - w D^2)], the edge is the minimum over 0 < w < 1/max D^2 of (1 + t)^2 / w.
+    The maximum is over slopes that a layer has: one so rare that no unit shows it makes no edge.
     Source: pennington2017resurrecting (free multiplicative convolution).
     """
     from scipy.optimize import brentq
@@ -134,7 +138,9 @@ def feedforward_edge(activation: Activation, ratio: float, variance: float) -> E
         weights = np.array([1.0 if activation == "identity" else 0.5])
     else:
         nodes, weights = gauss_hermite()
-        squares = activation_slope(activation, np.sqrt(variance) * nodes) ** 2
+        common = weights > _RARE
+        squares = activation_slope(activation, np.sqrt(variance) * nodes[common]) ** 2
+        weights = weights[common] / np.sum(weights[common])
 
     def moments(w: float) -> tuple[float, float, float]:
         left = 1 - w * squares
@@ -147,7 +153,7 @@ def feedforward_edge(activation: Activation, ratio: float, variance: float) -> E
         f, slope, _ = moments(w)
         return 2 * w * slope - f  # sign of the derivative of f^2/w
 
-    largest = float(np.max(squares[weights > 1e-12]))
+    largest = float(np.max(squares))
     w = float(brentq(stationary, 1e-9 / largest, (1 - 1e-9) / largest, xtol=1e-14))
     f, slope, second = moments(w)
     in_w = 2 * slope**2 / w + 2 * f * second / w - 4 * f * slope / w**2 + 2 * f**2 / w**3

@@ -1,0 +1,309 @@
+"""Reproduce the paper's figures and judge its claims: `python paper_repro.py`.
+
+A scale is a list of steps; every step leaves records, a record that exists is not made again, and the figures,
+claims and report are drawn from the records alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from theory.__main__ import Parser, natural_list, run_command, whole
+from theory.architecture import METHODS, Architecture, method, preset
+from theory.records import fingerprint, read_record, read_records, write_json, write_record
+
+FOUR = tuple(METHODS)[:4]
+PAPER_SIZES = ("350m", "1.7b", "13b")
+PAPER_BATCH, PAPER_TOKENS, PAPER_STEPS, PAPER_WARMUP = 528, 2048, 50_000, 2000  # recalled, not confirmed
+PAPER_RATES = {"350m": 5e-4, "1.7b": 5e-4, "13b": 3e-4}
+REFERENCES = ("Embed LN", "Scaled Embed")  # whose runs stand for an undisturbed one when spikes are paired
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Step:
+    """One line of the list: what it makes and what it costs."""
+
+    name: str
+    purpose: str
+    minutes: float
+    specs: Callable[[], list[Any]]
+
+
+def _training(architecture: Architecture, label: str, experiment: str, seed: int, rate: float, **changes: Any) -> Any:
+    from empirics.train import RunSpec
+
+    base: dict[str, Any] = {
+        "steps": 120,
+        "batch_size": 8,
+        "seq_len": 64,
+        "warmup": 20,
+        "schedule": "cosine",
+    }
+    return RunSpec(
+        architecture=method(architecture, label),
+        label=label,
+        experiment=experiment,
+        seed=seed,
+        learning_rate=rate,
+        **(base | changes),
+    )
+
+
+def _initial(name: str, label: str, tokens: str, seeds: Sequence[int], seq_len: int, jacobian_tokens: int) -> Any:
+    from empirics.initialisation import InitialisationSpec
+
+    return InitialisationSpec(
+        architecture=method(preset(name), label),
+        label=label,
+        preset=name,
+        seeds=tuple(seeds),
+        seq_len=seq_len,
+        batch_size=4,
+        tokens=tokens,  # type: ignore[arg-type]
+        jacobian_tokens=jacobian_tokens,
+    )
+
+
+def llama_style(architecture: Architecture) -> Architecture:
+    """RMSNorm and SwiGLU at the same number of parameters (a hidden width of 8/3 d, in eights)."""
+    hidden = round(8 * architecture.d_model / 3 / 8) * 8
+    return replace(architecture, norm="rmsnorm", activation="silu", gated=True, d_ffn=hidden)
+
+
+def _predictions() -> Step:
+    def specs() -> list[Any]:
+        return [_initial(name, label, "random", (), 1024, 0) for name in PAPER_SIZES for label in METHODS]
+
+    return Step(name="predictions", purpose="theory at the paper's sizes, nothing built", minutes=0.3, specs=specs)
+
+
+def smoke(seeds: Sequence[int], device: str) -> list[Step]:
+    """Four methods, one learning rate: the whole path in about a minute."""
+    tiny = preset("tiny")
+
+    def initial() -> list[Any]:
+        return [_initial("tiny", label, "random", seeds, 64, 16) for label in FOUR]
+
+    def sweep() -> list[Any]:
+        return [
+            _training(tiny, label, "sweep", seed, 1e-2, steps=60, device=device) for seed in seeds for label in FOUR
+        ]
+
+    return [
+        Step(name="initialisation", purpose="growth and Jacobian norms before training", minutes=0.3, specs=initial),
+        Step(name="sweep", purpose="four methods at lr 1e-2", minutes=0.5, specs=sweep),
+    ]
+
+
+def cpu(seeds: Sequence[int], device: str) -> list[Step]:
+    """Everything that two CPU cores can show in some seven minutes: 60 trainings at three seeds."""
+    tiny = preset("tiny")
+
+    def initial() -> list[Any]:
+        tiny_ones = [_initial("tiny", label, "random", seeds, 64, 64) for label in METHODS]
+        wide = [_initial("wide", label, tokens, seeds, 64, 0) for tokens in ("random", "text") for label in METHODS]
+        return tiny_ones + wide
+
+    def sweep() -> list[Any]:
+        return [
+            _training(tiny, label, "sweep", seed, rate, device=device)
+            for rate in (3e-3, 1e-2, 3e-2)
+            for seed in seeds
+            for label in METHODS
+        ]
+
+    def long() -> list[Any]:
+        return [
+            _training(tiny, label, "long", seed, 1.5e-2, steps=300, schedule="constant", device=device)
+            for seed in seeds
+            for label in ("Vanilla", "Scaled Embed")
+        ]
+
+    def short() -> list[Any]:
+        return [
+            _training(tiny, "Vanilla", "short-sequences", seed, 3e-2, seq_len=32, batch_size=16, device=device)
+            for seed in seeds
+        ]
+
+    def llama() -> list[Any]:
+        return [
+            _training(llama_style(tiny), label, "llama-style", seed, 1e-2, device=device)
+            for seed in seeds
+            for label in ("Vanilla", "Scaled Embed")
+        ]
+
+    return [
+        _predictions(),
+        Step(
+            name="initialisation",
+            purpose="growth, Jacobian norms, normality before training",
+            minutes=0.7,
+            specs=initial,
+        ),
+        Step(name="sweep", purpose="five methods at three learning rates", minutes=3.8, specs=sweep),
+        Step(name="long", purpose="a high constant rate, for spikes", minutes=1.3, specs=long),
+        Step(
+            name="short-sequences", purpose="half the sequence length at equal tokens a batch", minutes=0.3, specs=short
+        ),
+        Step(name="llama-style", purpose="RMSNorm and SwiGLU", minutes=0.6, specs=llama),
+    ]
+
+
+def paper(size: str, seeds: Sequence[int], device: str) -> list[Step]:
+    """The paper's own sizes and settings, on a GPU; C4 as far as memory holds it, a BPE trained on it."""
+    big = preset(size)
+
+    def specs() -> list[Any]:
+        return [
+            _training(
+                big, label, "sweep", seed, PAPER_RATES[size],
+                steps=PAPER_STEPS, batch_size=PAPER_BATCH, micro_batch=4, seq_len=PAPER_TOKENS, warmup=PAPER_WARMUP,
+                precision="bfloat16", compile=True, data="hf:allenai/c4", probe_every=500, device=device,
+            )
+            for seed in seeds
+            for label in METHODS
+        ]  # fmt: skip
+
+    hours = 6 * big.n_parameters * PAPER_STEPS * PAPER_BATCH * PAPER_TOKENS / 400e12 / 3600  # at 400 TFLOP/s
+    purpose = f"{len(seeds) * len(METHODS)} trainings, each about {hours:.0f} hours of an H100 (estimated, not run)"
+    return [
+        _predictions(),
+        Step(name="sweep", purpose=purpose, minutes=60 * hours * len(seeds) * len(METHODS), specs=specs),
+    ]
+
+
+SCALES: dict[str, tuple[Callable[[Sequence[int], str], list[Step]], int, str]] = {
+    "smoke": (smoke, 1, "cpu"),
+    "cpu": (cpu, 3, "cpu"),
+    **{size: (lambda seeds, device, size=size: paper(size, seeds, device), 1, "cuda") for size in PAPER_SIZES},
+}
+
+
+def compute(steps: Sequence[Step], out: Path, processes: int) -> None:
+    """Make every record that is missing; spikes are counted once the trainings are there."""
+    from empirics.run import run_all
+    from empirics.spikes import count_events
+
+    for step in steps:
+        run_all(step.specs(), out, processes=processes, title=step.name)
+    trainings = [record for record in read_records(out / "records") if record["kind"] == "training"]
+    rows = count_events(trainings, REFERENCES)
+    identity = fingerprint([record["id"] for record in trainings])
+    if trainings and (read_record(out / "records" / "spikes.json") or {}).get("id") != identity:
+        write_record(out / "records" / "spikes.json", kind="spikes", body={"id": identity, "rows": rows})
+
+
+def draw(out: Path, scale: str) -> list[dict[str, Any]]:
+    """Figures, claims and report from the records alone."""
+    from figures import FIGURES, save
+    from figures.claims import judge_all
+    from figures.report import write_report
+
+    records = read_records(out / "records")
+    if not records:
+        raise ValueError(f"there are no records in {out / 'records'}; run without --draw-only first")
+    claims = judge_all(records)
+    write_json(out / "claims.json", claims)
+    drawn: list[tuple[str, Path, str]] = []
+    for name, module in FIGURES.items():
+        try:
+            figure = module.draw(records)
+        except ValueError as reason:  # a figure whose records this scale or --only does not make
+            print(f"figure {name} left out: {reason}", file=sys.stderr)
+            continue
+        png, _ = save(figure, out / "figures", name)
+        drawn.append((name, png, module.caption(records)))
+    write_report(
+        out / "report.html",
+        title="Spike No More: predicted and observed",
+        claims=claims,
+        figures=drawn,
+        settings=settings(records, scale),
+        notes=NOTES,
+    )
+    return claims
+
+
+NOTES = [
+    "Figures marked [S] or [R] in a source are recalled from summaries of the paper, not confirmed from it.",
+    "The networks use ReLU, rotary positions and an untied head; the paper's own choices are not confirmed.",
+    "Nothing is fitted: predictions come from the configuration (on text, also from which tokens are equal).",
+    "No GPU was used at the smoke and cpu scales; the paper's sizes are predicted here, not trained.",
+]
+
+
+def settings(records: Sequence[Any], scale: str) -> dict[str, Any]:
+    """What the report says of the run."""
+    trainings = [record for record in records if record["kind"] == "training"]
+    values: dict[str, Any] = {"scale": scale, "records": len(records), "trainings": len(trainings)}
+    if trainings:
+        values |= {f"environment: {key}": value for key, value in trainings[0]["environment"].items()}
+        values |= {f"data: {key}": value for key, value in trainings[0]["data"].items()}
+    return values
+
+
+def table(claims: Sequence[dict[str, Any]]) -> str:
+    """The verdicts, one line each."""
+    return "\n".join(f"{claim['id']:12} {claim['verdict']:26} {claim['claim']}" for claim in claims)
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    build, default_seeds, default_device = SCALES[arguments.scale]
+    seeds = arguments.seeds or range(default_seeds)
+    device = arguments.device or default_device
+    steps = build(tuple(seeds), device)
+    if arguments.only:
+        known = [step.name for step in steps]
+        unknown = [name for name in arguments.only if name not in known]
+        if unknown:
+            raise ValueError(f"unknown step {unknown[0]!r} at scale {arguments.scale}; use one of {', '.join(known)}")
+        steps = [step for step in steps if step.name in arguments.only]
+    if arguments.list:
+        for step in steps:
+            cost = f"{step.minutes:.1f} min" if step.minutes < 100 else f"{step.minutes / 60:.0f} h"
+            print(f"{step.name:16}{len(step.specs()):4} records {cost:>9}  {step.purpose}")
+        return 0
+    out = Path(arguments.out or Path("results") / arguments.scale)
+    start = time.monotonic()
+    if not arguments.draw_only:
+        import torch
+
+        if device.startswith("cuda") and not torch.cuda.is_available():
+            raise ValueError(f"scale {arguments.scale} needs a CUDA device and there is none; use --scale cpu")
+        write_json(out / "scale.json", {"scale": arguments.scale, "seeds": list(seeds), "device": device})
+        compute(steps, out, 1 if device.startswith("cuda") else arguments.processes)
+    claims = draw(out, arguments.scale)
+    print(table(claims))
+    print(f"{math.ceil(time.monotonic() - start)} s; report: {out / 'report.html'}")
+    return 0
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    top = Parser(prog="paper_repro.py", description="Reproduce the paper's figures and judge its claims.")
+    top.add_argument("--scale", choices=list(SCALES), default="cpu", help="default cpu, about seven minutes on 2 cores")
+    top.add_argument("--only", action="append", metavar="STEP", help="run this step alone (repeatable)")
+    top.add_argument("--list", action="store_true", help="print the steps with their cost, and stop")
+    top.add_argument("--draw-only", action="store_true", help="draw again from the records; compute nothing")
+    top.add_argument("--out", metavar="DIR", help="default results/SCALE")
+    top.add_argument("--seeds", type=natural_list, metavar="S,S,...", help="seeds (default 0,1,2; smoke 0)")
+    top.add_argument("--device", metavar="DEVICE", help="cpu or cuda (default: the scale's)")
+    top.add_argument("--processes", type=whole, default=2, help="runs at a time on a CPU (default 2)")
+    top.set_defaults(run=_run)
+    return top
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point."""
+    return run_command(parser(), argv)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

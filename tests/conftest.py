@@ -1,0 +1,22 @@
+"""Test-wide settings: hypothesis profiles, and one thread so that timings and rounding do not depend on the cores."""
+
+from __future__ import annotations
+
+import os
+import warnings
+
+import torch
+from hypothesis import HealthCheck, settings
+
+# Explicit Jacobians take milliseconds to tenths of a second: neither a deadline nor slow generation is a failure.
+_COMMON = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
+settings.register_profile("default", max_examples=60, derandomize=True, **_COMMON)
+settings.register_profile("long", max_examples=10_000, **_COMMON)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
+
+torch.set_num_threads(1)
+
+# The first forward-mode product loads torch's own TorchScript decompositions, which torch itself warns about.
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore", DeprecationWarning)
+    torch.func.jvp(torch.sin, (torch.ones(1),), (torch.ones(1),))

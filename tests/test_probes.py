@@ -1,0 +1,396 @@
+"""Probes against explicit Jacobians and gradients taken by hand, and the identities that hold in every network."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from helpers.weights import architecture, generator, normal
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy import stats
+from torch import Tensor
+
+from empirics.data import random_tokens
+from empirics.model import Transformer, build
+from empirics.probes import (
+    SAMPLE,
+    PlainAttention,
+    distribution,
+    distributions,
+    gradient_profile,
+    layer_norms,
+    measure_growth,
+    place_statistics,
+)
+from empirics.spectral import explicit_jacobian, explicit_opnorm, lanczos_opnorm
+from theory.architecture import Architecture, preset
+
+
+def svd_norm(matrix: Tensor) -> float:
+    return float(torch.linalg.svdvals(matrix.detach())[0])
+
+
+# --- spectral norms ---------------------------------------------------------------------------------------------
+
+
+@given(
+    rows=st.integers(1, 30),
+    columns=st.integers(1, 30),
+    seed=st.integers(0, 10_000),
+    decay=st.floats(0, 3),
+    scale=st.floats(-8, 8),
+)
+def test_lanczos_is_the_norm_of_a_matrix_and_never_above(
+    rows: int, columns: int, seed: int, decay: float, scale: float
+) -> None:
+    """All spectra, up to the last vector: with as many steps as dimensions it is exact, to float64 rounding."""
+    n = min(rows, columns)
+    left, _ = torch.linalg.qr(normal(seed, rows, n))
+    right, _ = torch.linalg.qr(normal(seed + 1, columns, n))
+    values = 10**scale * torch.arange(1, n + 1, dtype=torch.float64) ** -decay
+    matrix = left @ torch.diag(values) @ right.T
+    estimate = lanczos_opnorm(lambda x: matrix @ x, torch.zeros(columns, dtype=torch.float64), tolerance=1e-9)
+    truth = svd_norm(matrix)
+    assert estimate.value <= truth * (1 + 1e-12)
+    assert estimate.value == pytest.approx(truth, rel=1e-9)
+    assert estimate.iterations <= n + 1
+
+
+@pytest.mark.parametrize("tolerance", [1e-1, 1e-2, 1e-4])
+def test_lanczos_keeps_its_tolerance_on_a_network(tolerance: float) -> None:
+    """The residual bounds the distance to a singular value, and on these gaps to the largest."""
+    model = build(architecture(d_model=12, n_heads=2, n_kv_heads=2, d_head=6, d_ffn=30), seed=0, dtype=torch.float64)
+    layer, x = model.layers[0], normal(3, 1, 7, 12)
+    plain = PlainAttention(layer.attention)
+
+    def half(v: Tensor) -> Tensor:
+        return v + plain(layer.attention_norm(v))
+
+    truth = explicit_opnorm(half, x)
+    estimate = lanczos_opnorm(half, x, tolerance=tolerance)
+    assert truth * (1 - tolerance) <= estimate.value <= truth * (1 + 1e-12)
+    assert estimate.residual < tolerance
+
+
+def test_lanczos_stops_at_its_limit_with_a_lower_estimate() -> None:
+    matrix = torch.diag(torch.linspace(1, 2, 200, dtype=torch.float64))
+    estimate = lanczos_opnorm(lambda x: matrix @ x, torch.zeros(200, dtype=torch.float64), tolerance=1e-12, limit=5)
+    assert estimate.iterations == 5
+    assert 1.5 < estimate.value < 2
+    assert estimate.residual > 1e-12
+
+
+def test_lanczos_of_zero_is_zero() -> None:
+    for weight in (torch.zeros(3, 4), torch.zeros(3, 4, dtype=torch.float64)):
+        estimate = lanczos_opnorm(lambda x, weight=weight: weight @ x, torch.ones(4, dtype=weight.dtype))
+        assert estimate.value == 0.0
+
+
+def test_lanczos_does_not_depend_on_who_drew_before() -> None:
+    matrix = normal(0, 20, 20)
+    torch.manual_seed(1)
+    first = lanczos_opnorm(lambda x: matrix @ x, torch.zeros(20, dtype=torch.float64), limit=3)
+    torch.manual_seed(2)
+    assert first == lanczos_opnorm(lambda x: matrix @ x, torch.zeros(20, dtype=torch.float64), limit=3)
+
+
+def test_explicit_jacobian_of_a_known_map() -> None:
+    x = normal(0, 2, 3)
+    jacobian = explicit_jacobian(lambda v: v.square().sum(0), x)
+    expected = torch.cat([torch.diag(2 * x[0]), torch.diag(2 * x[1])], dim=1)
+    assert torch.equal(jacobian, expected)
+    assert explicit_opnorm(lambda v: 3 * v, x) == pytest.approx(3, rel=1e-14)
+
+
+# --- a layer's norms --------------------------------------------------------------------------------------------
+
+LAYERED: dict[str, Any] = {
+    "d_model": 12, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "d_head": 4, "d_ffn": 30, "vocab_size": 50,
+}  # fmt: skip
+
+
+def disturbed(a: Architecture, seed: int = 0) -> Transformer:
+    """A float64 model some way off its initialisation, gains and biases included."""
+    model, g = build(a, seed=seed, dtype=torch.float64), generator(seed + 1)
+    for parameter in model.parameters():
+        parameter.data += 0.2 * torch.randn(parameter.shape, generator=g, dtype=torch.float64)
+    return model
+
+
+@pytest.mark.parametrize("positions", ["rope", "none"])
+@pytest.mark.parametrize("gated", [False, True])
+def test_layer_norms_are_those_of_explicit_jacobians(positions: Any, gated: bool) -> None:
+    model = disturbed(architecture(**LAYERED, positions=positions, gated=gated, activation="gelu", biases=True))
+    tokens = torch.from_numpy(random_tokens(50, seed=0, batch_size=1, seq_len=6)[0])
+    tolerance = 1e-3
+    seen: list[int] = []
+    rows = layer_norms(model, tokens, tolerance=tolerance, on_layer=seen.append)
+    assert seen == [0, 1]
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    places: list[Tensor] = []
+    model(tokens, places)
+    for n, (row, layer) in enumerate(zip(rows, model.layers, strict=True)):
+        x, middle = places[2 * n].detach(), places[2 * n + 1].detach()
+        plain = PlainAttention(layer.attention)
+        attention = explicit_jacobian(lambda v, layer=layer, plain=plain: plain(layer.attention_norm(v)), x)
+        feedforward = explicit_jacobian(layer.feedforward_branch, middle)
+        one = torch.eye(6 * 12, dtype=torch.float64)
+        expected = {
+            "attention_branch": svd_norm(attention),
+            "attention_half": svd_norm(one + attention),
+            "feedforward_branch": svd_norm(feedforward),
+            "feedforward_half": svd_norm(one + feedforward),
+            "J_Z": explicit_opnorm(plain.heads, layer.attention_norm(x).detach()),
+        }
+        for name, truth in expected.items():
+            assert truth * (1 - tolerance) <= row[name] <= truth * (1 + 1e-12), name
+        exact = {
+            "sigma_x": math.sqrt(np.var(x.numpy(), axis=-1).mean()),
+            "sigma_xp": math.sqrt(np.var(middle.numpy(), axis=-1).mean()),
+            "opnorm_O": svd_norm(layer.attention.output.weight),
+            "opnorm_1": svd_norm(layer.feedforward.enter.weight),
+            "opnorm_2": svd_norm(layer.feedforward.leave.weight),
+        }
+        for name, truth in exact.items():
+            assert row[name] == pytest.approx(truth, rel=1e-12), name
+        assert set(row) == set(expected) | set(exact)
+
+
+def test_product_of_measured_norms_bounds_the_growth() -> None:
+    """|g_l| <= prod |I + J| |g_N|, with explicit norms of the whole sequence."""
+    model = disturbed(architecture(**LAYERED))
+    tokens, targets = map(torch.from_numpy, random_tokens(50, seed=3, batch_size=1, seq_len=5))
+    _, gradient = gradient_profile(model, tokens, targets)
+    places: list[Tensor] = []
+    model(tokens, places)
+    half = [branch for layer in model.layers for branch in (layer.attention_branch, layer.feedforward_branch)]
+    bound = gradient[-1]
+    for place in reversed(range(4)):
+        branch = half[place]
+        if place % 2 == 0:
+            layer = model.layers[place // 2]
+            plain = PlainAttention(layer.attention)
+            branch = lambda v, layer=layer, plain=plain: plain(layer.attention_norm(v))  # noqa: E731
+        bound *= explicit_opnorm(lambda v, branch=branch: v + branch(v), places[place].detach())
+        assert gradient[place] <= bound * (1 + 1e-9)
+
+
+# --- gradients --------------------------------------------------------------------------------------------------
+
+
+def by_hand(model: Transformer, tokens: Tensor, targets: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+    """Residual stream and gradient at every place: the network is cut there and the rest differentiated anew."""
+    halves = [branch for layer in model.layers for branch in layer.branches]
+    streams = [model.embed(tokens).detach()]
+    for branch in halves:
+        streams.append((streams[-1] + branch(streams[-1])).detach())
+    gradients = []
+    for place, stream in enumerate(streams):
+        start = stream.clone().requires_grad_()
+        x = start
+        for branch in halves[place:]:
+            x = x + branch(x)
+        logits = model.head(model.norm(x)).flatten(0, 1)
+        loss = -torch.log_softmax(logits, -1)[torch.arange(targets.numel()), targets.flatten()].mean()
+        gradients.append(torch.autograd.grad(loss, start)[0])
+    return streams, gradients
+
+
+@pytest.mark.parametrize("treatment", ["vanilla", "embed-detach", "scaled-embed", "embed-ln"])
+def test_place_statistics_by_hand(treatment: Any) -> None:
+    model = disturbed(architecture(**LAYERED, positions="rope").with_embedding(treatment))
+    tokens, targets = map(torch.from_numpy, random_tokens(50, seed=1, batch_size=2, seq_len=6))
+    deviation, gradient = gradient_profile(model, tokens, targets)
+    streams, gradients = by_hand(model, tokens, targets)
+    assert len(deviation) == len(gradient) == 2 * 2 + 1
+    for n, (x, g) in enumerate(zip(streams, gradients, strict=True)):
+        expected = math.sqrt(np.mean([np.var(token.numpy()) for token in x.flatten(0, 1)]))
+        assert deviation[n] == pytest.approx(expected, rel=1e-12)
+        # The loss is taken of float32 logits, whatever the model's precision: 6e-8 a token, averaged.
+        assert gradient[n] == pytest.approx(float(g.norm()), rel=1e-5)
+
+
+def test_place_without_a_gradient_is_not_a_number() -> None:
+    deviation, gradient = place_statistics([torch.ones(1, 2, 4)])
+    assert deviation == [0.0]
+    assert math.isnan(gradient[0])
+
+
+def test_growth_is_the_geometric_mean_over_seeds() -> None:
+    a = architecture(**LAYERED)
+
+    def batches(seed: int) -> Any:
+        return random_tokens(50, seed=seed, batch_size=2, seq_len=6)
+
+    logs, deviations = [], []
+    for seed in (0, 1, 2):
+        model = build(a, seed=seed)
+        deviation, gradient = gradient_profile(model, *map(torch.from_numpy, batches(seed)))
+        logs.append([math.log(g / gradient[-1]) for g in gradient])
+        deviations.append([math.log(d) for d in deviation])
+    seen: list[int] = []
+    growth, profile, residual = measure_growth(a, seeds=(0, 1, 2), batches=batches, on_seed=seen.append)
+    assert seen == [0, 1, 2]
+    assert [m.quantity for m in (growth, profile, residual)] == ["gradient_growth", "gradient_profile", "residual_std"]
+    assert growth.values == profile.values[:1]
+    assert profile.values[-1] == 1.0
+    assert profile.values == pytest.approx(np.exp(np.mean(logs, axis=0)), rel=1e-12)
+    assert residual.values == pytest.approx(np.exp(np.mean(deviations, axis=0)), rel=1e-12)
+    assert profile.log_sd == pytest.approx(np.std(logs, axis=0, ddof=1), rel=1e-9, abs=1e-15)
+    assert all(m.seeds == (0, 1, 2) and not m.lower_estimate for m in (growth, profile, residual))
+    (alone, _, _) = measure_growth(a, seeds=(4,), batches=batches)
+    assert alone.log_sd is not None
+    assert math.isnan(alone.log_sd[0])
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_probing_changes_no_bit(training: bool) -> None:
+    """Losses and parameter gradients, with and without the places kept."""
+    tokens, targets = map(torch.from_numpy, random_tokens(512, seed=0, batch_size=2, seq_len=16))
+    results = []
+    for places in (None, []):
+        model = build(preset("tiny"), seed=0).train(training)
+        loss = model.loss(tokens, targets, places)
+        loss.backward()
+        results.append((loss, [p.grad for p in model.parameters()]))
+    assert torch.equal(results[0][0], results[1][0])
+    assert all(torch.equal(one, other) for one, other in zip(results[0][1], results[1][1], strict=True))
+
+
+def test_probes_leave_the_model_as_it_was() -> None:
+    model = build(architecture(**LAYERED), seed=0)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    tokens, targets = map(torch.from_numpy, random_tokens(50, seed=0, batch_size=1, seq_len=6))
+    state = torch.random.get_rng_state()
+    gradient_profile(model, tokens, targets)
+    layer_norms(model, tokens)
+    distributions(model, tokens)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+# --- distributions ----------------------------------------------------------------------------------------------
+
+
+def test_distribution_of_a_normal_sample() -> None:
+    n = 40_000
+    values = 3.0 + 2.0 * normal(0, n)
+    found = distribution(values.reshape(100, 400))
+    assert found["entries"] == n
+    assert found["mean"] == pytest.approx(float(values.mean()), rel=1e-12)
+    assert found["std"] == pytest.approx(float(values.std(unbiased=False)), rel=1e-12)
+    # Standard errors of a normal sample: sqrt(6/n) of the skewness, sqrt(24/n) of the excess kurtosis. The distance
+    # to the fitted law stays below Lilliefors' 0.1 % critical value, 1.2/sqrt(n).
+    assert abs(found["skewness"]) < 4 * math.sqrt(6 / n)
+    assert abs(found["excess_kurtosis"]) < 4 * math.sqrt(24 / n)
+    assert 0 < found["normal_distance"] < 1.2 / math.sqrt(n)
+    assert found["quantiles"][4] == pytest.approx(3.0, abs=0.05)
+
+
+@pytest.mark.parametrize(
+    ("sample", "distance", "kurtosis"),
+    [
+        (lambda u: u, 0.0572, -1.2),  # uniform: the gap to the normal law is largest at 0.71 deviations
+        (lambda u: (u > 0.5).double(), 0.3413, -2.0),  # a fair coin: Phi(1) - 1/2
+        (lambda u: -torch.log1p(-u), 0.1587, 6.0),  # exponential: Phi(-1), at its lower end
+    ],
+)
+def test_distribution_of_other_samples(sample: Any, distance: float, kurtosis: float) -> None:
+    n = 40_000
+    found = distribution(sample(torch.rand(n, generator=generator(1), dtype=torch.float64)))
+    assert found["normal_distance"] == pytest.approx(distance, abs=4 / (2 * math.sqrt(n)))  # four standard errors
+    assert found["excess_kurtosis"] == pytest.approx(kurtosis, abs=1.2)  # eighth moments: a wide standard error
+    assert found["normal_distance"] > 5 / math.sqrt(n)  # control: far beyond what a normal sample shows
+
+
+def test_distance_is_kolmogorovs() -> None:
+    values = normal(5, 300) ** 3
+    expected = stats.kstest(values.numpy(), "norm", args=(float(values.mean()), float(values.std(unbiased=False))))
+    assert distribution(values)["normal_distance"] == pytest.approx(expected.statistic, rel=1e-12)
+
+
+def test_distribution_of_a_constant_and_of_a_large_tensor() -> None:
+    assert distribution(torch.full((3, 4), 2.0)) == {"mean": 2.0, "std": 0.0, "entries": 12}
+    large = distribution(normal(0, 3 * SAMPLE + 1).float())
+    assert SAMPLE / 2 < large["entries"] <= SAMPLE
+    assert large["std"] == pytest.approx(1, abs=4 / math.sqrt(2 * large["entries"]))
+
+
+def test_distributions_name_the_ends_of_the_network() -> None:
+    model = build(preset("tiny"), seed=0)
+    tokens = torch.from_numpy(random_tokens(512, seed=0, batch_size=2, seq_len=16)[0])
+    found = distributions(model, tokens)
+    assert len(found["places"]) == 2 * 12 + 1
+    layers = {name.split(".")[1] for name in found["weights"] if name.startswith("layers")}
+    assert layers == {"0", "11"}
+    assert {"tokens.weight", "head.weight"} <= set(found["weights"])
+
+
+# --- identities -------------------------------------------------------------------------------------------------
+
+
+def exact(norm: Any, positions: Any) -> Transformer:
+    """eps = 0 and no norm bias: the branches are invariant under scaling their input."""
+    a = architecture(**LAYERED, norm=norm, positions=positions, eps=0.0, activation="gelu", gated=True)
+    return disturbed(a)
+
+
+@pytest.mark.parametrize("norm", ["layernorm", "rmsnorm"])
+@pytest.mark.parametrize("positions", ["rope", "none"])
+def test_gradient_identities(norm: Any, positions: Any) -> None:
+    """<g_l - g_{l+1}, x_l> = 0 for every token and half-layer, <g_N, x_N> = 0; LayerNorm: orthogonal to 1 as well."""
+    model = exact(norm, positions)
+    tokens, targets = map(torch.from_numpy, random_tokens(50, seed=2, batch_size=2, seq_len=6))
+    streams, gradients = by_hand(model, tokens, targets)
+    pairs = [(gradients[n] - gradients[n + 1], streams[n]) for n in range(4)] + [(gradients[4], streams[4])]
+    for change, x in pairs:
+        size = change.norm(dim=-1) * x.norm(dim=-1) + 1e-300
+        # Float64 products of a few dozen terms; the last token of the attention half is not treated otherwise.
+        assert float(((change * x).sum(-1).abs() / size).max()) < 1e-12
+        if norm == "layernorm":
+            assert float((change.sum(-1).abs() / (size / x.norm(dim=-1))).max()) < 1e-11
+        assert float(change.norm(dim=-1).max()) > 1e-6, "the identity is of nothing"
+
+
+def test_gradient_identity_fails_with_a_large_eps() -> None:
+    """Control: an eps of the size of the variance breaks the scale invariance."""
+    model = disturbed(architecture(**LAYERED, eps=1.0))
+    streams, gradients = by_hand(model, *map(torch.from_numpy, random_tokens(50, seed=2, batch_size=1, seq_len=6)))
+    change, x = gradients[4], streams[4]
+    assert float((change * x).sum(-1).abs().max()) > 1e-3 * float(change.norm() * x.norm())
+
+
+@pytest.mark.parametrize("norm", ["layernorm", "rmsnorm"])
+@pytest.mark.parametrize("place", [0, 1])
+def test_branch_jacobian_scales_and_ignores_the_radius(norm: Any, place: int) -> None:
+    """J(cx) = J(x)/c and J(x) x = 0."""
+    model = exact(norm, "rope")
+    x, layer = normal(4, 1, 5, 12), model.layers[0]
+    plain = PlainAttention(layer.attention)
+    branch = [lambda v: plain(layer.attention_norm(v)), layer.feedforward_branch][place]
+    jacobian = explicit_jacobian(branch, x)
+    size = float(jacobian.norm())
+    for c in (1e-3, 0.5, 40.0):
+        assert float((explicit_jacobian(branch, c * x) * c - jacobian).norm()) < 1e-11 * size
+    assert float((jacobian @ x.reshape(-1)).norm()) < 1e-12 * size * float(x.norm())
+    # Token by token, too: attention's projector acts on each key and query alone.
+    blocks = jacobian.reshape(60, 5, 12)
+    for t in range(5):
+        assert float((blocks[:, t] @ x[0, t]).norm()) < 1e-12 * size * float(x.norm())
+
+
+def test_zero_pattern_of_the_branches() -> None:
+    """The feed-forward half acts on tokens alone; attention sees no later token."""
+    model = exact("layernorm", "rope")
+    x, layer = normal(4, 1, 5, 12), model.layers[0]
+    plain = PlainAttention(layer.attention)
+    attention = explicit_jacobian(lambda v: plain(layer.attention_norm(v)), x).reshape(5, 12, 5, 12)
+    feedforward = explicit_jacobian(layer.feedforward_branch, x).reshape(5, 12, 5, 12)
+    for t in range(5):
+        for j in range(5):
+            assert bool(attention[t, :, j].any()) == (j <= t)
+            assert bool(feedforward[t, :, j].any()) == (j == t)

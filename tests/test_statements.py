@@ -1,0 +1,643 @@
+"""Every statement of the catalogue: bounds under attack, sharp values against their targets, estimates by hand.
+
+All truths are float64. A statement that is registered tomorrow is tested here by its quantity, and the tests fail
+until it has what its kind asks for: an upper bound a bench and a negative control, a sharp value a measurement, an
+estimate a hand calculation.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from fractions import Fraction
+from functools import cache
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import sympy as sp
+import torch
+from helpers import benches
+from helpers.benches import BENCHES, Case
+from helpers.weights import architecture, generator, normal
+from hypothesis import assume, given, target
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from empirics import observables
+from empirics.model import ACTIVATIONS, Attention, FeedForward, make_norm
+from empirics.probes import PlainAttention
+from empirics.spectral import explicit_jacobian, lanczos_opnorm
+from theory.architecture import Activation, preset
+from theory.feedforward import lipschitz
+from theory.random_matrix import TRACY_WIDOM_MEAN, cesaro_opnorm, feedforward_edge
+from theory.sources import REFERENCES
+from theory.statements import Statement, catalogue, find, register, residual
+from theory.symbols import SYMBOLS, symbol
+
+ALL = catalogue()
+UPPER = [name for name, statement in ALL.items() if statement.kind == "upper"]
+SHARP = [name for name, statement in ALL.items() if statement.kind == "sharp"]
+ESTIMATES = [name for name, statement in ALL.items() if statement.kind == "estimate"]
+
+
+def value(name: str, values: Mapping[str, Any]) -> float:
+    return float(find(name).evaluate(values))
+
+
+# --- upper bounds -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", UPPER)
+def test_upper_has_a_bench(name: str) -> None:
+    assert ALL[name].quantity.name in BENCHES, f"add a bench for {ALL[name].quantity.name} to tests/helpers/benches.py"
+
+
+@pytest.mark.parametrize("name", UPPER)
+@given(data=st.data())
+def test_upper_holds(name: str, data: st.DataObject) -> None:
+    """true <= bound, whatever the shapes, scales, weights, biases and inputs."""
+    statement = ALL[name]
+    case = data.draw(BENCHES[statement.quantity.name](statement))
+    bound = float(statement.evaluate(case.values))
+    target(math.log(max(case.truth, 1e-300) / max(bound, 1e-300)))  # search towards tight cases
+    assert not case.violates(bound), f"true {case.truth!r} exceeds {bound!r} at {case.values}"
+
+
+def filled(module: nn.Module, **parameters: Tensor) -> Any:
+    """A float64 module with the named parameters set and the others zero."""
+    module.double().requires_grad_(False)
+    for name, parameter in module.named_parameters():
+        parameter.copy_(parameters.pop(name, torch.zeros_like(parameter)))
+    assert not parameters, f"no parameter is called {', '.join(parameters)}"
+    return module
+
+
+def eye(rows: int, columns: int | None = None) -> Tensor:
+    return torch.eye(rows, columns or rows, dtype=torch.float64)
+
+
+def vector(*entries: float) -> Tensor:
+    return torch.tensor(entries, dtype=torch.float64)
+
+
+def unit_norm(kind: str, width: int, eps: float = 1e-5) -> nn.Module:
+    return make_norm(architecture(d_model=width, norm=kind, eps=eps)).double().requires_grad_(False)
+
+
+def attention(
+    *, d: int = 4, heads: int = 1, groups: int = 1, width: int = 2, positions: str = "none", **weights: Tensor
+) -> Attention:
+    names = {"W_Q": "query", "W_K": "key", "W_V": "value", "W_O": "output", "b_Q": "query", "b_K": "key"}
+    module = Attention(
+        architecture(d_model=d, n_heads=heads, n_kv_heads=groups, d_head=width, positions=positions, biases=True)
+    )
+    parameters = {
+        f"{names[name]}.{'weight' if name.startswith('W') else 'bias'}": given for name, given in weights.items()
+    }
+    return filled(module, **parameters)
+
+
+def steepest(activation: str) -> Case:
+    """One unit whose bias puts it at the activation's steepest point."""
+    z = torch.linspace(0, 3, 30_001, dtype=torch.float64).requires_grad_()
+    (slope,) = torch.autograd.grad(ACTIVATIONS[activation](z).sum(), z)
+    at = float(z.detach()[slope.argmax()])
+    module = FeedForward(architecture(d_model=1, d_ffn=1, activation=activation, biases=True))
+    one = torch.ones(1, 1, dtype=torch.float64)
+    filled(module, **{"enter.weight": one * 3, "leave.weight": one * 0.2, "enter.bias": vector(at)})
+    return benches.feedforward_case(module, activation, torch.zeros(1, 1, dtype=torch.float64))  # type: ignore[arg-type]
+
+
+def gated_unit() -> Case:
+    """One unit whose two input weights are orthogonal and equally long."""
+    module = FeedForward(architecture(d_model=2, d_ffn=1, activation="silu", gated=True))
+    filled(
+        module,
+        **{"enter.weight": vector(2.0, 0.0)[None], "gate.weight": vector(0.0, 2.0)[None], "leave.weight": eye(2, 1)},
+    )
+    return benches.feedforward_case(module, "silu", vector(0.7, -1.3)[None])
+
+
+def plain_branch() -> Case:
+    module = FeedForward(architecture(d_model=5, d_ffn=5, activation="identity"))
+    filled(module, **{"enter.weight": eye(5), "leave.weight": eye(5)})
+    return benches.branch_case(unit_norm("layernorm", 5), module, "identity", normal(0, 3, 5))
+
+
+def uniform_attention(group: int = 1) -> Attention:
+    """No logits: P is the causal average, and |J| = sqrt(g) |C_T| |W_O| |W_V| with aligned values and output."""
+    return attention(d=2, heads=group, width=2, W_V=eye(2), W_O=torch.cat([eye(2)] * group, dim=1) / math.sqrt(group))
+
+
+# A case that attains the bound: shrunk by a tenth, it must fail. Every upper bound has one, or another control below.
+ATTAINED: dict[str, list[Callable[[], Case]]] = {
+    "norm-jacobian-upper": [
+        lambda: benches.norm_case(unit_norm("layernorm", 3), normal(1, 2, 3)),
+        lambda: benches.norm_case(unit_norm("rmsnorm", 2), normal(1, 2, 2) * 1e-3),
+    ],
+    "softmax-jacobian": [lambda: benches.softmax_case(vector(3.0, 3.0))],
+    "ffn-upper": [lambda name=name: steepest(name) for name in ("identity", "relu", "gelu", "gelu-tanh", "silu")],
+    "ffn-gated-upper": [gated_unit],
+    "ffn-branch-upper": [plain_branch],
+    "attention-probability-upper": [lambda: benches.probability_case(uniform_attention(), normal(2, 7, 2))],
+    "attention-upper-apriori": [
+        lambda: benches.attention_case(uniform_attention(), normal(2, 7, 2)),
+        lambda: benches.attention_case(uniform_attention(group=3), normal(2, 7, 2)),
+    ],
+    "attention-upper-aposteriori": [
+        lambda: benches.attention_case(uniform_attention(), normal(2, 7, 2)),
+        lambda: benches.attention_case(uniform_attention(group=3), normal(2, 7, 2)),
+    ],
+}
+
+
+@pytest.mark.parametrize("name", UPPER)
+def test_upper_has_a_negative_control(name: str) -> None:
+    where = ATTAINED if ALL[name].tight else {**ATTAINED, **CORRUPTED}
+    assert name in where, f"{name} has no case on which a corrupted bound fails"
+
+
+@pytest.mark.parametrize(("name", "case"), [(name, case) for name, cases in ATTAINED.items() for case in cases])
+def test_shrunk_bound_fails(name: str, case: Callable[[], Case]) -> None:
+    attained = case()
+    bound = value(name, attained.values)
+    assert not attained.violates(bound)
+    assert attained.violates(0.9 * bound)
+    assert attained.truth == pytest.approx(
+        bound, rel=1e-7
+    )  # steepest points are off by a grid step of 1e-4, to second order
+
+
+def through_keys() -> Case:
+    """Queries from their bias alone; keys along e_2 that no token has: the logits are equal, their slopes are not."""
+    module = attention(
+        W_K=torch.outer(vector(1, 0), vector(0, 1, 0, 0)), W_V=eye(2, 4), W_O=eye(4, 2), b_Q=vector(1000, 0)
+    )
+    return benches.attention_case(module, torch.outer(vector(1, -1, 1), vector(1, 0, 0, 0)))
+
+
+def through_queries() -> Case:
+    """Query weights along e_2 that no token has: no logits, and an output that turns with the query."""
+    module = attention(
+        W_Q=1000 * torch.outer(vector(1, 0), vector(0, 1, 0, 0)), W_K=eye(2, 4), W_V=eye(2, 4), W_O=eye(4, 2)
+    )
+    return benches.attention_case(module, torch.outer(vector(1, -1, 1), vector(1, 0, 0, 0)))
+
+
+def rotated_key_bias() -> Case:
+    """Keys from their bias alone: RoPE turns it by the token, so that it does not cancel in a softmax row."""
+    module = attention(
+        positions="rope", W_Q=torch.outer(vector(1, 0), vector(0, 1, 0, 0)), W_V=eye(2, 4), W_O=eye(4, 2),
+        b_K=vector(1000, 0),
+    )  # fmt: skip
+    return benches.attention_case(module, torch.outer(vector(1, -1, 1), vector(1, 0, 0, 0)))
+
+
+# What a bound would be with a term left out or a factor forgotten, and a case on which that fails.
+CORRUPTED: dict[str, list[tuple[str, dict[str, Any], Callable[[], Case]]]] = {
+    "attention-upper-apriori": [
+        ("no value term", {"opnorm_V": 0.0}, lambda: benches.attention_case(uniform_attention(), normal(2, 7, 2))),
+        ("no group factor", {"kv_group": 1}, lambda: benches.attention_case(uniform_attention(3), normal(2, 7, 2))),
+        ("no query bias", {"head_VQ": 0.0}, through_keys),
+        ("no key bias under RoPE", {"head_VK": 0.0}, rotated_key_bias),
+    ],
+    "attention-upper-aposteriori": [
+        ("no value term", {"opnorm_V": 0.0}, lambda: benches.attention_case(uniform_attention(), normal(2, 7, 2))),
+        ("no group factor", {"kv_group": 1}, lambda: benches.attention_case(uniform_attention(3), normal(2, 7, 2))),
+        ("no key term", {"key_term": 0.0}, through_keys),
+        ("no query term", {"query_term": 0.0}, through_queries),
+    ],
+    "gaussian-opnorm-upper": [
+        ("one side", {"columns": 0}, lambda: gaussian_case(64, 64, 0.5)),
+    ],
+}  # fmt: skip
+
+
+def gaussian_case(rows: int, columns: int, t: float) -> Case:
+    values = {"sigma": 2.0, "rows": rows, "columns": columns, "t": t}
+    return Case(values, observables.opnorm(2.0 * normal(3, rows, columns)))
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "case"),
+    [
+        pytest.param(name, change, case, id=f"{name}: {what}")
+        for name, rows in CORRUPTED.items()
+        for what, change, case in rows
+    ],
+)
+def test_corrupted_bound_fails(name: str, change: dict[str, Any], case: Callable[[], Case]) -> None:
+    attacked = case()
+    assert not attacked.violates(value(name, attacked.values))
+    assert attacked.violates(value(name, attacked.values | change))
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(1, 1), (8, 8), (4, 64)])
+@pytest.mark.parametrize("t", [0.25, 0.5, 1.0, 2.0])
+def test_gaussian_bound_fails_at_most_as_often_as_stated(rows: int, columns: int, t: float) -> None:
+    draws, sigma = 4000, 0.3
+    matrices = sigma * normal(rows * columns, draws, rows, columns)
+    norms = torch.linalg.matrix_norm(matrices, ord=2).numpy()
+    bound = value("gaussian-opnorm-upper", {"sigma": sigma, "rows": rows, "columns": columns, "t": t})
+    allowed = math.exp(-(t**2) / 2)
+    standard_error = math.sqrt(allowed * (1 - allowed) / draws)
+    assert np.mean(norms >= bound) <= allowed + 3 * standard_error
+
+
+def test_gaussian_bound_is_no_bound_with_smaller_spread() -> None:
+    """Control: for one entry the norm is |z|, and P(|z| >= t) is far above exp(-(3t)^2/2)."""
+    t, norms = 0.5, normal(5, 4000).abs().numpy()
+    allowed = math.exp(-((3 * t) ** 2) / 2)
+    assert np.mean(norms >= t) > allowed + 3 * math.sqrt(allowed * (1 - allowed) / norms.size)
+
+
+@pytest.mark.parametrize("activation", ["identity", "relu", "gelu", "gelu-tanh", "silu"])
+def test_lipschitz_constant_is_the_largest_slope_and_not_below_it(activation: str) -> None:
+    """The truth: PyTorch's own derivative on a dense grid, its maximum refined by Newton steps in 40 digits."""
+    import mpmath
+
+    from empirics.model import ACTIVATIONS
+    from theory.kernels import activation_slope
+
+    constant = lipschitz(activation)  # type: ignore[arg-type]
+    z = torch.linspace(-12, 12, 480_001, dtype=torch.float64).requires_grad_()
+    (slope,) = torch.autograd.grad(ACTIVATIONS[activation](z).sum(), z)
+    # Autograd's slope has its own rounding, a few units in the last place.
+    assert float(slope.abs().max()) <= constant * (1 + 8 * 2.0**-52)
+    assert float(slope.abs().max()) >= constant * (1 - 1e-8)  # the grid misses the top by half a step, to second order
+    assert np.max(np.abs(activation_slope(activation, z.detach().numpy()))) <= constant * (1 + 8 * 2.0**-52)  # type: ignore[arg-type]
+    decimals = {"gelu": 1.128904, "gelu-tanh": 1.128993, "silu": 1.099839}
+    if activation not in decimals:
+        assert constant == 1.0
+        return
+    assert abs(constant - decimals[activation]) < 1e-6
+    with mpmath.workdps(40):
+        function = {
+            "gelu": lambda y: y * mpmath.erfc(-y / mpmath.sqrt(2)) / 2,
+            "gelu-tanh": lambda y: y / (1 + mpmath.exp(-2 * mpmath.sqrt(2 / mpmath.pi) * (y + 0.044715 * y**3))),
+            "silu": lambda y: y / (1 + mpmath.exp(-y)),
+        }[activation]
+        at = mpmath.mpf(float(z.detach()[slope.abs().argmax()]))
+        for _ in range(6):
+            at -= mpmath.diff(function, at, 2) / mpmath.diff(function, at, 3)
+        top = mpmath.diff(function, at)
+        # mpmath's 0.044715 above is the double; the constant's is the decimal. They differ by 1e-18.
+        assert top <= mpmath.mpf(constant) + mpmath.mpf(10) ** -17
+        assert mpmath.mpf(constant) - top < 5e-16
+
+
+def test_cesaro_norm() -> None:
+    """Against a dense singular value; increasing, and below Hardy's 2."""
+    norms = [float(cesaro_opnorm(n)) for n in (1, 2, 3, 8, 64, 300)]
+    for n, norm in zip((1, 2, 3, 8, 64, 300), norms, strict=True):
+        dense = np.tril(np.ones((n, n))) / np.arange(1, n + 1)[:, None]
+        assert norm == pytest.approx(np.linalg.norm(dense, 2), rel=1e-11)  # of the inverse of a T^2-conditioned matrix
+    assert norms == sorted(norms)
+    assert all(norm < 2 for norm in norms)
+    documented = {64: 1.598, 1024: 1.749, 2048: 1.774}
+    assert all(float(cesaro_opnorm(n)) == pytest.approx(norm, abs=5e-4) for n, norm in documented.items())
+
+
+# --- sharp values -----------------------------------------------------------------------------------------------
+
+
+class Measured(NamedTuple):
+    values: dict[str, float]
+    samples: list[float]
+
+
+def gaussian_norms(rows: int, columns: int, sigma: float, draws: int) -> Measured:
+    samples = [observables.opnorm(sigma * normal(seed, rows, columns)) for seed in range(draws)]
+    return Measured({"sigma": sigma, "rows": rows, "columns": columns}, samples)
+
+
+def feedforward_norms(activation: str, d: int, ratio: int, draws: int) -> Measured:
+    """|W_2 D W_1| at one normalised normal token."""
+    sigma_1, sigma_2, samples = 0.8 / math.sqrt(d), 0.7 / math.sqrt(d), []
+    module = FeedForward(architecture(d_model=d, d_ffn=ratio * d, activation=activation)).double().requires_grad_(False)
+    norm = unit_norm("rmsnorm", d)
+    for seed in range(draws):
+        g = generator(seed)
+        module.enter.weight.normal_(0, sigma_1, generator=g)
+        module.leave.weight.normal_(0, sigma_2, generator=g)
+        samples.append(observables.true_feedforward(module, norm(normal(seed + 1000, 1, d))))
+    return Measured({"sigma_1": sigma_1, "sigma_2": sigma_2, "d": d, "d_ffn": ratio * d}, samples)
+
+
+def attention_norms(d: int, length: int, logit_variance: float, draws: int) -> Measured:
+    """|J_u| of a normal input's whole sequence. Lanczos, to 1e-3 in its residual: its value is closer still."""
+    heads, c_V, c_O = 4, 0.9, 0.8
+    stds = {"query": logit_variance**0.25, "key": logit_variance**0.25, "value": c_V**0.5, "output": c_O**0.5}
+    module = Attention(architecture(d_model=d, n_heads=heads, n_kv_heads=heads, d_head=d // heads))
+    module.requires_grad_(False)
+    norm, samples = unit_norm("layernorm", d).float(), []
+    for seed in range(draws):
+        g = generator(seed)
+        for name, std in stds.items():
+            getattr(module, name).weight.normal_(0, std / math.sqrt(d), generator=g)
+        u = norm(torch.randn(1, length, d, generator=g))
+        samples.append(lanczos_opnorm(PlainAttention(module), u, tolerance=1e-3, limit=100).value)
+    return Measured({"c_VO": c_V * c_O, "n_tokens": length}, samples)
+
+
+# Inside each statement's stated domain; seeds enough that three standard errors are well below the target.
+MEASUREMENTS: dict[str, list[Callable[[], Measured]]] = {
+    "gaussian-opnorm-sharp": [
+        lambda: gaussian_norms(64, 64, 0.1, 400),
+        lambda: gaussian_norms(64, 256, 3.0, 200),
+        lambda: gaussian_norms(256, 256, 1.0, 100),
+    ],
+    **{
+        f"ffn-sharp-{activation}": [
+            lambda activation=activation: feedforward_norms(activation, 256, 4, 12),
+            lambda activation=activation: feedforward_norms(activation, 256, 1, 40),
+        ]
+        for activation in ("relu", "identity", "gelu", "silu")
+    },
+    "attention-sharp": [
+        lambda: attention_norms(256, 16, 0.16, 4),
+        lambda: attention_norms(256, 32, 0.05, 4),
+    ],
+}
+
+
+@pytest.mark.parametrize("name", SHARP)
+def test_sharp_has_a_measurement(name: str) -> None:
+    assert name in MEASUREMENTS, f"measure {name} inside its domain in tests/test_statements.py"
+
+
+@pytest.mark.parametrize(
+    ("name", "measure"), [(name, measure) for name, measures in MEASUREMENTS.items() for measure in measures]
+)
+def test_sharp_is_within_its_target(name: str, measure: Callable[[], Measured]) -> None:
+    measured = measure()
+    mean = float(np.mean(measured.samples))
+    standard_error = float(np.std(measured.samples, ddof=1)) / math.sqrt(len(measured.samples)) / mean
+    goal = ALL[name].target
+    assert goal is not None
+    assert 3 * standard_error < goal + 0.01, "too few seeds to judge"
+    predicted = value(name, measured.values)
+    gap = predicted / mean - 1
+    print(
+        f"{name} {measured.values}: predicted {predicted:.4f}, measured {mean:.4f} +- {standard_error:.2%}: {gap:+.2%}"
+    )
+    assert abs(gap) <= goal
+    for wrong in (0.9, 1.1):  # control: a tenth off is seen
+        assert abs(wrong * predicted / mean - 1) > goal
+
+
+@pytest.mark.parametrize(("activation", "ratio", "edge"), [("relu", 4, 3.3302), ("identity", 4, 4.4037)])
+def test_edges_as_documented(activation: str, ratio: float, edge: float) -> None:
+    assert math.sqrt(feedforward_edge(activation, ratio, 0.4).limit) == pytest.approx(edge, abs=5e-5)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("activation", ["gelu", "gelu-tanh", "silu"])
+@pytest.mark.parametrize("ratio", [0.5, 1.0, 4.0])
+def test_edge_is_finite_and_between_its_limits_for_every_variance(activation: Activation, ratio: float) -> None:
+    """Small pre-activations make the slope 1/2, the identity's edge by half; large ones make it a step, ReLU's edge."""
+    variances = (1e-6, 1e-3, 1e-2, 3e-2, 0.1, 0.4, 1.0, 4.0, 16.0)
+    edges = [feedforward_edge(activation, ratio, variance).opnorm(256) for variance in variances]
+    assert all(map(math.isfinite, edges))
+    assert edges[0] == pytest.approx(feedforward_edge("identity", ratio, 1.0).opnorm(256) / 2, rel=0.01)
+    assert edges[-1] == pytest.approx(feedforward_edge("relu", ratio, 1.0).opnorm(256), rel=0.05)
+    assert max(edges) <= lipschitz(activation) * feedforward_edge("relu", ratio, 1.0).opnorm(256)
+    # Monotone but for quadrature and the overshoot of the slope.
+    assert all(later > 0.99 * earlier for earlier, later in pairwise(edges))
+
+
+def test_linear_edge_of_a_square_is_the_closed_form() -> None:
+    assert feedforward_edge("identity", 1.0, 1.0).limit == pytest.approx(27 / 4, rel=1e-9)
+
+
+def test_edge_curvature_by_finite_differences() -> None:
+    """lambda = (1+t)^2/w as a function of gam = (1+t)/lambda, for one atom of slope 1: t = c w/(1-w)."""
+    for ratio in (1.0, 4.0):
+        edge = feedforward_edge("identity", ratio, 1.0)
+
+        def curve(w: np.ndarray, ratio: float = ratio) -> tuple[np.ndarray, np.ndarray]:
+            f = 1 + ratio * w / (1 - w)
+            return w / f, f**2 / w  # gam, lambda
+
+        w = np.linspace(0.01, 0.9, 200_001)
+        gam, height = curve(w)
+        at = int(np.argmin(height))
+        near = slice(at - 300, at + 301)
+        fit = np.polynomial.Polynomial.fit(gam[near], height[near], 4)
+        numeric = float(fit.deriv(2)(gam[at]))
+        assert edge.limit == pytest.approx(height[at], rel=1e-8)
+        assert edge.curvature == pytest.approx(numeric, rel=1e-3)  # a quartic fit over a small neighbourhood
+
+
+def test_tracy_widom_mean() -> None:
+    """Integrates the law again: F_1 = exp(-(1/2) int_s^inf q + (x-s) q^2), q the Hastings-McLeod solution."""
+    from scipy.integrate import cumulative_trapezoid, solve_ivp
+    from scipy.special import airy
+
+    start, stop = 6.0, -8.0
+    x = np.linspace(start, stop, 56_001)
+    ai, ai_slope, _, _ = airy(start)
+    solution = solve_ivp(
+        lambda s, y: [y[1], s * y[0] + 2 * y[0] ** 3], (start, stop), [ai, ai_slope], t_eval=x,
+        rtol=1e-12, atol=1e-18, method="DOP853",
+    )  # fmt: skip
+    q = solution.y[0]
+    first = -cumulative_trapezoid(q, x, initial=0)
+    squares = -cumulative_trapezoid(q**2, x, initial=0)
+    second = -cumulative_trapezoid(squares, x, initial=0)
+    law = np.exp(-(first + second) / 2)  # what lies beyond 6 is below 1e-5
+    # E = stop + int (1 - F) over the range; F(stop) is negligible.
+    mean = stop + float(np.trapezoid((1 - law)[::-1], x[::-1]))
+    assert mean == pytest.approx(TRACY_WIDOM_MEAN, abs=1e-4)
+
+
+# --- estimates --------------------------------------------------------------------------------------------------
+
+# 350M: d = 1024, d_ffn = 4096, N = 24; (sqrt d + sqrt d_ffn)^2 = (32 + 64)^2 = 9216; sigma_1 = sqrt(2/5120).
+_SIGMA = math.sqrt(2 / 5120)
+
+BY_HAND: dict[str, list[tuple[dict[str, float], float, float]]] = {
+    "norm-jacobian-estimate": [({"sigma_x": 0.25}, 4.0, 1e-15)],
+    "gaussian-opnorm-estimate": [({"sigma": 0.5, "rows": 16, "columns": 9}, 3.5, 1e-15)],
+    "ffn-estimate": [
+        ({"sigma_1": 0.5, "sigma_2": 0.25, "sigma_xp": 2.0, "d": 4, "d_ffn": 16}, 2.25, 1e-15),
+        *(
+            (
+                {"sigma_1": _SIGMA, "sigma_2": _SIGMA / math.sqrt(48), "sigma_xp": sigma_xp, "d": 1024, "d_ffn": 4096},
+                excess,
+                0.01,  # the numbers are stated to two or three digits
+            )
+            for sigma_xp, excess in ((_SIGMA, 26.3), (math.sqrt(2 / 5), 0.82), (1.0, 0.52))
+        ),
+    ],
+    "attention-estimate": [({"sigma_O": 0.5, "sigma_x": 2.0, "d": 9, "J_Z": 0.7}, 1.05, 1e-15)],
+}
+
+
+@pytest.mark.parametrize("name", ESTIMATES)
+def test_estimate_equals_a_hand_calculation(name: str) -> None:
+    assert name in BY_HAND, f"calculate {name} once by hand in tests/test_statements.py"
+    for values, expected, relative in BY_HAND[name]:
+        assert value(name, values) == pytest.approx(expected, rel=relative)
+
+
+def test_eq_15_of_the_350m_preset() -> None:
+    """The same numbers from the preset: its recipe is the one the hand calculation used."""
+    vanilla = preset("350m")
+    expected = {"vanilla": 26.3, "scaled-embed": 0.82, "embed-ln": 0.52}
+    for treatment, excess in expected.items():
+        a = vanilla.with_embedding(treatment)  # type: ignore[arg-type]
+        sigma_e = 1.0 if a.embedding_norm else a.embedding_multiplier * a.stds.embedding
+        values = {"sigma_1": a.stds.ffn_in, "sigma_2": a.stds.ffn_out, "d": a.d_model, "d_ffn": a.d_ffn}
+        assert value("ffn-estimate", values | {"sigma_xp": sigma_e}) == pytest.approx(excess, rel=0.01)
+
+
+# --- expressions, composition, sources --------------------------------------------------------------------------
+
+# Where formulas are compared: widths from 64 (a sharp value's domain), stds of initialised matrices.
+_INTEGERS = {"rows": (64, 2048), "columns": (64, 2048), "d": (64, 2048), "d_ffn": (64, 8192)}
+
+
+@st.composite
+def symbol_values(draw: st.DrawFn, statement: Statement) -> dict[str, float]:
+    values: dict[str, float] = {}
+    for name in statement.parameters:
+        if SYMBOLS[name].integer:
+            values[name] = draw(st.integers(*_INTEGERS.get(name, (1, 64))))
+        elif name.startswith("sigma"):
+            values[name] = draw(st.floats(1e-3, 0.05))
+        else:
+            values[name] = draw(st.floats(1e-2, 5.0))
+    return values
+
+
+@cache
+def expression_as_function(name: str) -> Callable[..., Any]:
+    return sp.lambdify([symbol(parameter) for parameter in ALL[name].parameters], ALL[name].expression, modules="numpy")
+
+
+@pytest.mark.parametrize("name", ALL)
+@given(data=st.data())
+def test_expression_is_the_formula(name: str, data: st.DataObject) -> None:
+    """The sympy expression, turned into a function, gives what `evaluate` gives, to rounding of a few operations."""
+    statement = ALL[name]
+    values = data.draw(symbol_values(statement))
+    computed = float(expression_as_function(name)(*values.values()))
+    assert computed == pytest.approx(float(statement.evaluate(values)), rel=1e-12)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_expression_prints_and_evaluates_exactly(name: str) -> None:
+    """Substituting numbers agrees as well, wherever the expression is elementary; and it has a LaTeX form."""
+    from theory.symbols import latex_names
+
+    expression = ALL[name].expression
+    assert expression.free_symbols <= {symbol(parameter) for parameter in ALL[name].parameters}
+    assert sp.latex(expression, symbol_names=latex_names())
+    if expression.atoms(sp.core.function.AppliedUndef):
+        return
+    values = {parameter: 64 if SYMBOLS[parameter].integer else Fraction(3, 8) for parameter in ALL[name].parameters}
+    exact = expression.subs({symbol(parameter): sp.sympify(number) for parameter, number in values.items()})
+    numbers = {parameter: float(number) for parameter, number in values.items()}
+    assert float(exact.evalf(30)) == pytest.approx(value(name, numbers), rel=1e-12)
+
+
+def test_arrays_broadcast() -> None:
+    sigma = np.array([0.1, 0.2])[:, None]
+    rows = np.array([64, 128, 256])
+    for name in ("gaussian-opnorm-estimate", "gaussian-opnorm-sharp"):
+        table = find(name).evaluate({"sigma": sigma, "rows": rows, "columns": 64})
+        assert table.shape == (2, 3)
+        assert table[1, 2] == pytest.approx(value(name, {"sigma": 0.2, "rows": 256, "columns": 64}), rel=1e-15)
+    edges = find("ffn-sharp-gelu").evaluate(
+        {"sigma_1": 0.05, "sigma_2": 0.05, "d": 256, "d_ffn": np.array([256, 1024])}
+    )
+    assert edges.shape == (2,)
+
+
+def test_residual_then_repeat() -> None:
+    """`residual(f).then(residual(g)).repeat(n)` is ((1 + f)(1 + g))^n, and remains a bound if both were."""
+    norm, branch = find("ffn-upper"), find("norm-jacobian-upper")
+    layer = residual(norm).then(residual(branch)).repeat(3)
+    values = {"lipschitz": 1.5, "opnorm_1": 2.0, "opnorm_2": 0.5, "gain": 3.0, "s": 2.0}
+    assert layer.evaluate(values) == pytest.approx(((1 + 1.5) * (1 + 1.5)) ** 3, rel=1e-14)
+    assert layer.kind == "upper"
+    assert set(layer.parameters) == set(values)
+    assert set(layer.assumptions) == {*norm.assumptions, *branch.assumptions}
+    assert sp.simplify(layer.expression - (residual(norm).expression * residual(branch).expression) ** 3) == 0
+    assert not layer.tight
+
+
+@pytest.mark.parametrize(
+    ("first", "after", "kind"),
+    [
+        ("ffn-upper", "norm-jacobian-upper", "upper"),
+        ("ffn-upper", "norm-jacobian-estimate", "estimate"),
+        ("norm-jacobian-estimate", "ffn-upper", "estimate"),
+        ("ffn-sharp-relu", "attention-sharp", "estimate"),  # a product of sharp norms predicts nothing
+        ("ffn-sharp-relu", "ffn-upper", "estimate"),
+        ("ffn-estimate", "attention-estimate", "estimate"),
+    ],
+)
+def test_kind_of_a_composition(first: str, after: str, kind: str) -> None:
+    for composed in (find(first).then(find(after)), residual(find(first)).then(find(after)).repeat(2)):
+        assert composed.kind == kind
+        assert composed.target is None
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_residual_and_repeat_keep_only_bounds(name: str) -> None:
+    expected = "upper" if ALL[name].kind == "upper" else "estimate"
+    assert residual(ALL[name]).kind == ALL[name].repeat(2).kind == expected
+
+
+@given(data=st.data())
+def test_composed_bound_holds_for_a_stack(data: st.DataObject) -> None:
+    """|(I + J_2)(I + J_1)| <= (1 + bound_1)(1 + bound_2) for two feed-forward half-layers on one token."""
+    width = data.draw(st.integers(1, 6))
+    x = normal(data.draw(st.integers(0, 99)), 1, width)
+    jacobian, bound, rounding = eye(width), 1.0, 0.0
+    for _ in range(2):
+        norm = data.draw(benches.norm_modules(width))
+        assume(observables.observe_norm(norm, x)["s"] > 0)
+        module, activation = data.draw(benches.feedforwards(width, gated=False))
+        case = benches.branch_case(norm, module, activation, x)
+
+        def half(x: Tensor, norm: nn.Module = norm, module: nn.Module = module) -> Tensor:
+            return x + module(norm(x))
+
+        jacobian = explicit_jacobian(half, x) @ jacobian
+        factor = float(residual(find("ffn-branch-upper")).evaluate(case.values))
+        bound, rounding = bound * factor, rounding * factor + case.rounding * bound
+        x = half(x)
+    assert not Case({}, observables.opnorm(jacobian), rounding).violates(bound)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_statement_is_sourced_and_argued(name: str) -> None:
+    statement = ALL[name]
+    assert statement.name == name
+    assert statement.source.key in REFERENCES
+    assert statement.source.label
+    assert statement.why
+    assert all(parameter in SYMBOLS for parameter in statement.parameters)
+
+
+def test_errors_name_the_remedy() -> None:
+    with pytest.raises(ValueError, match=r"unknown statement 'ffn-uper'; use one of .*ffn-upper"):
+        find("ffn-uper")
+    with pytest.raises(ValueError, match="ffn-upper needs a value for opnorm_1, opnorm_2"):
+        find("ffn-upper").evaluate({"lipschitz": 1.0})
+    fields = {field: getattr(find("ffn-upper"), field) for field in Statement.__dataclass_fields__}
+    with pytest.raises(ValueError, match="set target="):
+        Statement(**(fields | {"kind": "sharp", "tight": False}))
+    with pytest.raises(ValueError, match="drop tight=True"):
+        Statement(**(fields | {"kind": "estimate"}))
+
+    def ffn_upper() -> Statement:
+        return find("ffn-upper")
+
+    with pytest.raises(ValueError, match="two statements are called 'ffn-upper'"):
+        register(ffn_upper)
+    assert find("ffn-upper") is ALL["ffn-upper"]
