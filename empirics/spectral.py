@@ -55,18 +55,18 @@ def lanczos_opnorm(
         if lefts:
             left = _orthogonal(left, lefts)
         alpha = float(left.norm())
-        if alpha == 0.0:
-            break
+        if alpha <= 64 * torch.finfo(x.dtype).eps * value:
+            # The range is exhausted but for rounding; only the last beta, as one more column, is not yet counted.
+            if betas:
+                value = float(torch.linalg.matrix_norm(_bidiagonal(alphas, betas), ord=2))
+            return NormEstimate(value=value, iterations=iteration, residual=0.0)
         left = left / alpha
         lefts.append(left)
         alphas.append(alpha)
         back = pullback(left.view_as(product))[0].detach().reshape(-1)
         back = _orthogonal(back, rights)
         beta = float(back.norm())
-        small = torch.diag(torch.tensor(alphas, dtype=torch.float64))
-        if betas:
-            small = small + torch.diag(torch.tensor(betas, dtype=torch.float64), 1)
-        u, s, _ = torch.linalg.svd(small)
+        u, s, _ = torch.linalg.svd(_bidiagonal(alphas, betas))
         value = float(s[0])
         # The bidiagonal relation leaves one term: J'(left basis u) - s v = beta u_last (next right vector).
         residual = beta * abs(float(u[-1, 0])) / value
@@ -75,6 +75,14 @@ def lanczos_opnorm(
         betas.append(beta)
         right = back / beta
     return NormEstimate(value=value, iterations=len(alphas), residual=residual)
+
+
+def _bidiagonal(alphas: list[float], betas: list[float]) -> Tensor:
+    """Alphas on the diagonal, betas right of it; one column more than rows if there are as many of both."""
+    matrix = torch.zeros(len(alphas), len(betas) + 1, dtype=torch.float64)
+    matrix.diagonal().copy_(torch.tensor(alphas, dtype=torch.float64))
+    matrix.diagonal(1).copy_(torch.tensor(betas, dtype=torch.float64))
+    return matrix
 
 
 def _orthogonal(vector: Tensor, basis: list[Tensor]) -> Tensor:

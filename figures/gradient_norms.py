@@ -39,9 +39,10 @@ def draw(records: Records, experiment: str | None = None, spikes: Spikes | None 
             row[0].set_ylabel(f"{fill(panel.title, 24)}\ngradient norm")
             style.whole_numbers(row[0])
             style.log_axis(row[0].yaxis)
-        for top, bottom, label in zip(grid[0], grid[-1], labels):
-            top.set_title(style.title(label))
-            bottom.set_xlabel("step")
+        for column, label in zip(grid.T, labels):
+            column[0].set_title(style.title(label))
+            ran = [axes for axes, panel in zip(column, panels) if selection.of_label(panel.records, label)]
+            ran[-1].set_xlabel("step")
         handles = style.named_handles(PARTS)
         if spikes:
             handles.append(style.marker_handle("|", "event", colour=style.EVENT))
@@ -80,7 +81,7 @@ def _panel(axes: Axes, panel: Panel, label: str, spikes: Spikes) -> None:
         for run, values in zip(runs, series):
             known = np.flatnonzero(np.isfinite(values))
             if run["final"]["diverged_at"] is not None and known.size and name == "all parameters":
-                style.cross(axes, known[-1], values[known[-1]], mark)
+                style.cross(axes, int(known[-1]), float(values[known[-1]]), mark)
     events = sorted(step for run in runs for step in spikes.get(run["id"], ()))
     if events:
         style.ticks_along_top(axes, events)

@@ -79,7 +79,7 @@ def _panel(axes: Axes, panel: Panel, labels: list[str]) -> None:
 def _cross(axes: Axes, run: Record, loss: Array, mark: style.Mark) -> None:
     known = np.flatnonzero(np.isfinite(loss))
     if run["final"]["diverged_at"] is not None and known.size:
-        style.cross(axes, known[-1], loss[known[-1]], mark)
+        style.cross(axes, int(known[-1]), float(loss[known[-1]]), mark)
 
 
 def caption(records: Records, experiment: str | None = None) -> str:

@@ -27,18 +27,18 @@ HOW_TO_READ = (
     (
         "sharp",
         "Sharp prediction",
-        "The value itself, computed from the configuration before the network exists. Solid lines; judged by its error.",
+        "The value itself, from the configuration, before the network exists. Solid lines; judged by its error.",
     ),
     (
         "estimate",
         "Estimate",
-        "What the paper writes with &ldquo;~&rdquo; or under its simplifying assumptions. Dashed lines; it may be violated, "
-        "and a violation refutes no theorem.",
+        "What the paper writes with &ldquo;~&rdquo; or under simplifying assumptions. Dashed lines; it may be "
+        "violated, and a violation refutes no theorem.",
     ),
     (
         "upper",
         "Rigorous upper bound",
-        "An inequality that holds without exception under its stated assumptions. Dotted lines; one violation refutes it.",
+        "An inequality that holds without exception under stated assumptions. Dotted lines; one violation refutes it.",
     ),
 )
 DASHES = {"sharp": "none", "estimate": "7 3", "upper": "2 2.5"}

@@ -35,9 +35,10 @@ table { width: 100%; border-collapse: collapse; font-size: .85rem; line-height: 
 th { text-align: left; font-weight: 600; color: var(--soft); border-bottom: 2px solid var(--rule); }
 th, td { padding: .5rem .6rem .5rem 0; vertical-align: top; overflow-wrap: break-word; }
 td { border-bottom: 1px solid var(--rule); font-variant-numeric: tabular-nums; }
-th:nth-child(1) { width: 9.2rem; }
-th:nth-child(2) { width: 25%; }
-th:nth-child(3) { width: 20%; }
+th:nth-child(1) { width: 10.3rem; }
+th:nth-child(2) { width: 23%; }
+th:nth-child(3) { width: 19%; }
+th:nth-child(4) { width: 19%; }
 th:nth-child(6) { width: 5.5rem; }
 th:nth-child(7) { width: 4.2rem; }
 th::first-letter { text-transform: uppercase; }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from theory.architecture import METHODS as _METHODS
 
-Record = Mapping[str, Any]
+Record = dict[str, Any]
 Records = Sequence[Record]
 Array = NDArray[np.float64]
 

@@ -182,7 +182,7 @@ def kind_handles(kinds: Iterable[str], *, colour: str = "#333333", **words: str)
     return handles
 
 
-def named_handles(marks: dict[str, Mark], *, linestyle: str = "-") -> list[Line2D]:
+def named_handles(marks: dict[str, Mark], *, linestyle: Any = "-") -> list[Line2D]:
     """Legend entries of colours and markers."""
     return [
         Line2D(
@@ -193,7 +193,7 @@ def named_handles(marks: dict[str, Mark], *, linestyle: str = "-") -> list[Line2
     ]  # fmt: skip
 
 
-def method_handles(labels: list[str], *, linestyle: str = "-") -> list[Line2D]:
+def method_handles(labels: list[str], *, linestyle: Any = "-") -> list[Line2D]:
     """Legend entries of the methods."""
     return named_handles({label: mark(label, labels) for label in labels}, linestyle=linestyle)
 

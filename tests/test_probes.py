@@ -151,6 +151,8 @@ def test_layer_norms_are_those_of_explicit_jacobians(positions: Any, gated: bool
         exact = {
             "sigma_x": math.sqrt(np.var(x.numpy(), axis=-1).mean()),
             "sigma_xp": math.sqrt(np.var(middle.numpy(), axis=-1).mean()),
+            "s_attention": math.sqrt(np.var(x.numpy(), axis=-1).min() + 1e-5),
+            "s_feedforward": math.sqrt(np.var(middle.numpy(), axis=-1).min() + 1e-5),
             "opnorm_O": svd_norm(layer.attention.output.weight),
             "opnorm_1": svd_norm(layer.feedforward.enter.weight),
             "opnorm_2": svd_norm(layer.feedforward.leave.weight),
