@@ -40,7 +40,7 @@ def _training(architecture: Architecture, label: str, experiment: str, seed: int
     from empirics.train import RunSpec
 
     base: dict[str, Any] = {
-        "steps": 120,
+        "steps": 100,
         "batch_size": 8,
         "seq_len": 64,
         "warmup": 20,
@@ -121,7 +121,7 @@ def cpu(seeds: Sequence[int], device: str) -> list[Step]:
 
     def long() -> list[Any]:
         return [
-            _training(tiny, label, "long", seed, 1.5e-2, steps=300, schedule="constant", device=device)
+            _training(tiny, label, "long", seed, 1.5e-2, steps=240, schedule="constant", device=device)
             for seed in seeds
             for label in ("Vanilla", "Scaled Embed")
         ]
@@ -254,6 +254,13 @@ def table(claims: Sequence[dict[str, Any]]) -> str:
     return "\n".join(f"{claim['id']:12} {claim['verdict']:26} {claim['claim']}" for claim in claims)
 
 
+def _require_cuda(device: str, scale: str) -> None:
+    import torch
+
+    if not torch.cuda.is_available():
+        raise ValueError(f"scale {scale} on {device} needs a CUDA device and there is none; use --scale cpu")
+
+
 def _run(arguments: argparse.Namespace) -> int:
     build, default_seeds, default_device = SCALES[arguments.scale]
     seeds = arguments.seeds or range(default_seeds)
@@ -270,13 +277,11 @@ def _run(arguments: argparse.Namespace) -> int:
             cost = f"{step.minutes:.1f} min" if step.minutes < 100 else f"{step.minutes / 60:.0f} h"
             print(f"{step.name:16}{len(step.specs()):4} records {cost:>9}  {step.purpose}")
         return 0
+    if device.startswith("cuda") and not arguments.draw_only:
+        _require_cuda(device, arguments.scale)
     out = Path(arguments.out or Path("results") / arguments.scale)
     start = time.monotonic()
     if not arguments.draw_only:
-        import torch
-
-        if device.startswith("cuda") and not torch.cuda.is_available():
-            raise ValueError(f"scale {arguments.scale} needs a CUDA device and there is none; use --scale cpu")
         write_json(out / "scale.json", {"scale": arguments.scale, "seeds": list(seeds), "device": device})
         compute(steps, out, 1 if device.startswith("cuda") else arguments.processes)
     claims = draw(out, arguments.scale)

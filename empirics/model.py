@@ -179,7 +179,8 @@ class Transformer(nn.Module):
         x_BTD = self.embed(tokens_BT)
         _keep(places, x_BTD)
         for layer in self.layers:
-            for branch in layer.branches:  # type: ignore[union-attr]
+            assert isinstance(layer, Layer)
+            for branch in layer.branches:
                 x_BTD = x_BTD + branch(x_BTD)
                 _keep(places, x_BTD)
         return self.head(self.norm(x_BTD))
@@ -197,6 +198,7 @@ class Transformer(nn.Module):
         if self.positions is not None:
             self.positions.weight.normal_(0.0, stds.position, generator=generator)
         for layer in self.layers:
+            assert isinstance(layer, Layer)
             attention, feedforward = layer.attention, layer.feedforward
             table: list[tuple[Any, float]] = [
                 (attention.query, stds.query),

@@ -89,7 +89,7 @@ def measure_growth(
     seeds: tuple[int, ...],
     batches: Callable[[int], Batch],
     device: str = "cpu",
-    on_seed: Callable[[int], None] | None = None,
+    on_seed: Callable[[int], object] | None = None,
 ) -> tuple[Measurement, Measurement, Measurement]:
     """Gradient growth, gradient profile and residual profile at initialisation, in float32.
 

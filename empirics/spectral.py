@@ -42,7 +42,7 @@ def lanczos_opnorm(
     generator = torch.Generator().manual_seed(seed)
     right = torch.randn(x.numel(), generator=generator, dtype=torch.float64).to(x)
     right = right / right.norm()
-    _, pullback = vjp(function, x)
+    pullback = vjp(function, x)[1]
     rights: list[Tensor] = []
     lefts: list[Tensor] = []
     alphas: list[float] = []

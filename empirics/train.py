@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from empirics.data import Corpus, batch, heldout_batches
+from empirics.data import Corpus, TokenizerKind, batch, heldout_batches
 from empirics.model import Transformer, build
 from empirics.probes import distributions, place_statistics
 from theory.architecture import Architecture
@@ -60,7 +60,7 @@ class RunSpec:
     compile: bool = False
     micro_batch: int | None = None
     data: str = "sympy"
-    tokenizer: str = "bpe"
+    tokenizer: TokenizerKind = "bpe"
     probe_every: int = 20
 
     def __post_init__(self) -> None:
@@ -200,7 +200,9 @@ def _train_step(
         series.place_gradient.append(gradient)
 
     parameters = [parameter for group in groups.values() for parameter in group]
-    norms = _group_norms([parameter.grad for parameter in parameters], groups)
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    assert len(gradients) == len(parameters)  # every parameter takes part in the loss
+    norms = _group_norms(gradients, groups)
     total = math.sqrt(sum(norm * norm for norm in norms.values()))
     series.gradient_norm.append(total)
     series.embedding_gradient.append(norms["embedding"])
@@ -209,12 +211,13 @@ def _train_step(
         series.diverged_at = step
         return
     if total > spec.clip:
-        torch._foreach_mul_([parameter.grad for parameter in parameters], spec.clip / total)
+        for one in gradients:
+            one.mul_(spec.clip / total)
     for group in optimizer.param_groups:
         group["lr"] = spec.rate(step)
     before = [parameter.detach().clone() for parameter in parameters]
     optimizer.step()
-    changes = torch._foreach_sub([parameter.detach() for parameter in parameters], before)
+    changes = [parameter.detach() - old for parameter, old in zip(parameters, before, strict=True)]
     updates = _group_norms(changes, groups)
     series.learning_rate.append(spec.rate(step))
     series.update_norm.append(math.sqrt(sum(norm * norm for norm in updates.values())))
@@ -271,8 +274,8 @@ def _parameter_groups(model: Transformer) -> dict[str, list[nn.Parameter]]:
     return {"embedding": embedding, **layers, "head": head}
 
 
-def _group_norms(tensors: list[Any], groups: dict[str, list[nn.Parameter]]) -> dict[str, float]:
-    squares = torch.stack(torch._foreach_norm(tensors)).double().square().tolist()
+def _group_norms(tensors: list[Tensor], groups: dict[str, list[nn.Parameter]]) -> dict[str, float]:
+    squares = torch.stack([tensor.norm() for tensor in tensors]).double().square().tolist()
     values: Iterator[float] = iter(squares)
     return {name: math.sqrt(sum(next(values) for _ in group)) for name, group in groups.items()}
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from textwrap import fill
+
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -19,6 +21,8 @@ def draw(records: Records, experiment: str | None = None) -> Figure:
         figure, grid = style.panels(1, len(panels), height=2.9, width=width)
         for axes, panel in zip(grid[0], panels):
             _panel(axes, panel, labels)
+            title = panel.title or "Held-out loss by learning rate"
+            axes.set_title(fill(title, max(14, 72 // len(panels))))
         grid[0, 0].set_ylabel("final held-out loss (nats per token)")
         handles = style.method_handles(labels)
         if any(record["final"]["diverged_at"] is not None for record in found):
@@ -57,7 +61,6 @@ def _panel(axes: Axes, panel: Panel, labels: list[str]) -> None:
     axes.set_xticks([], minor=True)
     axes.margins(x=0.12)
     _lost(axes, lost)
-    axes.set_title(panel.title or "Held-out loss by learning rate")
     axes.set_xlabel("peak learning rate")
 
 

@@ -154,7 +154,8 @@ def feedforward_edge(activation: Activation, ratio: float, variance: float) -> E
         return 2 * w * slope - f  # sign of the derivative of f^2/w
 
     largest = float(np.max(squares))
-    w = float(brentq(stationary, 1e-9 / largest, (1 - 1e-9) / largest, xtol=1e-14))
+    root: Any = brentq(stationary, 1e-9 / largest, (1 - 1e-9) / largest, xtol=1e-14)
+    w = float(root)
     f, slope, second = moments(w)
     in_w = 2 * slope**2 / w + 2 * f * second / w - 4 * f * slope / w**2 + 2 * f**2 / w**3
     return Edge(limit=f**2 / w, curvature=in_w * (2 * f) ** 2)

@@ -17,6 +17,8 @@ from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from theory.architecture import Architecture, Init
 
 SCHEMA = 1
@@ -69,9 +71,7 @@ def plain(value: Any) -> Any:
         return [plain(item) for item in value]
     if isinstance(value, float):
         return value if math.isfinite(value) else None
-    if hasattr(value, "item"):
-        return plain(value.item())
-    return value
+    return plain(value.item()) if isinstance(value, np.generic) else value
 
 
 def fingerprint(value: Any) -> str:

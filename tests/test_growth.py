@@ -1,0 +1,382 @@
+"""The growth recursion: its matrix algebra against dense products, its maps against simulation, its values at large."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+from helpers.weights import architecture
+from helpers.wide import Array, simulate_attention, simulate_feedforward
+from hypothesis import given
+from hypothesis import strategies as st
+
+from empirics.data import random_tokens
+from empirics.model import ACTIVATIONS
+from empirics.probes import measure_growth
+from theory import growth
+from theory.architecture import EMBEDDINGS, Architecture, Init, Stds, method, preset
+from theory.growth import Blocks, Gram, gradient_growth, growth_closed_form
+
+
+def as_gram(dense: Array) -> Gram:
+    """One block a token; the diagonal of `off`, which has no meaning there, is filled with nonsense."""
+    off = dense.copy()
+    np.fill_diagonal(off, 1e3 * np.arange(len(dense)))
+    return Gram(np.diagonal(dense).copy(), off)
+
+
+def as_dense(gram: Gram) -> Array:
+    dense = gram.off.copy()
+    np.fill_diagonal(dense, gram.diag)
+    return dense
+
+
+def cesaro(length: int) -> Array:
+    return np.tril(np.ones((length, length))) / np.arange(1, length + 1)[:, None]
+
+
+def random_gram(length: int, strength: float, seed: int = 0) -> Array:
+    """A correlation matrix, `strength` of the way from none to random correlations."""
+    x = np.random.default_rng(seed).standard_normal((length, length))
+    gram = x @ x.T / np.sqrt(np.outer(np.sum(x**2, axis=1), np.sum(x**2, axis=1)))
+    return (1 - strength) * np.eye(length) + strength * gram
+
+
+# --- blocks -----------------------------------------------------------------------------------------------------
+
+
+@given(length=st.integers(1, 40), seed=st.integers(0, 1000))
+def test_single_blocks_are_dense_products(length: int, seed: int) -> None:
+    """P A, A P, P A P' and P' A P, for any A. Sums of at most 1600 terms of order one: 1e-13 of the largest."""
+    a = np.random.default_rng(seed).standard_normal((length, length))
+    p, blocks, gram = cesaro(length), Blocks.of(length, exact=True), as_gram(a)
+    pairs = [
+        (blocks.left(gram), p @ a),
+        (blocks.right(gram), a @ p),
+        (blocks.average(gram), p @ a @ p.T),
+        (blocks.spread(gram), p.T @ a @ p),
+        (gram.mT, a.T),
+    ]
+    # The nonsense on the diagonal of `off` (up to 1e3 T) cancels exactly in theory, and to its own rounding here.
+    tolerance = 1e-13 * max(1.0, float(np.abs(a).max()))
+    for computed, expected in pairs:
+        np.testing.assert_allclose(as_dense(computed), expected, rtol=0, atol=tolerance + 1e-16 * 1e3 * length * 40)
+    assert blocks.trace(gram) == pytest.approx(np.trace(a), abs=1e-13 * length)
+
+
+@pytest.mark.parametrize("length", [1, 5, 33])
+def test_single_blocks_without_nonsense_are_exact_to_rounding(length: int) -> None:
+    a, p, blocks = random_gram(length, 1.0), cesaro(length), Blocks.of(length, exact=True)
+    gram = Gram(np.diagonal(a).copy(), a.copy())
+    for computed, expected in ((blocks.average(gram), p @ a @ p.T), (blocks.spread(gram), p.T @ a @ p)):
+        np.testing.assert_allclose(as_dense(computed), expected, rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize("length", [1, 24, 160, 161, 512, 2048])
+def test_blocks_partition_the_positions(length: int) -> None:
+    for blocks in (Blocks.of(length), Blocks.of(length, exact=True)):
+        assert np.sum(blocks.sizes) == length
+        assert blocks.starts[0] == 0
+        assert np.array_equal(blocks.starts[1:], np.cumsum(blocks.sizes)[:-1])
+        harmonic = np.sum(1 / np.arange(1, length + 1))
+        assert np.sum(blocks.sizes * blocks.inverse) == pytest.approx(harmonic, rel=1e-12)
+
+
+def test_coarse_blocks_average_a_constant_and_a_unit_matrix() -> None:
+    """Block values of P 1 P' (all ones) and of P I P' (1/max(t, t')) are the means over the block."""
+    blocks = Blocks.of(512)
+    assert blocks.sizes.size < 200
+    n = blocks.sizes.size
+    ones = Gram(np.ones(n), np.ones((n, n)))
+    for matrix in (blocks.average(ones), blocks.left(ones)):
+        np.testing.assert_allclose(matrix.off, 1, rtol=1e-12)
+        np.testing.assert_allclose(matrix.diag, 1, rtol=1e-12)
+    unit = blocks.average(Gram(np.ones(n), np.zeros((n, n))))
+    np.testing.assert_allclose(unit.diag, blocks.inverse, rtol=0.04)  # blocks of 4 %
+    # The trace of P'P is the harmonic number's sum; half a block is the error of a coarse position.
+    assert blocks.trace(unit) == pytest.approx(np.sum(1 / np.arange(1, 513)), rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("name", "model"),
+    [
+        ("Vanilla", "uniform"),
+        ("Vanilla", "second-order"),
+        ("Scaled Embed", "second-order"),
+        ("Xavier + Scaled Embed", "second-order"),
+    ],
+)
+def test_coarse_blocks_within_one_per_cent(name: str, model: Any) -> None:
+    a = method(replace(preset("350m"), n_layers=6), name)
+    coarse = gradient_growth(a, 512, attention=model)
+    exact = gradient_growth(a, 512, attention=model, exact=True)
+    assert coarse.value == pytest.approx(exact.value, rel=0.01)
+    assert coarse.residual_std == pytest.approx(exact.residual_std, rel=0.01)
+    assert coarse.gradient == pytest.approx(exact.gradient, rel=0.01)
+
+
+# --- the maps against simulation --------------------------------------------------------------------------------
+
+WIDTH, HEADS, TOKENS = 512, 4, 6
+
+
+class Described:
+    """An architecture's numbers with any logit variance: what the recursion's maps read."""
+
+    def __init__(
+        self, *, activation: Any = "relu", gated: bool = False, gain: float = 1.0, logits: float = 0.0
+    ) -> None:
+        hidden = 2 * WIDTH
+        base = architecture(
+            d_model=WIDTH, n_heads=HEADS, n_kv_heads=HEADS, d_head=WIDTH // HEADS, d_ffn=hidden, activation=activation,
+            gated=gated,
+        )  # fmt: skip
+        unit, enter, leave = 1 / math.sqrt(WIDTH), math.sqrt(gain / WIDTH), 1 / math.sqrt(hidden)
+        key = logits**0.25 * unit  # a = (d sigma_Q sigma_K)^2
+        self.architecture = base
+        self.stds = Stds(1.0, 1.0, key, key, unit, unit, enter, enter, leave, 1.0)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.architecture, name)
+
+
+def relative_to_diagonal(difference: Array, of: Array) -> Array:
+    return difference / np.sqrt(np.outer(np.diagonal(of), np.diagonal(of)))
+
+
+KERNELS = {
+    "uncorrelated": np.eye(TOKENS),
+    "equally correlated": 0.5 * np.eye(TOKENS) + 0.5,
+    "unevenly correlated": random_gram(TOKENS, 0.6, 1),
+}
+COTANGENT = random_gram(TOKENS, 0.6, 2) * np.outer(np.linspace(0.7, 1.4, TOKENS), np.linspace(0.7, 1.4, TOKENS))
+LOGITS = (0.05, 0.15, 0.3)
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_attention_maps_against_simulated_attention(name: str) -> None:
+    """Forward and backward Gram matrices, to four standard errors and a truncation of second order in the logits.
+
+    The logits' effect is the difference of two simulations with the same weights, added to the exact value without
+    logits: most of the noise is common and cancels. The neglected terms are of order a^2: with a coefficient of 1 for
+    the forward entries and the trace of the gradient, 2.5 for single gradient entries at 6 tokens. Uneven correlations
+    also move the mean of a softmax row, which the recursion says that it leaves out: they have twice the room.
+    """
+    kernel, draws = KERNELS[name], 60
+    simulated = simulate_attention(kernel, COTANGENT, (0.0, *LOGITS), width=WIDTH, heads=HEADS, draws=draws)
+    p, blocks = cesaro(TOKENS), Blocks.of(TOKENS, exact=True)
+    without = np.stack([p @ kernel @ p.T, p.T @ COTANGENT @ p])
+    bare = simulated[0]
+    # 2 x 36 entries: 4.5 standard errors are exceeded once in two thousand tests.
+    assert np.all(np.abs(bare.mean(0) - without) <= 4.5 * bare.std(0, ddof=1) / math.sqrt(draws))
+    room = 2 if name == "unevenly correlated" else 1
+    for a, with_logits in zip(LOGITS, simulated[1:], strict=True):
+        change = with_logits - bare
+        expected, error = without + change.mean(0), change.std(0, ddof=1) / math.sqrt(draws)
+        described: Any = Described(logits=a)
+        maps = {
+            model: (
+                as_dense(growth._attention_forward(described, blocks, as_gram(kernel), model)),
+                as_dense(growth._attention_backward(described, blocks, as_gram(kernel), as_gram(COTANGENT), model)),
+            )
+            for model in ("uniform", "second-order")
+        }
+        for side, coefficient in ((0, 1.0), (1, 2.5)):
+            gap = np.abs(relative_to_diagonal(maps["second-order"][side] - expected[side], expected[side]))
+            allowed = room * coefficient * a**2 + 4.5 * relative_to_diagonal(error[side], expected[side])
+            print(f"{name}, a = {a}, {('forward', 'backward')[side]}: {gap.max():.4f}")
+            assert np.all(gap <= allowed)
+        traces = np.trace(change[:, 1], axis1=1, axis2=2)
+        total = np.trace(expected[1])
+        trace_gap = np.trace(maps["second-order"][1]) / total - 1
+        print(f"{name}, a = {a}, gradient trace: {trace_gap:+.4f}")
+        assert abs(trace_gap) <= room * a**2 + 4 * traces.std(ddof=1) / math.sqrt(draws) / total
+        if name == "uncorrelated":  # control: without the logits' effect on the average the forward entries are wrong
+            uniform = np.abs(relative_to_diagonal(maps["uniform"][0] - expected[0], expected[0]))
+            assert not np.all(uniform <= a**2 + 4.5 * relative_to_diagonal(error[0], expected[0]))
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("activation", ["relu", "gelu", "silu", "identity"])
+def test_feedforward_maps_against_simulated_feedforward(activation: Any, gated: bool) -> None:
+    """Exact in expectation at any width, since the pre-activations are exactly normal: standard errors alone."""
+    kernel, draws, gain = KERNELS["unevenly correlated"], 60, 0.6
+    simulated = simulate_feedforward(
+        kernel, COTANGENT, ACTIVATIONS[activation], width=WIDTH, hidden=2 * WIDTH, gated=gated, gain=gain, draws=draws
+    )
+    described: Any = Described(activation=activation, gated=gated, gain=gain)
+    predicted = (
+        as_dense(growth._feedforward_forward(described, Gram(np.ones(TOKENS), kernel))),
+        as_dense(
+            growth._feedforward_backward(
+                described, Gram(np.ones(TOKENS), kernel), Gram(np.diagonal(COTANGENT), COTANGENT)
+            )
+        ),
+    )
+    for side in (0, 1):
+        error = simulated[:, side].std(0, ddof=1) / math.sqrt(draws)
+        # The gradient at one token is in the span of its own weights: corrections of order 1/d are below the errors.
+        assert np.all(np.abs(predicted[side] - simulated[:, side].mean(0)) <= 4.5 * error + 2 / WIDTH)
+        assert not np.all(np.abs(1.1 * predicted[side] - simulated[:, side].mean(0)) <= 4.5 * error + 2 / WIDTH)
+
+
+@pytest.mark.parametrize(("kind", "removed"), [("layernorm", 2), ("rmsnorm", 1)])
+def test_norm_backward_gain_is_exact(kind: Any, removed: int) -> None:
+    """E|J v|^2 = (d-k)/(d-k-1) |v|^2 for a normal token and an independent v of unit variance; k = 2 or 1."""
+    d, draws = 12, 200_000
+    generator = np.random.default_rng(0)
+    x, v = generator.standard_normal((2, draws, d))
+    if kind == "layernorm":
+        x, v = x - x.mean(1, keepdims=True), v - v.mean(1, keepdims=True)
+    scale = np.mean(x**2, axis=1)
+    v = v - x * (np.sum(x * v, axis=1) / np.sum(x * x, axis=1))[:, None]
+    gains = np.mean(v**2, axis=1) / scale
+    standard_error = gains.std() / math.sqrt(draws)
+    a = architecture(d_model=d, norm=kind)
+    predicted = growth._norm_gain(a, fixed_scale=False)
+    assert predicted == pytest.approx((d - removed) / (d - removed - 1), rel=1e-15)
+    assert abs(gains.mean() - predicted) <= 4 * standard_error
+    assert abs(gains.mean() - 1) > 4 * standard_error
+    fixed = np.mean(v**2, axis=1)  # a norm before has fixed the scale at 1
+    assert abs(fixed.mean() - growth._norm_gain(a, fixed_scale=True)) <= 4 * fixed.std() / math.sqrt(draws)
+
+
+# --- values -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "method_name", "documented", "tolerance"),
+    [
+        ("350m", "Vanilla", 16.3, 0.06),
+        ("350m", "Scaled Embed", 1.183, 0.01),
+        ("350m", "Embed LN", 1.077, 0.01),
+        ("1.7b", "Vanilla", 24.7, 0.08),
+        ("13b", "Vanilla", 35.2, 0.08),
+        ("13b", "Scaled Embed", 1.183, 0.01),
+    ],
+)
+def test_documented_values(name: str, method_name: str, documented: float, tolerance: float) -> None:
+    value = gradient_growth(method(preset(name), method_name), 1024).value
+    print(f"{name} {method_name}: {value:.4f} against {documented}: {value / documented - 1:+.2%}")
+    assert value == pytest.approx(documented, rel=tolerance)
+
+
+def test_embed_detach_is_vanilla() -> None:
+    a = preset("small")
+    assert gradient_growth(a.with_embedding("embed-detach"), 64) == gradient_growth(a, 64)
+    assert growth_closed_form(a.with_embedding("embed-detach"), 64) == growth_closed_form(a, 64)
+
+
+@given(scales=st.lists(st.floats(0.1, 100), min_size=2, max_size=2, unique=True), tokens=st.integers(1, 500))
+def test_growth_decreases_in_the_embedding_scale(scales: list[float], tokens: int) -> None:
+    small, large = sorted(scales)
+    a = replace(preset("tiny"), n_layers=2)
+    forms = [growth_closed_form(replace(a, embedding_multiplier=scale), tokens) for scale in (small, large)]
+    assert forms[0] >= forms[1] >= 1
+    if large > 1.01 * small:
+        assert forms[0] > forms[1]
+
+
+def test_recursion_decreases_in_the_embedding_scale() -> None:
+    a = preset("tiny")
+    values = [gradient_growth(replace(a, embedding_multiplier=scale), 32).value for scale in (0.5, 1, 2, 5, 20, 200)]
+    assert values == sorted(values, reverse=True)
+    assert values[-1] == pytest.approx(1, abs=1e-3)
+
+
+def test_closed_form_by_hand() -> None:
+    """350M, Scaled Embed: one layer adds b = (2/5) (4 d) (2/(5 d)) / (2 N) / 2 + (2/5)^2/(2 N) H_T/T to 2/5."""
+    a, tokens = method(preset("350m"), "Scaled Embed"), 1024
+    harmonic = float(np.sum(1 / np.arange(1, tokens + 1)))
+    feedforward = 0.4 * 1.6 / 48 / 2
+    added = feedforward + 0.4 * 0.4 / 48 * harmonic / tokens
+    assert growth_closed_form(a, tokens) == pytest.approx(math.sqrt(1 + 24 * added / 0.4), rel=1e-12)
+
+
+@pytest.mark.parametrize("name", ["Scaled Embed", "Embed LN"])
+def test_closed_form_is_close_where_branches_are_small(name: str) -> None:
+    a = method(preset("350m"), name)
+    assert growth_closed_form(a, 1024) == pytest.approx(gradient_growth(a, 1024).value, rel=0.01)
+
+
+def test_product_of_gradient_and_scale_is_conserved() -> None:
+    """ReLU, no correlations of the gradient with the logits, eps 0, wide: g_l s_l is the same at every place."""
+    wide = Init(name="flat", hidden=1e-3, embedding=0.02, position=0.02, head=0.02, depth_scaled=False)
+    a = replace(preset("350m"), n_layers=3, eps=0.0, init=wide)
+    answer = gradient_growth(a, 1, attention="uniform")  # one token: nothing to correlate with
+    # The finite width's (d-2)/(d-3) on each branch is all that is left, and the branches are small here.
+    products = np.array(answer.gradient) * np.array(answer.residual_std)
+    np.testing.assert_allclose(products / products[-1], 1, rtol=2e-3)
+
+
+def test_profile_and_answer_agree() -> None:
+    for treatment in EMBEDDINGS:
+        answer = gradient_growth(preset("small").with_embedding(treatment), 48)
+        assert len(answer.gradient) == len(answer.residual_std) == 2 * 12 + 1
+        assert answer.gradient[0] == answer.value
+        assert answer.gradient[-1] == 1.0
+        assert answer.in_domain
+        assert answer.reasons == ()
+
+
+def test_outside_its_domain_it_says_so() -> None:
+    narrow = architecture(d_model=16, n_layers=2, n_heads=2, n_kv_heads=2, d_head=8)
+    answer = gradient_growth(narrow, 8)
+    assert not answer.in_domain
+    assert "d_model=16" in answer.reasons[0]
+    sharp = replace(preset("small"), init=replace(preset("small").init, hidden=0.1))
+    assert any("logits have variance" in reason for reason in gradient_growth(sharp, 8).reasons)
+
+
+def test_repeated_tokens_and_distinct_tokens() -> None:
+    """Distinct ids are the default; equal ids change the answer; all-equal ids are one token seen T times."""
+    a = preset("tiny")
+    distinct = gradient_growth(a, 20, tokens=np.arange(20))
+    assert distinct.value == pytest.approx(gradient_growth(a, 20, exact=True).value, rel=1e-12)
+    assert abs(gradient_growth(a, 20, tokens=np.arange(20) // 4).value / distinct.value - 1) > 0.01
+
+
+def distinct_tokens(a: Architecture, seed: int, sequences: int, length: int) -> tuple[Any, Any]:
+    """Sequences without a repeated token, and targets without one."""
+    generator = np.random.default_rng(seed)
+    rows = [[generator.permutation(np.arange(1, a.vocab_size))[:length] for _ in range(sequences)] for _ in range(2)]
+    return np.array(rows[0]), np.array(rows[1])
+
+
+@pytest.mark.parametrize(("treatment", "target"), [("vanilla", 0.05), ("scaled-embed", 0.015), ("embed-ln", 0.015)])
+def test_growth_of_a_small_network(treatment: Any, target: float) -> None:
+    """Theory against a network that is built and differentiated: within its target and three standard errors."""
+    a, seeds = preset("tiny").with_embedding(treatment), (0, 1, 2, 3)
+    growth_measured, _, residual = measure_growth(a, seeds=seeds, batches=lambda seed: distinct_tokens(a, seed, 4, 64))
+    predicted = gradient_growth(a, 64)
+    measured = growth_measured.values[0]
+    assert growth_measured.log_sd is not None
+    error = growth_measured.log_sd[0] / math.sqrt(len(seeds))
+    gap = math.log(predicted.value / measured)
+    print(f"tiny {treatment}: predicted {predicted.value:.4f}, measured {measured:.4f} +- {error:.2%}: {gap:+.2%}")
+    assert abs(gap) <= target + 3 * error
+    assert residual.values == pytest.approx(
+        predicted.residual_std, rel=0.05
+    )  # d = 64: a sample of few thousand entries
+
+
+def test_growth_with_repeated_tokens() -> None:
+    """One sequence of random ids, given to the theory as well."""
+    a, seeds = preset("tiny"), (0, 1, 2, 3)
+    logs, predictions = [], []
+    for seed in seeds:
+
+        def batches(seed: int) -> Any:
+            return random_tokens(a.vocab_size, seed=seed, batch_size=1, seq_len=64)
+
+        measured, _, _ = measure_growth(a, seeds=(seed,), batches=batches)
+        tokens, targets = batches(seed)
+        logs.append(math.log(measured.values[0]))
+        predictions.append(math.log(gradient_growth(a, 64, tokens=tokens[0], targets=targets[0]).value))
+    differences = np.array(predictions) - np.array(logs)
+    error = differences.std(ddof=1) / math.sqrt(len(seeds))
+    print(f"tiny with repeated tokens: {differences.mean():+.2%} +- {error:.2%}")
+    assert abs(differences.mean()) <= 0.05 + 3 * error

@@ -1,0 +1,413 @@
+"""Training is a pure function of its specification: interrupted, killed, resumed or run in parallel, byte for byte."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from helpers.weights import architecture
+
+from empirics import run as run_module
+from empirics import train as train_module
+from empirics.data import load_corpus
+from empirics.model import build
+from empirics.run import corpus_of, record_path, run, run_all
+from empirics.train import RunSpec, train
+from theory.architecture import method
+from theory.records import read_record, read_records
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Thirty thousand characters that have something to learn."""
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text("".join(f"{n} plus {n % 7} is {n + n % 7}\n" for n in range(1500)))
+    return path
+
+
+def specification(text: Path, **changes: Any) -> RunSpec:
+    fields: dict[str, Any] = {
+        "architecture": architecture(
+            d_model=16, n_layers=2, n_heads=2, n_kv_heads=2, d_head=8, d_ffn=32, vocab_size=257, context=32,
+            positions="rope",
+        ),
+        "label": "Vanilla",
+        "experiment": "test",
+        "seed": 0,
+        "steps": 9,
+        "batch_size": 2,
+        "seq_len": 16,
+        "learning_rate": 3e-3,
+        "warmup": 2,
+        "schedule": "cosine",
+        "data": str(text),
+        "tokenizer": "bytes",
+        "probe_every": 3,
+    }  # fmt: skip
+    return RunSpec(**(fields | changes))
+
+
+def record_bytes(spec: RunSpec, out: Path) -> bytes:
+    return record_path(spec, out).read_bytes()
+
+
+class Interrupted(Exception):
+    pass
+
+
+def train_until(spec: RunSpec, out: Path, last: int, *, every: int = 1) -> Path:
+    """Start a run and break it off after step `last`; returns the checkpoint's path."""
+    checkpoint = out / "checkpoints" / f"{spec.identity}.pt"
+
+    def stop(step: int, loss: float) -> None:
+        if step == last:
+            raise Interrupted
+
+    with pytest.raises(Interrupted):
+        train(spec, corpus_of(spec, out), checkpoint=checkpoint, checkpoint_every=every, on_step=stop)
+    return checkpoint
+
+
+# --- what a run writes ------------------------------------------------------------------------------------------
+
+
+def test_record(text: Path, tmp_path: Path) -> None:
+    spec = specification(text)
+    record = run(spec, tmp_path)
+    series = record["series"]
+    assert record["id"] == spec.identity
+    assert record["kind"] == "training"
+    for name in ("loss", "learning_rate", "gradient_norm", "update_norm", "embedding_gradient", "layer_gradient"):
+        assert len(series[name]) == spec.steps, name
+    assert series["probe_step"] == [0, 3, 6]
+    assert all(len(row) == 5 for row in series["residual_std"] + series["place_gradient"])
+    assert series["loss"][0] == pytest.approx(math.log(257), abs=0.1)
+    assert series["loss"][-1] < series["loss"][0]
+    assert series["learning_rate"] == [spec.rate(step) for step in range(spec.steps)]
+    assert set(series["distributions"]) == {"start", "end"}
+    assert record["final"] == {"heldout_loss": record["final"]["heldout_loss"], "diverged_at": None}
+    assert math.isfinite(record["final"]["heldout_loss"])
+    assert not list((tmp_path / "checkpoints").glob("*"))
+    total = [
+        math.sqrt(e**2 + sum(g**2 for g in layers))
+        for e, layers in zip(series["embedding_gradient"], series["layer_gradient"], strict=True)
+    ]
+    assert all(
+        part <= norm for part, norm in zip(total, series["gradient_norm"], strict=True)
+    )  # the rest is the head's
+
+
+def test_first_step_is_adams_by_hand(text: Path, tmp_path: Path) -> None:
+    """One step without clipping: every entry moves by the rate times g/(|g| + eps), and the norms are its norms."""
+    spec = specification(text, steps=1, warmup=0, schedule="constant", clip=math.inf)
+    series = run(spec, tmp_path)["series"]
+    model = build(spec.architecture, seed=0)
+    from empirics.data import batch
+
+    tokens, targets = map(torch.from_numpy, batch(corpus_of(spec, tmp_path), seed=0, step=0, batch_size=2, seq_len=16))
+    model.loss(tokens, targets).backward()
+    gradients = torch.cat([p.grad.double().flatten() for p in model.parameters()])
+    assert series["gradient_norm"][0] == pytest.approx(float(gradients.norm()), rel=1e-5)  # float32
+    update = spec.learning_rate * gradients / (gradients.abs() + 1e-8)
+    # An entry of size 0.1 moves by 0.003 and is rounded to 6e-9: 1e-5 in the norm of thousands of them.
+    assert series["update_norm"][0] == pytest.approx(float(update.norm()), rel=1e-4)
+
+
+def test_clipping_bounds_the_gradient_that_is_used(text: Path, tmp_path: Path) -> None:
+    """Adam ignores a common factor, but for eps: clipped and unclipped first steps agree, later ones do not."""
+    free = run(specification(text, clip=math.inf), tmp_path)["series"]
+    clipped = run(specification(text, clip=1e-2), tmp_path)["series"]
+    assert clipped["gradient_norm"][0] == free["gradient_norm"][0] > 1e-2  # recorded before clipping
+    assert clipped["loss"][1] == pytest.approx(free["loss"][1], rel=1e-3)
+
+
+def test_micro_batches_add_up(text: Path, tmp_path: Path) -> None:
+    """The same batch in parts: equal but for the order of float32 sums."""
+    whole = run(specification(text, batch_size=4), tmp_path)["series"]
+    parts = run(specification(text, batch_size=4, micro_batch=1), tmp_path)["series"]
+    for name in ("loss", "gradient_norm", "residual_std", "place_gradient"):
+        np.testing.assert_allclose(parts[name], whole[name], rtol=2e-3, err_msg=name)  # nine steps of Adam amplify it
+
+
+def test_probing_changes_no_number(text: Path, tmp_path: Path) -> None:
+    often, seldom = (run(specification(text, probe_every=every), tmp_path)["series"] for every in (1, 100))
+    assert len(often["probe_step"]) == 9
+    assert seldom["probe_step"] == [0]
+    for name in ("loss", "gradient_norm", "update_norm", "layer_gradient"):
+        assert often[name] == seldom[name]
+
+
+def test_methods_see_the_same_batches(text: Path, tmp_path: Path) -> None:
+    """Vanilla and Embed Detach start with the same loss, bit for bit, and part afterwards."""
+    vanilla = specification(text)
+    detached = replace(vanilla, architecture=method(vanilla.architecture, "Embed Detach"), label="Embed Detach")
+    one, other = run(vanilla, tmp_path)["series"], run(detached, tmp_path)["series"]
+    assert one["loss"][0] == other["loss"][0]
+    assert one["embedding_gradient"][0] * 0.1 == pytest.approx(other["embedding_gradient"][0], rel=1e-6)
+    assert one["layer_gradient"][0] == other["layer_gradient"][0]
+    assert one["loss"][1:] != other["loss"][1:]
+
+
+# --- interruption -----------------------------------------------------------------------------------------------
+
+
+def test_resumed_at_every_checkpoint_is_the_same_file(text: Path, tmp_path: Path) -> None:
+    spec = specification(text)
+    run(spec, tmp_path / "undisturbed")
+    expected = record_bytes(spec, tmp_path / "undisturbed")
+    for last in range(1, spec.steps):
+        out = tmp_path / f"stopped-{last}"
+        checkpoint = train_until(spec, out, last)
+        assert torch.load(checkpoint, weights_only=True)["step"] == last
+        run(spec, out)
+        assert record_bytes(spec, out) == expected
+        assert not checkpoint.exists()
+
+
+def test_interrupted_many_times_between_checkpoints(text: Path, tmp_path: Path) -> None:
+    spec = specification(text, steps=12)
+    run(spec, tmp_path / "undisturbed")
+    for last in (3, 4, 6, 9, 11):
+        train_until(spec, tmp_path, last, every=2)
+    run(spec, tmp_path, checkpoint_every=2)
+    assert record_bytes(spec, tmp_path) == record_bytes(spec, tmp_path / "undisturbed")
+
+
+KILLER = """
+import os, random, signal, sys, time
+from pathlib import Path
+import torch
+from empirics.run import record_path, run
+sys.path.insert(0, "tests")
+from test_training import specification
+
+torch.set_num_threads(1)
+text, out, steps = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
+spec = specification(text, steps=steps)
+moments, kills, mean = random.Random(0), 0, 0.15
+while True:
+    child = os.fork()
+    if child == 0:
+        run(spec, out, checkpoint_every=2)
+        os._exit(0)
+    time.sleep(moments.uniform(0.2, 1.8) * mean)
+    finished, _ = os.waitpid(child, os.WNOHANG)
+    if finished:
+        break
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    kills += 1
+    mean = 0.15 if kills < 6 else mean * 1.5
+print(kills)
+"""
+
+
+def test_killed_at_random_moments_is_the_same_file(text: Path, tmp_path: Path) -> None:
+    """A real SIGKILL, again and again, until one attempt gets to the end."""
+    spec = specification(text, steps=40)
+    run(spec, tmp_path / "undisturbed")
+    command = [sys.executable, "-c", KILLER, str(text), str(tmp_path / "killed"), "40"]
+    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) >= 3
+    assert record_bytes(spec, tmp_path / "killed") == record_bytes(spec, tmp_path / "undisturbed")
+
+
+def environment() -> dict[str, str]:
+    import os
+
+    return os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+
+
+@pytest.mark.parametrize("damage", ["truncated", "empty", "garbage", "flipped"])
+def test_damaged_checkpoint_is_discarded(text: Path, tmp_path: Path, damage: str) -> None:
+    spec = specification(text)
+    run(spec, tmp_path / "undisturbed")
+    checkpoint = train_until(spec, tmp_path, 5)
+    whole = checkpoint.read_bytes()
+    middle = len(whole) // 2
+    checkpoint.write_bytes(
+        {
+            "truncated": whole[:middle],
+            "empty": b"",
+            "garbage": b"no checkpoint" * 100,
+            "flipped": whole[:40] + bytes(byte ^ 0xFF for byte in whole[40:middle]) + whole[middle:],
+        }[damage]
+    )
+    run(spec, tmp_path)
+    assert record_bytes(spec, tmp_path) == record_bytes(spec, tmp_path / "undisturbed")
+
+
+def test_finished_run_trains_nothing(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = specification(text)
+    record = run(spec, tmp_path)
+
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("trained a second time")
+
+    monkeypatch.setattr(run_module, "train", fail)
+    monkeypatch.setattr(run_module, "load_corpus", fail)
+    assert run(spec, tmp_path) == record
+    assert run_all([spec, spec], tmp_path) == [record, record]
+
+
+@pytest.mark.parametrize("content", [b"", b'{"schema":1', b"[]", b'{"schema":0}'])
+def test_damaged_record_is_made_again(text: Path, tmp_path: Path, content: bytes) -> None:
+    spec = specification(text, steps=2)
+    run(spec, tmp_path)
+    expected = record_bytes(spec, tmp_path)
+    record_path(spec, tmp_path).write_bytes(content)
+    run(spec, tmp_path)
+    assert record_bytes(spec, tmp_path) == expected
+
+
+def test_two_processes_are_one(text: Path, tmp_path: Path) -> None:
+    specs = [specification(text, seed=0), specification(text, seed=1, steps=5), specification(text, seed=2)]
+    together = run_all(specs, tmp_path / "together", processes=2)
+    assert [record["id"] for record in together] == [spec.identity for spec in specs]
+    for spec in specs:
+        run(spec, tmp_path / "alone")
+        assert record_bytes(spec, tmp_path / "together") == record_bytes(spec, tmp_path / "alone")
+    assert len(read_records(tmp_path / "together" / "records")) == 3
+
+
+# --- divergence, precision, compilation -------------------------------------------------------------------------
+
+
+def no_constant(name: str) -> None:
+    raise AssertionError(f"{name} is not JSON")
+
+
+def test_divergence_is_a_result(text: Path, tmp_path: Path) -> None:
+    """An absurd learning rate ends in a loss that is not a number: recorded where it happened, in valid JSON."""
+    spec = specification(text, learning_rate=1e30, warmup=1, schedule="constant", steps=30)
+    record = run(spec, tmp_path)
+    at = record["final"]["diverged_at"]
+    assert at is not None
+    assert 0 < at < 29
+    assert len(record["series"]["loss"]) == at + 1
+    assert record["final"]["heldout_loss"] is None
+    json.loads(record_bytes(spec, tmp_path), parse_constant=no_constant)
+    assert run(spec, tmp_path) == record
+
+
+@pytest.mark.parametrize("at", [0, 4])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_loss_that_is_not_a_number(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: int, value: float
+) -> None:
+    calls = 0
+    honest = train_module.Transformer.loss
+
+    def spoiled(self: Any, *arguments: Any) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        return honest(self, *arguments) * (value if calls == at + 1 else 1.0)
+
+    monkeypatch.setattr(train_module.Transformer, "loss", spoiled)
+    spec = specification(text)
+    record = run(spec, tmp_path)
+    assert record["final"] == {"heldout_loss": None, "diverged_at": at}
+    assert record["series"]["loss"][at] is None
+    assert len(record["series"]["gradient_norm"]) == at
+    json.loads(record_bytes(spec, tmp_path), parse_constant=no_constant)
+
+
+def test_bfloat16_runs_on_the_cpu(text: Path, tmp_path: Path) -> None:
+    exact, rounded = (run(specification(text, precision=precision), tmp_path) for precision in ("float32", "bfloat16"))
+    losses = [np.array(record["series"]["loss"]) for record in (exact, rounded)]
+    assert not np.array_equal(*losses)
+    # bfloat16 keeps 8 bits: a loss of 5.5 is right to a few thousandths, and nine steps do not lose more.
+    np.testing.assert_allclose(*losses, rtol=0.01)
+
+
+@pytest.mark.slow
+def test_compiled_run(text: Path, tmp_path: Path) -> None:
+    """The same numbers to float32 rounding; needs a C++ compiler."""
+    plain, compiled = (run(specification(text, compile=flag), tmp_path)["series"] for flag in (False, True))
+    np.testing.assert_allclose(compiled["loss"], plain["loss"], rtol=1e-3)
+
+
+# --- errors -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"steps": 0}, "steps=0 is not a positive whole number"),
+        ({"batch_size": -1}, "batch_size=-1 is not a positive whole number"),
+        ({"seq_len": 1.5}, "seq_len=1.5 is not a positive whole number"),
+        ({"probe_every": True}, "probe_every=True is not a positive whole number"),
+        ({"learning_rate": 0.0}, "learning_rate=0.0 is not positive"),
+        ({"learning_rate": math.nan}, "learning_rate=nan is not positive"),
+        ({"clip": 0}, "clip=0 is not positive"),
+        ({"batch_size": 4, "micro_batch": 3}, "micro_batch=3 does not divide batch_size=4"),
+        ({"architecture": architecture(positions="learned", context=8)}, "seq_len=16 exceeds the 8 learned positions"),
+    ],
+)
+def test_specification_errors_name_the_field(text: Path, change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message.replace(".", r"\.")):
+        specification(text, **change)
+
+
+def test_identity_tells_every_field_apart(text: Path) -> None:
+    base = specification(text)
+    changes: dict[str, Any] = {
+        "seed": 1,
+        "steps": 10,
+        "clip": 2.0,
+        "beta_2": 0.99,
+        "weight_decay": 0.1,
+        "probe_every": 4,
+    }
+    changes |= {"precision": "bfloat16", "schedule": "constant", "architecture": replace(base.architecture, d_ffn=33)}
+    identities = {base.identity, *(replace(base, **{name: value}).identity for name, value in changes.items())}
+    assert len(identities) == 1 + len(changes)
+    assert base.identity == specification(text).identity
+
+
+def test_learning_rate_schedule(text: Path) -> None:
+    spec = specification(text, steps=110, warmup=10)
+    assert spec.rate(0) == pytest.approx(spec.learning_rate / 10)
+    assert spec.rate(9) == spec.rate(10) == spec.learning_rate
+    assert spec.rate(60) == pytest.approx(spec.learning_rate * 0.55)
+    assert spec.rate(110) == pytest.approx(spec.learning_rate * 0.1)
+    rates = [spec.rate(step) for step in range(10, 111)]
+    assert rates == sorted(rates, reverse=True)
+    assert specification(text, schedule="constant", steps=110, warmup=10).rate(100) == spec.learning_rate
+    assert specification(text, warmup=0).rate(0) == spec.learning_rate
+
+
+def test_output_that_cannot_be_written(text: Path, tmp_path: Path) -> None:
+    """A file where a folder should be: one line that names the path and the remedy, for data and for records."""
+    blocked = tmp_path / "file"
+    blocked.write_text("not a folder")
+    with pytest.raises(ValueError, match="file"):
+        run(specification(text), blocked)
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "records").write_text("not a folder")
+    with pytest.raises(ValueError, match=r"cannot write .*records.*; choose a writable folder with --out"):
+        run(specification(text, steps=1), out)
+
+
+def test_text_that_is_too_short(tmp_path: Path) -> None:
+    short = tmp_path / "short.txt"
+    short.write_text("a few words\n" * 3)
+    with pytest.raises(ValueError, match="fewer than seq_len"):
+        run(specification(short), tmp_path)
+
+
+def test_no_record_without_a_run(tmp_path: Path, text: Path) -> None:
+    assert read_record(record_path(specification(text), tmp_path)) is None
+    assert load_corpus(str(text), vocab_size=257, tokenizer="bytes").vocab_size == 257
