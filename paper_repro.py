@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from figures.selection import Record
 from theory.__main__ import Parser, natural_list, run_command, whole
 from theory.architecture import METHODS, Architecture, method, preset
 from theory.records import fingerprint, read_record, read_records, write_json, write_record
@@ -213,13 +214,14 @@ def draw(out: Path, scale: str) -> list[dict[str, Any]]:
     write_json(out / "claims.json", claims)
     drawn: list[tuple[str, Path, str]] = []
     for name, module in FIGURES.items():
+        shown = _shown(name, records)
         try:
-            figure = module.draw(records)
+            figure = module.draw(shown)
         except ValueError as reason:  # a figure whose records this scale or --only does not make
             print(f"figure {name} left out: {reason}", file=sys.stderr)
             continue
         png, _ = save(figure, out / "figures", name)
-        drawn.append((name, png, module.caption(records)))
+        drawn.append((name, png, module.caption(shown)))
     write_report(
         out / "report.html",
         title="Spike No More: predicted and observed",
@@ -229,6 +231,22 @@ def draw(out: Path, scale: str) -> list[dict[str, Any]]:
         notes=NOTES,
     )
     return claims
+
+
+def _shown(name: str, records: Sequence[Record]) -> list[Record]:
+    """A figure's share of the trainings: comparisons across learning rates show the sweep alone."""
+    trainings = [record["spec"] for record in records if record["kind"] == "training"]
+    fastest = max((spec["learning_rate"] for spec in trainings if spec["experiment"] == "sweep"), default=None)
+
+    def wanted(record: Record) -> bool:
+        if record["kind"] != "training":
+            return True
+        spec = record["spec"]
+        if name == "gradient_norms":
+            return spec["experiment"] == "long" or (spec["learning_rate"] == fastest and spec["experiment"] == "sweep")
+        return spec["experiment"] in (("sweep", "long") if name == "loss_curves" else ("sweep",))
+
+    return [record for record in records if wanted(record)]
 
 
 NOTES = [
@@ -254,11 +272,15 @@ def table(claims: Sequence[dict[str, Any]]) -> str:
     return "\n".join(f"{claim['id']:12} {claim['verdict']:26} {claim['claim']}" for claim in claims)
 
 
-def _require_cuda(device: str, scale: str) -> None:
-    import torch
+def _require(device: str, scale: str) -> None:
+    from empirics.__main__ import check_device
 
-    if not torch.cuda.is_available():
-        raise ValueError(f"scale {scale} on {device} needs a CUDA device and there is none; use --scale cpu")
+    try:
+        check_device(device)
+    except ValueError:
+        raise ValueError(
+            f"scale {scale} on {device} needs that device and it is not here; use --scale cpu, or --device cpu"
+        ) from None
 
 
 def _run(arguments: argparse.Namespace) -> int:
@@ -277,8 +299,8 @@ def _run(arguments: argparse.Namespace) -> int:
             cost = f"{step.minutes:.1f} min" if step.minutes < 100 else f"{step.minutes / 60:.0f} h"
             print(f"{step.name:16}{len(step.specs()):4} records {cost:>9}  {step.purpose}")
         return 0
-    if device.startswith("cuda") and not arguments.draw_only:
-        _require_cuda(device, arguments.scale)
+    if not arguments.draw_only:
+        _require(device, arguments.scale)
     out = Path(arguments.out or Path("results") / arguments.scale)
     start = time.monotonic()
     if not arguments.draw_only:

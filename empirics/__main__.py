@@ -33,7 +33,7 @@ def check_device(device: str) -> str:
         ValueError: it cannot.
     """
     try:
-        torch.zeros(1, device=device)
+        torch.zeros(1, device=device).item()  # the meta device makes tensors and holds no numbers
     except (RuntimeError, AssertionError):
         raise ValueError(f"device {device!r} is not available here; use --device cpu") from None
     return device
@@ -150,6 +150,8 @@ def _train(arguments: argparse.Namespace) -> int:
     final = record["final"]
     if final["diverged_at"] is not None:
         print(f"diverged: the loss or its gradient was not finite at step {final['diverged_at']}")
+    elif final["heldout_loss"] is None:
+        print(f"diverged: the held-out loss is not finite after {spec.steps} steps")
     else:
         print(f"held-out loss {final['heldout_loss']:.4f} nats a token after {spec.steps} steps")
     print(f"record {record_path(spec, out)}\nlosses {out / 'losses.jsonl'}")
@@ -165,6 +167,11 @@ def positive(text: str) -> float:
     if not (math.isfinite(value) and value > 0):
         raise argparse.ArgumentTypeError(f"{text} is not a positive finite number")
     return value
+
+
+def not_negative(text: str) -> float:
+    """0 or a positive finite number for argparse."""
+    return 0.0 if text.strip() in ("0", "0.0") else positive(text)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -200,7 +207,7 @@ def parser() -> argparse.ArgumentParser:
     train.add_argument("--lr", type=positive, default=1e-3, help="peak learning rate (default 1e-3)")
     train.add_argument("--warmup", type=natural, default=20, help="steps of warm-up (default 20)")
     train.add_argument("--schedule", choices=("cosine", "constant"), default="cosine", help="default cosine")
-    train.add_argument("--weight-decay", type=float, default=0.0, help="on matrices, not embeddings (default 0)")
+    train.add_argument("--weight-decay", type=not_negative, default=0.0, help="on matrices, not embeddings (default 0)")
     train.add_argument("--precision", choices=("float32", "bfloat16"), default="float32", help="default float32")
     train.add_argument("--compile", action="store_true", help="torch.compile the loss")
     train.add_argument("--data", default="sympy", metavar="TEXT", help="sympy (default), a file, or hf:NAME")

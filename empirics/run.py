@@ -46,6 +46,7 @@ def run(spec: Spec, out: Path, *, progress: bool = False, checkpoint_every: int 
 
 
 def _train(spec: RunSpec, out: Path, progress: bool, checkpoint_every: int) -> dict[str, Any]:
+    corpus = corpus_of(spec, out)  # before the bar: an unreadable text is one line
     with tqdm(total=spec.steps, disable=not progress, desc=spec.label, unit="step") as bar:
 
         def on_step(step: int, loss: float) -> None:
@@ -54,7 +55,7 @@ def _train(spec: RunSpec, out: Path, progress: bool, checkpoint_every: int) -> d
 
         return train(
             spec,
-            corpus_of(spec, out),
+            corpus,
             checkpoint=out / "checkpoints" / f"{spec.identity}.pt",
             checkpoint_every=checkpoint_every,
             on_step=on_step,

@@ -96,6 +96,7 @@ def count_events(records: Sequence[Mapping[str, Any]], references: tuple[str, ..
             for definition, find in DEFINITIONS.items():
                 rows.append(
                     {
+                        "id": record["id"],
                         "experiment": spec["experiment"],
                         "label": spec["label"],
                         "seed": spec["seed"],

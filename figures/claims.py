@@ -21,6 +21,7 @@ from figures.criteria import (
     detach,
     detach_control,
     edited,
+    final_losses,
     gradient_norms,
     half_layers_below,
     llama_style,
@@ -216,6 +217,16 @@ CLAIMS: tuple[Claim, ...] = (
         source="spikecheck, kernel recursion",
         judge=accuracy,
         control=scaled_prediction("gradient_growth", 1.1),
+    ),
+    Claim(
+        id="question-03",
+        claim="At a high learning rate Vanilla and Embed Detach end outside the seed bands of the other two",
+        kind="observation",
+        criterion="at the highest rate every Vanilla and Embed Detach run's final held-out loss is above every "
+        "Scaled Embed and Embed LN run's",
+        source="spikecheck, the paper's comparison at a rate that this scale can show",
+        judge=final_losses,
+        control=SWAPPED,
     ),
 )
 

@@ -233,6 +233,10 @@ def gradient_norms(records: Records) -> Finding:
     return _separated(_runs(records, "sweep"), _median_norm, STRONG, WEAK, "median gradient norm")
 
 
+def final_losses(records: Records) -> Finding:
+    return _separated(_runs(records, "sweep"), _final, STRONG, WEAK, "final held-out loss")
+
+
 def _event_rows(records: Records, quantity: str, definition: str) -> list[dict[str, Any]]:
     rows = [row for record in _of_kind(records, "spikes") for row in record["rows"]]
     return [row for row in rows if row["quantity"] == quantity and row["definition"] == definition]

@@ -26,9 +26,11 @@ def draw(records: Records, experiment: str | None = None, spikes: Spikes | None 
     """One row a setting, one column a method.
 
     Args:
-        spikes: steps at which an event begins, by the record's id; drawn as ticks along the top.
+        spikes: steps at which an event begins, by the record's id, drawn as ticks along the top; counted in the
+            records if not given.
     """
     found = selection.trainings(records, experiment)
+    spikes = _events(records) if spikes is None else spikes
     labels = selection.labels_of(found)
     panels = selection.by_rate(found)
     with style.look():
@@ -50,6 +52,11 @@ def draw(records: Records, experiment: str | None = None, spikes: Spikes | None 
             handles.append(style.marker_handle("x", "diverged"))
         style.legend(figure, handles)
     return figure
+
+
+def _events(records: Records) -> Spikes:
+    """Gradient-norm events above twice the median of the last steps."""
+    return selection.events(records, "gradient_norm", "twice-median")
 
 
 def parts(record: Record) -> dict[str, Array]:
@@ -90,10 +97,11 @@ def _panel(axes: Axes, panel: Panel, label: str, spikes: Spikes) -> None:
 def caption(records: Records, experiment: str | None = None, spikes: Spikes | None = None) -> str:
     """Settings, seeds and what is marked."""
     found = selection.trainings(records, experiment)
+    spikes = _events(records) if spikes is None else spikes
     marked = ""
     if spikes:
         count = sum(len(spikes.get(record["id"], ())) for record in found)
-        marked = f" Ticks along the top mark the beginning of an event ({count} in all)."
+        marked = f" Ticks along the top: an event begins, the norm above twice its recent median ({count} in all)."
     return (
         "Norm of the parameter gradient before clipping, measured at every step: all parameters, the first layer, the "
         f"last layer. Lines are means over seeds, bands their lowest and highest; nothing is smoothed.{marked}"

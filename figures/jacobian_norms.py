@@ -23,7 +23,7 @@ WORDS = {
 
 def draw(records: Records) -> Figure:
     """Two rows, attention and feed-forward; one column a method."""
-    shown = selection.shown_network(selection.initialisations(records))
+    shown = _shown(records)
     labels = selection.labels_of(shown.records)
     with style.look():
         figure, grid = style.panels(2, len(labels), height=1.75, sharex=True, sharey="row")
@@ -48,6 +48,12 @@ def draw(records: Records) -> Figure:
     return figure
 
 
+def _shown(records: Records) -> selection.Panel:
+    """The largest network whose norms were measured; without any, the largest that was predicted."""
+    found = selection.initialisations(records)
+    return selection.shown_network([record for record in found if record.get("jacobians")] or found)
+
+
 def _panel(axes: Axes, record: Record, branch: str, half: str, quantity: str, mark: style.Mark) -> set[str]:
     kinds: set[str] = set()
     for kind in ("upper", "estimate", "sharp"):
@@ -67,7 +73,7 @@ def _panel(axes: Axes, record: Record, branch: str, half: str, quantity: str, ma
 
 def caption(records: Records) -> str:
     """What is shown, on what, and which line is which."""
-    shown = selection.shown_network(selection.initialisations(records))
+    shown = _shown(records)
     measured_on = [record["jacobians"] for record in shown.records if record.get("jacobians")]
     lengths = wording.listed(jacobians["seq_len"] for jacobians in measured_on)
     seeds = wording.listed(jacobians["seed"] for jacobians in measured_on)

@@ -46,6 +46,12 @@ def trainings(records: Records, experiment: str | None = None) -> list[Record]:
     return found
 
 
+def events(records: Records, quantity: str, definition: str) -> dict[str, list[int]]:
+    """Steps at which a run's events begin, by the run's id, as one definition counts them on the raw series."""
+    rows = [row for record in records if record["kind"] == "spikes" for row in record["rows"]]
+    return {row["id"]: row["raw"] for row in rows if (row["quantity"], row["definition"]) == (quantity, definition)}
+
+
 def initialisations(records: Records) -> list[Record]:
     """Records of networks at initialisation.
 

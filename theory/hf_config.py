@@ -8,7 +8,7 @@ A class does things that its config does not say: GPT-2 multiplies its two resid
 from __future__ import annotations
 
 import json
-import math
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -67,8 +67,8 @@ class _Reader:
             return default
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise ValueError(f"{key}={value!r} is not a number; write it as a number without quotes")
-        if not math.isfinite(value) or value < 0:
-            raise ValueError(f"{key}={value!r} is out of range; use a finite number >= 0")
+        if not 0 <= value <= LARGEST_SIZE:  # also false for NaN
+            raise ValueError(f"{key}={value!r} is out of range; use 0 to {LARGEST_SIZE}")
         return float(value)
 
     def flag(self, key: str, default: bool) -> bool:
@@ -172,7 +172,7 @@ def read_config(path: Path) -> Config:
     Raises:
         ValueError: missing, unreadable or not JSON.
     """
-    if path.is_dir():
+    if os.path.isdir(path):  # unlike Path.is_dir, false for a name that is too long
         path = path / "config.json"
     try:
         text = path.read_text(encoding="utf-8")
@@ -184,7 +184,7 @@ def read_config(path: Path) -> Config:
     try:
         data = json.loads(text)
     except (ValueError, RecursionError) as error:
-        detail = str(error) if isinstance(error, json.JSONDecodeError) else "it is nested too deeply"
+        detail = "it is nested too deeply" if isinstance(error, RecursionError) else str(error).split(";")[0]
         raise ValueError(f"{path} is not valid JSON ({detail}); fix it and try again") from None
     return parse_config(data)
 

@@ -71,7 +71,7 @@ def activation_function(activation: Activation, z: Array) -> Array:
     if activation == "relu":
         return np.maximum(z, 0.0)
     if activation == "silu":
-        return z / (1 + np.exp(-z))
+        return z * _logistic(z)
     if activation == "gelu-tanh":
         return 0.5 * z * (1 + np.tanh(math.sqrt(2 / math.pi) * (z + 0.044715 * z**3)))
     return 0.5 * z * (1 + np.vectorize(math.erf, otypes=[np.float64])(z / math.sqrt(2)))
@@ -84,7 +84,7 @@ def activation_slope(activation: Activation, z: Array) -> Array:
     if activation == "relu":
         return (z > 0).astype(np.float64)
     if activation == "silu":
-        gate = 1 / (1 + np.exp(-z))
+        gate = _logistic(z)
         return gate * (1 + z * (1 - gate))
     if activation == "gelu-tanh":
         a, b = math.sqrt(2 / math.pi), 0.044715
@@ -92,6 +92,10 @@ def activation_slope(activation: Activation, z: Array) -> Array:
         return 0.5 * (1 + t) + 0.5 * z * (1 - t * t) * a * (1 + 3 * b * z * z)
     erf = np.vectorize(math.erf, otypes=[np.float64])(z / math.sqrt(2))
     return 0.5 * (1 + erf) + z * np.exp(-z * z / 2) / math.sqrt(2 * math.pi)
+
+
+def _logistic(z: Array) -> Array:
+    return 1 / (1 + np.exp(-np.maximum(z, -700.0)))  # exp of more overflows a double
 
 
 @lru_cache(maxsize=1)
