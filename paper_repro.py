@@ -41,7 +41,7 @@ def _training(architecture: Architecture, label: str, experiment: str, seed: int
     from empirics.train import RunSpec
 
     base: dict[str, Any] = {
-        "steps": 100,
+        "steps": 90,
         "batch_size": 8,
         "seq_len": 64,
         "warmup": 20,
@@ -122,7 +122,7 @@ def cpu(seeds: Sequence[int], device: str) -> list[Step]:
 
     def long() -> list[Any]:
         return [
-            _training(tiny, label, "long", seed, 1.5e-2, steps=240, schedule="constant", device=device)
+            _training(tiny, label, "long", seed, 1.5e-2, steps=200, schedule="constant", device=device)
             for seed in seeds
             for label in ("Vanilla", "Scaled Embed")
         ]
