@@ -57,7 +57,9 @@ def _training(architecture: Architecture, label: str, experiment: str, seed: int
     )
 
 
-def _initial(name: str, label: str, tokens: str, seeds: Sequence[int], seq_len: int, jacobian_tokens: int) -> Any:
+def _initial(
+    name: str, label: str, tokens: str, seeds: Sequence[int], seq_len: int, jacobian_tokens: int, data: str = "sympy"
+) -> Any:
     from empirics.initialisation import InitialisationSpec
 
     return InitialisationSpec(
@@ -69,6 +71,7 @@ def _initial(name: str, label: str, tokens: str, seeds: Sequence[int], seq_len: 
         batch_size=4,
         tokens=tokens,  # type: ignore[arg-type]
         jacobian_tokens=jacobian_tokens,
+        data=data,
     )
 
 
@@ -85,16 +88,18 @@ def _predictions() -> Step:
     return Step(name="predictions", purpose="theory at the paper's sizes, nothing built", minutes=0.3, specs=specs)
 
 
-def smoke(seeds: Sequence[int], device: str) -> list[Step]:
+def smoke(seeds: Sequence[int], device: str, data: str) -> list[Step]:
     """Four methods, one learning rate: the whole path in about a minute."""
     tiny = preset("tiny")
 
     def initial() -> list[Any]:
-        return [_initial("tiny", label, "random", seeds, 64, 16) for label in FOUR]
+        return [_initial("tiny", label, "random", seeds, 64, 16, data) for label in FOUR]
 
     def sweep() -> list[Any]:
         return [
-            _training(tiny, label, "sweep", seed, 1e-2, steps=60, device=device) for seed in seeds for label in FOUR
+            _training(tiny, label, "sweep", seed, 1e-2, steps=60, device=device, data=data)
+            for seed in seeds
+            for label in FOUR
         ]
 
     return [
@@ -103,18 +108,20 @@ def smoke(seeds: Sequence[int], device: str) -> list[Step]:
     ]
 
 
-def cpu(seeds: Sequence[int], device: str) -> list[Step]:
+def cpu(seeds: Sequence[int], device: str, data: str) -> list[Step]:
     """Everything that two CPU cores can show in some seven minutes: 60 trainings at three seeds."""
     tiny = preset("tiny")
 
     def initial() -> list[Any]:
-        tiny_ones = [_initial("tiny", label, "random", seeds, 64, 64) for label in METHODS]
-        wide = [_initial("wide", label, tokens, seeds, 64, 0) for tokens in ("random", "text") for label in METHODS]
+        tiny_ones = [_initial("tiny", label, "random", seeds, 64, 64, data) for label in METHODS]
+        wide = [
+            _initial("wide", label, tokens, seeds, 64, 0, data) for tokens in ("random", "text") for label in METHODS
+        ]
         return tiny_ones + wide
 
     def sweep() -> list[Any]:
         return [
-            _training(tiny, label, "sweep", seed, rate, device=device)
+            _training(tiny, label, "sweep", seed, rate, device=device, data=data)
             for rate in (3e-3, 1e-2, 3e-2)
             for seed in seeds
             for label in METHODS
@@ -122,20 +129,22 @@ def cpu(seeds: Sequence[int], device: str) -> list[Step]:
 
     def long() -> list[Any]:
         return [
-            _training(tiny, label, "long", seed, 1.5e-2, steps=200, schedule="constant", device=device)
+            _training(tiny, label, "long", seed, 1.5e-2, steps=200, schedule="constant", device=device, data=data)
             for seed in seeds
             for label in ("Vanilla", "Scaled Embed")
         ]
 
     def short() -> list[Any]:
         return [
-            _training(tiny, "Vanilla", "short-sequences", seed, 3e-2, seq_len=32, batch_size=16, device=device)
+            _training(
+                tiny, "Vanilla", "short-sequences", seed, 3e-2, seq_len=32, batch_size=16, device=device, data=data
+            )
             for seed in seeds
         ]
 
     def llama() -> list[Any]:
         return [
-            _training(llama_style(tiny), label, "llama-style", seed, 1e-2, device=device)
+            _training(llama_style(tiny), label, "llama-style", seed, 1e-2, device=device, data=data)
             for seed in seeds
             for label in ("Vanilla", "Scaled Embed")
         ]
@@ -157,7 +166,7 @@ def cpu(seeds: Sequence[int], device: str) -> list[Step]:
     ]
 
 
-def paper(size: str, seeds: Sequence[int], device: str) -> list[Step]:
+def paper(size: str, seeds: Sequence[int], device: str, data: str) -> list[Step]:
     """The paper's own sizes and settings, on a GPU; C4 as far as memory holds it, a BPE trained on it."""
     big = preset(size)
 
@@ -166,7 +175,7 @@ def paper(size: str, seeds: Sequence[int], device: str) -> list[Step]:
             _training(
                 big, label, "sweep", seed, PAPER_RATES[size],
                 steps=PAPER_STEPS, batch_size=PAPER_BATCH, micro_batch=4, seq_len=PAPER_TOKENS, warmup=PAPER_WARMUP,
-                precision="bfloat16", compile=True, data="hf:allenai/c4", probe_every=500, device=device,
+                precision="bfloat16", compile=True, data=data, probe_every=500, device=device,
             )
             for seed in seeds
             for label in METHODS
@@ -180,10 +189,13 @@ def paper(size: str, seeds: Sequence[int], device: str) -> list[Step]:
     ]
 
 
-SCALES: dict[str, tuple[Callable[[Sequence[int], str], list[Step]], int, str]] = {
-    "smoke": (smoke, 1, "cpu"),
-    "cpu": (cpu, 3, "cpu"),
-    **{size: (lambda seeds, device, size=size: paper(size, seeds, device), 1, "cuda") for size in PAPER_SIZES},
+SCALES: dict[str, tuple[Callable[[Sequence[int], str, str], list[Step]], int, str, str]] = {
+    "smoke": (smoke, 1, "cpu", "sympy"),
+    "cpu": (cpu, 3, "cpu", "sympy"),
+    **{
+        size: (lambda seeds, device, data, size=size: paper(size, seeds, device, data), 1, "cuda", "hf:allenai/c4")
+        for size in PAPER_SIZES
+    },
 }
 
 
@@ -284,10 +296,10 @@ def _require(device: str, scale: str) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    build, default_seeds, default_device = SCALES[arguments.scale]
+    build, default_seeds, default_device, default_data = SCALES[arguments.scale]
     seeds = arguments.seeds or range(default_seeds)
     device = arguments.device or default_device
-    steps = build(tuple(seeds), device)
+    steps = build(tuple(seeds), device, arguments.data or default_data)
     if arguments.only:
         known = [step.name for step in steps]
         unknown = [name for name in arguments.only if name not in known]
@@ -321,6 +333,7 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--draw-only", action="store_true", help="draw again from the records; compute nothing")
     top.add_argument("--out", metavar="DIR", help="default results/SCALE")
     top.add_argument("--seeds", type=natural_list, metavar="S,S,...", help="seeds (default 0,1,2; smoke 0)")
+    top.add_argument("--data", metavar="TEXT", help="sympy, a file, or hf:NAME (default: the scale's)")
     top.add_argument("--device", metavar="DEVICE", help="cpu or cuda (default: the scale's)")
     top.add_argument("--processes", type=whole, default=2, help="runs at a time on a CPU (default 2)")
     top.set_defaults(run=_run)

@@ -141,7 +141,11 @@ def _derive(arguments: argparse.Namespace) -> int:
     from theory.derivation import DERIVATIONS, derivation, render
 
     if arguments.name is None:
-        emit("\n".join(DERIVATIONS), arguments.out)
+        emit("\n".join([*DERIVATIONS, "asymptotics"]), arguments.out)
+    elif arguments.name == "asymptotics":
+        from theory.asymptotics import render_asymptotics
+
+        emit(render_asymptotics(arguments.format), arguments.out)
     else:
         emit(render(derivation(arguments.name), arguments.format), arguments.out)
     return EXIT_STABLE

@@ -180,16 +180,23 @@ ASYMPTOTICS: dict[str, Callable[[], Asymptote]] = {
 }
 
 
-def render_asymptotics() -> str:
-    """Every limit, one under the other, in text."""
-    from theory.derivations_rendering import text
+def render_asymptotics(format: str = "text") -> str:
+    """Every limit, one under the other, in `text`, `markdown` or `latex`."""
+    from theory.derivations_rendering import latex, text
 
     lines: list[str] = []
     for build in ASYMPTOTICS.values():
         found = build()
-        decimal = "" if found.limit.free_symbols else f" = {float(found.limit):.4g}"
-        lines.append(f"{found.statement}:")
-        rate = "it" if found.over == 1 else f"over {text(found.over)} it"
-        lines.append(f"    {text(found.expression)}")
-        lines.append(f"    as {text(found.variable)} -> infinity, {rate} tends to {text(found.limit)}{decimal}")
-    return "\n".join(lines) + "\n"
+        if format == "text":
+            decimal = "" if found.limit.free_symbols else f" = {float(found.limit):.4g}"
+            rate = "it" if found.over == 1 else f"over {text(found.over)} it"
+            lines.append(f"{found.statement}:")
+            lines.append(f"    {text(found.expression)}")
+            lines.append(f"    as {text(found.variable)} -> infinity, {rate} tends to {text(found.limit)}{decimal}")
+            continue
+        over = "" if found.over == 1 else rf"\left({latex(found.expression)}\right) / {latex(found.over)}"
+        quantity = over or latex(found.expression)
+        formula = rf"{quantity} \to {latex(found.limit)} \quad ({latex(found.variable)} \to \infty)"
+        opening, closing = ("$$", "$$") if format == "markdown" else (r"\[", r"\]")
+        lines += [f"{found.statement}:", "", f"{opening} {formula} {closing}", ""]
+    return "\n".join(lines).rstrip() + "\n"
