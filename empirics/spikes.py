@@ -71,6 +71,8 @@ def paired_difference(series: Series, reference: Series) -> Series:
 def paired_ratio(series: Series, reference: Series) -> Series:
     """A gradient norm over a reference run's on the same batches, times the reference's median."""
     length = min(series.size, reference.size)
+    if length == 0:  # one of them diverged at once: there is no median
+        return series[:0]
     return series[:length] / reference[:length] * float(np.median(reference[:length]))
 
 

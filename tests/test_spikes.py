@@ -22,8 +22,12 @@ from empirics.spikes import (
 
 
 def series(length: int = 100, level: float = 1.0, wobble: float = 0.01, **values: float) -> np.ndarray:
-    """A level that alternates by +- wobble, with `at<step>` values put in."""
-    made = level + wobble * np.where(np.arange(length) % 2, 1.0, -1.0)
+    """A level that wobbles by -1, 1/2, -1/2, 1 times `wobble`, with `at<step>` values put in.
+
+    Over whole periods the mean and median are the level, the median absolute deviation is 3/4 of the wobble and the
+    standard deviation sqrt(5/8) of it.
+    """
+    made = level + wobble * np.resize([-1.0, 0.5, -0.5, 1.0], length)
     for name, value in values.items():
         made[int(name.removeprefix("at"))] = value
     return made
@@ -87,9 +91,9 @@ def test_windows_look_back_fifty_and_a_hundred_and_twenty_eight_steps() -> None:
 
 
 def test_robust_deviation_by_hand() -> None:
-    """Alternating 0.99 and 1.01: median 1, MAD 0.01, threshold 1 + 7 * 0.014826 = 1.103782."""
-    assert robust_deviation(series(at60=1.1037)) == ()
-    assert robust_deviation(series(at60=1.1038)) == (60,)
+    """Steps 10 to 59: median 1, MAD 0.0075, threshold 1 + 7 * 1.4826 * 0.0075 = 1.0778365."""
+    assert robust_deviation(series(at60=1.0778)) == ()
+    assert robust_deviation(series(at60=1.0779)) == (60,)
     assert robust_deviation(series(at19=3.0)) == ()
     assert robust_deviation(series(at20=3.0)) == (20,)
 
@@ -102,11 +106,14 @@ def test_robust_deviation_is_not_blinded_by_an_earlier_spike() -> None:
 
 
 def test_six_sigma_by_hand() -> None:
-    """Alternating 0.99 and 1.01: mean 1, deviation 0.01 over an even window, threshold 1.06."""
-    assert six_sigma(series(at60=1.0599)) == ()
-    assert six_sigma(series(at60=1.0601)) == (60,)
+    """All 60 steps, later the last 128: mean 1, deviation 0.0079057, threshold 1 + 6 of it = 1.0474342."""
+    assert six_sigma(series(at60=1.0474)) == ()
+    assert six_sigma(series(at60=1.0475)) == (60,)
     assert six_sigma(series(at19=3.0)) == ()
-    assert six_sigma(series(300, at260=1.0601)) == (260,)
+    assert six_sigma(series(300, at260=1.0474)) == ()
+    assert six_sigma(series(300, at260=1.0475)) == (260,)
+    late = series(300, at20=1000.0, at160=1.0475)  # 140 steps later, the outlier is out of the window
+    assert six_sigma(late) == (20, 160)
 
 
 def test_constant_series_and_any_rise() -> None:
@@ -156,7 +163,7 @@ def test_pairs_of_unequal_length_are_cut_to_the_shorter(pair: Any) -> None:
 def record(label: str, loss: Any, norm: Any, **changes: Any) -> dict[str, Any]:
     spec = {"experiment": "spikes", "label": label, "seed": 0, "learning_rate": 1e-3, "seq_len": 8, "batch_size": 2}
     spec |= {"steps": 100} | changes
-    return {"spec": spec, "series": {"loss": list(loss), "gradient_norm": list(norm)}}
+    return {"id": f"{label} {spec}", "spec": spec, "series": {"loss": list(loss), "gradient_norm": list(norm)}}
 
 
 def test_events_of_records() -> None:
@@ -187,6 +194,12 @@ def test_a_reference_is_paired_with_the_next_one() -> None:
     rows = count_events([calm, other], references=("Scaled Embed", "Embed LN"))
     references = {row["label"]: row["reference"] for row in rows}
     assert references == {"Scaled Embed": "Embed LN", "Embed LN": "Scaled Embed"}
+
+
+def test_runs_that_diverged_at_once_have_no_events() -> None:
+    empty = [record(label, [None], []) for label in ("Vanilla", "Scaled Embed")]
+    rows = count_events(empty, references=("Scaled Embed",))
+    assert all(row["raw"] == [] and not row["paired"] for row in rows)
 
 
 def test_diverged_run_counts_up_to_its_end() -> None:

@@ -106,8 +106,8 @@ def attention_upper_apriori() -> Statement:
 
     with pi = min(sqrt T, e^D |C_T|), chi = min(T, e^D H_T), R the largest normalised token, g the query heads
     a key head serves; b_K counts with RoPE alone.
-    Holds: any weights, any key, value and query bias, causal softmax, with or without RoPE (a rotation
-        changes no norm). D may be any upper bound on the spread of a row's logits.
+    Holds: any weights, any key, value and query bias, causal softmax over all earlier tokens, logits
+        q.k/sqrt(d_h), with or without RoPE. D may be any upper bound on the spread of a row's logits.
     Why: dA_t/du_j has a value term, a term through the keys (Cauchy-Schwarz over the softmax row) and one
         through the query; covariances are at most the squared radius; value biases cancel in them, and key
         biases too, unless RoPE turns them by the token.
@@ -129,7 +129,11 @@ def attention_upper_apriori() -> Statement:
         quantity=quantity("attention_jacobian"),
         formula=formula,
         source=Source(key="spikecheck", label="block Jacobian and Cauchy-Schwarz"),
-        assumptions=("causal softmax attention", "RoPE or no positions inside attention"),
+        assumptions=(
+            "causal softmax over all earlier tokens: no sliding window, no padding mask",
+            "logits are q.k / sqrt(d_h): no QK-norm, soft-capping or ALiBi",
+            "RoPE or no positions inside attention",
+        ),
         why="value, key and query terms of the block Jacobian, each by Cauchy-Schwarz over the softmax row",
     )
 

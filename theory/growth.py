@@ -164,6 +164,7 @@ def embedding_variance(architecture: Architecture) -> float:
     return raw / (raw + architecture.eps) if architecture.embedding_norm else raw
 
 
+@np.errstate(over="ignore", invalid="ignore")  # what is not finite is reported in `reasons`
 def gradient_growth(
     architecture: Architecture,
     n_tokens: int,
@@ -190,7 +191,7 @@ def gradient_growth(
     halves: list[_Half] = []
     residual_std: list[float] = []
     for half in range(2 * architecture.n_layers):
-        residual_std.append(math.sqrt(blocks.trace(stream) / n_tokens))
+        residual_std.append(_root(blocks.trace(stream) / n_tokens))
         kernel, scale = _normalise(stream, architecture.eps)
         is_attention = half % 2 == 0
         halves.append(_Half(kernel, scale, is_attention))
@@ -199,7 +200,7 @@ def gradient_growth(
         else:
             branch = _feedforward_forward(architecture, kernel)
         stream = stream + branch
-    residual_std.append(math.sqrt(blocks.trace(stream) / n_tokens))
+    residual_std.append(_root(blocks.trace(stream) / n_tokens))
 
     _, scale = _normalise(stream, architecture.eps)
     gradient = _head_gradient(architecture, blocks, targets).over_outer(scale)
@@ -213,8 +214,10 @@ def gradient_growth(
         kept = _norm_gain(architecture, fixed_scale=fixed)
         gradient = gradient + branch.over_outer(half.scale) * kept
         norms.append(blocks.trace(gradient))
-    profile = tuple(math.sqrt(norm / norms[0]) for norm in reversed(norms))
+    profile = tuple(_root(norm / norms[0]) for norm in reversed(norms))
     reasons = _domain(architecture)
+    if not all(map(math.isfinite, (*profile, *residual_std))):
+        reasons = (*reasons, "the recursion breaks down: a mean square overflows or comes out negative")
     return Growth(
         value=profile[0],
         residual_std=tuple(residual_std),
@@ -240,14 +243,19 @@ def growth_closed_form(architecture: Architecture, n_tokens: int) -> float:
     return math.sqrt(1 + architecture.n_layers * added / start)
 
 
+def _root(square: float) -> float:
+    """Square root; not a number where the expansion in the logits, far outside its domain, made a square negative."""
+    return math.sqrt(square) if square >= 0 else math.nan
+
+
 def _require_scale(architecture: Architecture) -> None:
     raw = (architecture.embedding_multiplier * architecture.stds.embedding) ** 2
     if architecture.positions == "learned":
         raw += architecture.stds.position**2
     if raw + architecture.eps < SMALLEST_SQUARE:
         raise ValueError(
-            f"embeddings of std {math.sqrt(raw):g} with eps={architecture.eps:g} leave a normalisation nothing to divide "
-            "by; use eps=1e-5, or a larger standard deviation (initializer_range)"
+            f"embeddings of std {math.sqrt(raw):g} with eps={architecture.eps:g} leave a normalisation nothing to "
+            "divide by; use eps=1e-5, or a larger standard deviation (initializer_range)"
         )
 
 

@@ -199,7 +199,7 @@ def cesaro_opnorm(n_tokens: Any) -> Any:
 
     Source: hardy1920 for the limit 2.
 
-    >>> float(cesaro_opnorm(1))
+    >>> round(float(cesaro_opnorm(1)), 9)
     1.0
     """
 

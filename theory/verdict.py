@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -153,9 +154,11 @@ def _reasons(architecture: Architecture, growth: Growth, conditions: Sequence[Co
     small, large = conditions
     reasons: list[str] = []
     word = "about" if growth.in_domain else "perhaps (outside the prediction's domain)"
-    reasons.append(
-        f"the gradient grows {word} {growth.value:.4g} times from the last layer to the first (limit {GROWTH_LIMIT:g})"
-    )
+    if math.isfinite(growth.value):
+        reasons.append(
+            f"the gradient grows {word} {growth.value:.4g} times from the last layer to the first "
+            f"(limit {GROWTH_LIMIT:g})"
+        )
     if not small.holds:
         reasons.append(
             f"sub-layers are not small: the paper's norm of the largest is {small.value:.3g} (limit {small.limit:g})"
