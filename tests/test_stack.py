@@ -1,0 +1,133 @@
+"""Bounds over the depth: the rigorous one against explicit Jacobians, the paper's against its parts."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from empirics.model import Transformer, build
+from empirics.probes import PlainAttention, gradient_profile
+from empirics.spectral import explicit_jacobian
+from theory.architecture import EMBEDDINGS, Architecture, preset
+from theory.evaluate import closed_form
+from theory.feedforward import ffn_estimate
+from theory.growth import gradient_growth, growth_closed_form
+from theory.random_matrix import cesaro_opnorm
+from theory.stack import log_product, paper_bound, rigorous_bound
+from theory.statements import residual
+
+TOKENS = 6
+ROUNDING = 1 + 1e-9  # float64 sums of at most some ten thousand terms
+
+
+def small(**changes: Any) -> Architecture:
+    sizes = {"d_model": 16, "n_layers": 2, "n_heads": 4, "n_kv_heads": 4, "d_head": 4, "d_ffn": 32, "vocab_size": 40}
+    return replace(preset("tiny"), context=TOKENS, **(sizes | changes))
+
+
+NETWORKS: dict[str, Architecture] = {
+    **{name: small().with_embedding(name) for name in EMBEDDINGS},
+    "xavier": small().with_init("xavier").with_embedding("scaled-embed"),
+    "gelu": small(activation="gelu"),
+    "gated": small(activation="silu", gated=True, norm="rmsnorm").with_embedding("scaled-embed"),
+    "grouped": small(n_kv_heads=2).with_embedding("embed-ln"),
+    "learned": small(positions="learned", biases=True),
+}
+
+
+def half_layers(model: Transformer, tokens: torch.Tensor) -> list[float]:
+    """|I + J| of every half-layer, over the whole sequence, by an explicit Jacobian."""
+    places: list[torch.Tensor] = []
+    model(tokens, places)
+    norms: list[float] = []
+    for n, layer in enumerate(model.layers):
+        attention, x, middle = PlainAttention(layer.attention), places[2 * n].detach(), places[2 * n + 1].detach()
+        for branch, at in (
+            (lambda v, layer=layer, attention=attention: attention(layer.attention_norm(v)), x),
+            (layer.feedforward_branch, middle),
+        ):
+            jacobian = explicit_jacobian(branch, at)
+            norms.append(float(torch.linalg.matrix_norm(jacobian + torch.eye(jacobian.shape[0]).double(), ord=2)))
+    return norms
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_rigorous_bound_is_one(name: str) -> None:
+    architecture = NETWORKS[name]
+    bound = rigorous_bound(architecture, TOKENS)
+    limits = [1 + branch for pair in zip(bound.attention, bound.feedforward, strict=True) for branch in pair]
+    for seed in range(3):
+        model = build(architecture, seed=seed, dtype=torch.float64)
+        generator = torch.Generator().manual_seed(seed)
+        tokens, targets = (torch.randint(1, 40, (1, TOKENS), generator=generator) for _ in range(2))
+        for true, limit in zip(half_layers(model, tokens), limits, strict=True):
+            assert true <= limit * ROUNDING
+        _, gradient = gradient_profile(model, tokens, targets)
+        for norm, log10 in zip(gradient, bound.log10_profile, strict=True):
+            assert math.log10(norm / gradient[-1]) <= log10 + 1e-9
+
+
+def test_a_product_without_the_attention_halves_is_no_bound() -> None:
+    """Control: with the feed-forward halves silenced, all growth is attention's, and dropping it must show."""
+    architecture = NETWORKS["vanilla"]
+    model = build(architecture, seed=0, dtype=torch.float64)
+    for layer in model.layers:
+        torch.nn.init.zeros_(layer.feedforward.leave.weight)
+    tokens = torch.arange(1, TOKENS + 1)[None]
+    _, gradient = gradient_profile(model, tokens, tokens.flip(1))
+    assert gradient[0] / gradient[-1] > 1.01  # the truncated product is exactly 1
+
+
+def test_loud_embeddings_leave_the_bound_near_one() -> None:
+    """Far above the branches, at a width where the smallest embedding is not lost to the chi-square's tail."""
+    loud = small(d_model=256, d_head=64, d_ffn=1024, embedding_multiplier=1e6)
+    assert rigorous_bound(loud, TOKENS).log10_product < 0.01
+
+
+def test_without_eps_the_stream_may_vanish() -> None:
+    bound = rigorous_bound(small(eps=0.0), TOKENS)
+    assert math.isinf(bound.log10_product)
+    assert "eps" in bound.assumptions[0]
+
+
+def test_paper_bound_is_made_of_the_statements() -> None:
+    """Hand-written for one layer: eq. (15) and eq. (20) at the recursion's standard deviations."""
+    architecture = small(n_layers=1)
+    growth = gradient_growth(architecture, TOKENS)
+    stds, (x, middle, _) = architecture.stds, growth.residual_std
+    scale_x, scale_middle = math.hypot(x, architecture.eps**0.5), math.hypot(middle, architecture.eps**0.5)
+    heads = float(cesaro_opnorm(TOKENS)) * stds.value * 2 * math.sqrt(16)
+    attention = 2 * math.sqrt(16) * heads * stds.output / scale_x
+    feedforward = stds.ffn_in * stds.ffn_out * (math.sqrt(16) + math.sqrt(32)) ** 2 / scale_middle
+    bound = paper_bound(architecture, TOKENS)
+    assert bound.attention[0] == pytest.approx(attention, rel=1e-12)
+    assert bound.feedforward[0] == pytest.approx(feedforward, rel=1e-12)
+    assert bound.log10_product == pytest.approx(math.log10((1 + attention) * (1 + feedforward)), rel=1e-12)
+
+
+def test_repetition_is_a_product_in_logs() -> None:
+    values = {"sigma_1": 0.02, "sigma_2": 0.003, "sigma_xp": 0.5, "d": 64.0, "d_ffn": 256.0}
+    branch = float(ffn_estimate().evaluate(values))
+    repeated = float(residual(ffn_estimate()).repeat(24).evaluate(values))
+    assert log_product([branch] * 24)[0] == pytest.approx(math.log(repeated), rel=1e-12)
+
+
+def test_ten_thousand_layers_do_not_overflow() -> None:
+    logs = log_product(np.full(20_000, 1e6))
+    assert np.isfinite(logs).all()
+    assert logs[0] == pytest.approx(20_000 * math.log1p(1e6), rel=1e-12)
+
+
+@pytest.mark.parametrize("treatment", EMBEDDINGS)
+def test_the_vectorised_closed_form_is_the_scalar_one(treatment: Any) -> None:
+    widths, depths = np.array([64, 256, 1024]), np.array([4, 24])
+    growth, _ = closed_form(widths[:, None], depths[None, :], treatment, 64)
+    for i, d in enumerate(widths.tolist()):
+        for j, n in enumerate(depths.tolist()):
+            one = replace(preset("tiny"), d_model=d, d_ffn=4 * d, d_head=d // 2, n_layers=n).with_embedding(treatment)
+            assert growth[i, j] == pytest.approx(growth_closed_form(one, 64), rel=1e-12)
