@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +106,11 @@ def run_all(specs: Sequence[Spec], out: Path, *, processes: int = 2, title: str 
                 for future in as_completed(futures):
                     future.result()
                     bar.update(cost(futures[future]))
+            except BrokenProcessPool:
+                raise ValueError(
+                    "a worker process was killed, perhaps for memory; run the same command again, it resumes "
+                    "(--processes 1 needs less memory)"
+                ) from None
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise

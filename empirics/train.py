@@ -10,6 +10,7 @@ import io
 import json
 import math
 import platform
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -309,6 +310,7 @@ def _resume(path: Path, model: Transformer, optimizer: torch.optim.Optimizer) ->
     try:
         state = torch.load(path, weights_only=True)
     except Exception:  # any damage: the zip layer, the pickle layer and torch each raise their own types
+        print(f"checkpoint {path} is damaged; this run starts again from step 0", file=sys.stderr)
         path.unlink()
         return Series(), 0
     model.load_state_dict(state["model"])
