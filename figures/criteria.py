@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from figures.selection import Record, Records, measurement, prediction
+from figures.selection import Record, Records, measurement, numbers, prediction
 
 NORMAL_DISTANCE = 0.05  # Kolmogorov distance up to which a distribution counts as normal; a convention
 # All tokens share what the biasless ReLU layers write on average, so a mean rests on d entries, not on T d: its
@@ -61,7 +61,7 @@ def _final(run: Record) -> float:
 
 def _median_norm(run: Record) -> float:
     values = [math.inf if value is None else value for value in run["series"]["gradient_norm"]]
-    return float(np.median(values))
+    return float(np.median(values)) if values else math.inf  # a loss that is not finite at step 0 has no gradient
 
 
 def _seeds(runs: Sequence[Record]) -> tuple[int, ...]:
@@ -134,11 +134,12 @@ def half_layers_below(quantity: str, measured: str) -> Callable[[Records], Findi
             seeds.add(record["jacobians"]["seed"])
         if not ratios:
             return Finding(holds=None)
+        largest = float(np.max(ratios))  # not a number if one of them is not
         return Finding(
-            holds=max(ratios) <= 1,
-            observed=f"measured over bound {min(ratios):.3f} to {max(ratios):.3f} in {len(ratios)} half-layers",
+            holds=largest <= 1,
+            observed=f"measured over bound {min(ratios):.3f} to {largest:.3f} in {len(ratios)} half-layers",
             predicted="at most 1",
-            error=max(ratios) - 1,
+            error=largest - 1,
             seeds=tuple(sorted(seeds)),
         )
 
@@ -200,7 +201,8 @@ def paper_sizes(records: Records) -> Finding:
     first = {label: float(bounds[label][0]) for label in WEAK}  # type: ignore[index]
     largest = {label: float(np.max(bounds[label])) for label in STRONG}  # type: ignore[arg-type]
     return Finding(
-        holds=min(first.values()) > LARGE_EXCESS and max(largest.values()) < SMALL_EXCESS,
+        holds=all(value > LARGE_EXCESS for value in first.values())
+        and all(value < SMALL_EXCESS for value in largest.values()),
         observed="excess over 1 at 350M: "
         + ", ".join(f"{name} {value:.3g} (first layer)" for name, value in first.items())
         + ", "
@@ -280,7 +282,7 @@ def _event_summary(records: Records) -> str:
 
 def rate_gap(records: Records) -> Finding:
     runs = _runs(records, "sweep", "Vanilla", "Scaled Embed")
-    rates = _rates(runs)
+    rates = [rate for rate in _rates(runs) if _at(runs, rate, "Vanilla") and _at(runs, rate, "Scaled Embed")]
     if len(rates) < 2:
         return Finding(holds=None)
     means = {
@@ -357,22 +359,22 @@ def post_ln(records: Records) -> Finding:
 
 def detach(records: Records) -> Finding:
     """Step 0 of runs that share seed, rate and batch: places' gradients equal, the embedding's a tenth."""
-    runs = _runs(records, "sweep", *WEAK)
+    runs = [run for run in _runs(records, "sweep", *WEAK) if run["series"]["place_gradient"]]  # its loss was finite
     pairs: dict[tuple[int, float], dict[str, Record]] = {}
     for run in runs:
         pairs.setdefault((run["spec"]["seed"], run["spec"]["learning_rate"]), {})[run["spec"]["label"]] = run
     whole = [pair for pair in pairs.values() if len(pair) == 2]
     if not whole:
         return Finding(holds=None)
-    gap, factor_gap = 0.0, 0.0
+    gaps: list[float] = []
+    factor_gaps: list[float] = []
     for pair in whole:
-        vanilla, detach = (np.array(pair[label]["series"]["place_gradient"][0]) for label in WEAK)
-        gap = max(gap, float(np.max(np.abs(detach / vanilla - 1))))
-        ratio = (
-            pair["Embed Detach"]["series"]["embedding_gradient"][0] / pair["Vanilla"]["series"]["embedding_gradient"][0]
-        )
+        vanilla, detach = (numbers(pair[label]["series"]["place_gradient"][0]) for label in WEAK)
+        gaps.append(float(np.max(np.abs(detach / vanilla - 1))))
+        before, after = (numbers(pair[label]["series"]["embedding_gradient"][:1]) for label in WEAK)
         factor = pair["Embed Detach"]["spec"]["architecture"]["embedding_gradient"]
-        factor_gap = max(factor_gap, abs(ratio / factor - 1))
+        factor_gaps.append(float(np.max(np.abs(after / before / factor - 1))))
+    gap, factor_gap = float(np.max(gaps)), float(np.max(factor_gaps))  # not a number if one of them is not
     tolerance = 1e-5  # float32: sums of some ten thousand rounded terms
     # The embedding norm of a factor-g gradient is g times Vanilla's only if nothing else changed.
     return Finding(

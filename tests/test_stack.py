@@ -14,6 +14,7 @@ from empirics.model import Transformer, build
 from empirics.probes import PlainAttention, gradient_profile
 from empirics.spectral import explicit_jacobian
 from theory.architecture import EMBEDDINGS, Architecture, preset
+from theory.attention import attention_estimate
 from theory.evaluate import closed_form
 from theory.feedforward import ffn_estimate
 from theory.growth import gradient_growth, growth_closed_form
@@ -40,11 +41,11 @@ NETWORKS: dict[str, Architecture] = {
 }
 
 
-def half_layers(model: Transformer, tokens: torch.Tensor) -> list[float]:
-    """|I + J| of every half-layer, over the whole sequence, by an explicit Jacobian."""
+def half_layers(model: Transformer, tokens: torch.Tensor) -> list[torch.Tensor]:
+    """I + J of every half-layer, over the whole sequence, explicitly."""
     places: list[torch.Tensor] = []
     model(tokens, places)
-    norms: list[float] = []
+    found: list[torch.Tensor] = []
     for n, layer in enumerate(model.layers):
         attention, x, middle = PlainAttention(layer.attention), places[2 * n].detach(), places[2 * n + 1].detach()
         for branch, at in (
@@ -52,8 +53,12 @@ def half_layers(model: Transformer, tokens: torch.Tensor) -> list[float]:
             (layer.feedforward_branch, middle),
         ):
             jacobian = explicit_jacobian(branch, at)
-            norms.append(float(torch.linalg.matrix_norm(jacobian + torch.eye(jacobian.shape[0]).double(), ord=2)))
-    return norms
+            found.append(jacobian + torch.eye(jacobian.shape[0]).double())
+    return found
+
+
+def opnorm(matrix: torch.Tensor) -> float:
+    return float(torch.linalg.matrix_norm(matrix, ord=2))
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -65,11 +70,17 @@ def test_rigorous_bound_is_one(name: str) -> None:
         model = build(architecture, seed=seed, dtype=torch.float64)
         generator = torch.Generator().manual_seed(seed)
         tokens, targets = (torch.randint(1, 40, (1, TOKENS), generator=generator) for _ in range(2))
-        for true, limit in zip(half_layers(model, tokens), limits, strict=True):
-            assert true <= limit * ROUNDING
+        halves = half_layers(model, tokens)
+        for half, limit in zip(halves, limits, strict=True):
+            assert opnorm(half) <= limit * ROUNDING
+        # From each place to the last: the norm of the product of Jacobians, and the measured gradients below it.
+        rest = torch.eye(halves[0].shape[0]).double()
+        products = [opnorm(rest)] + [opnorm(rest := rest @ half) for half in reversed(halves)]
+        for true, log10 in zip(reversed(products), bound.log10_profile, strict=True):
+            assert math.log10(true) <= log10 + 1e-9
         _, gradient = gradient_profile(model, tokens, targets)
-        for norm, log10 in zip(gradient, bound.log10_profile, strict=True):
-            assert math.log10(norm / gradient[-1]) <= log10 + 1e-9
+        for norm, true in zip(gradient, reversed(products), strict=True):
+            assert norm / gradient[-1] <= true * ROUNDING
 
 
 def test_a_product_without_the_attention_halves_is_no_bound() -> None:
@@ -81,6 +92,16 @@ def test_a_product_without_the_attention_halves_is_no_bound() -> None:
     tokens = torch.arange(1, TOKENS + 1)[None]
     _, gradient = gradient_profile(model, tokens, tokens.flip(1))
     assert gradient[0] / gradient[-1] > 1.01  # the truncated product is exactly 1
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_bound_far_below_the_growth_fails(name: str) -> None:
+    """Control: a tenth of the sharp prediction must be violated by the measured gradient, in every network."""
+    architecture = NETWORKS[name]
+    model = build(architecture, seed=0, dtype=torch.float64)
+    tokens = torch.randint(1, 40, (1, TOKENS), generator=torch.Generator().manual_seed(0))
+    _, gradient = gradient_profile(model, tokens, tokens.flip(1))
+    assert gradient[0] / gradient[-1] > gradient_growth(architecture, TOKENS).value / 10
 
 
 def test_loud_embeddings_leave_the_bound_near_one() -> None:
@@ -110,6 +131,28 @@ def test_paper_bound_is_made_of_the_statements() -> None:
     assert bound.log10_product == pytest.approx(math.log10((1 + attention) * (1 + feedforward)), rel=1e-12)
 
 
+def test_paper_bound_at_equal_stds_is_a_repeated_statement() -> None:
+    """residual(attention).then(residual(feed-forward)).repeat(N), where every half-layer sees one std."""
+    architecture, depth = small(n_layers=5, eps=0.0), 5
+    measured = gradient_growth(architecture, TOKENS)
+    even = replace(measured, residual_std=(0.7,) * (2 * depth + 1))
+    stds = architecture.stds
+    values = {
+        "sigma_O": stds.output,
+        "sigma_x": 0.7,
+        "d": 16,
+        "J_Z": float(cesaro_opnorm(TOKENS)) * stds.value * 2 * math.sqrt(16),
+        "sigma_1": stds.ffn_in,
+        "sigma_2": stds.ffn_out,
+        "sigma_xp": 0.7,
+        "d_ffn": 32,
+    }
+    layer = residual(attention_estimate()).then(residual(ffn_estimate())).repeat(depth)
+    assert layer.kind == "estimate"
+    bound = paper_bound(architecture, TOKENS, even)
+    assert bound.log10_product == pytest.approx(math.log10(float(layer.evaluate(values))), rel=1e-12)
+
+
 def test_repetition_is_a_product_in_logs() -> None:
     values = {"sigma_1": 0.02, "sigma_2": 0.003, "sigma_xp": 0.5, "d": 64.0, "d_ffn": 256.0}
     branch = float(ffn_estimate().evaluate(values))
@@ -121,6 +164,33 @@ def test_ten_thousand_layers_do_not_overflow() -> None:
     logs = log_product(np.full(20_000, 1e6))
     assert np.isfinite(logs).all()
     assert logs[0] == pytest.approx(20_000 * math.log1p(1e6), rel=1e-12)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_ten_thousand_real_layers_do_not_overflow(name: str) -> None:
+    """The product itself, some 10^100000, is far beyond a double; its profile falls from the first place to 0."""
+    deep = rigorous_bound(replace(NETWORKS[name], n_layers=10_000), TOKENS)
+    profile = np.array(deep.log10_profile)
+    assert np.isfinite(profile).all()
+    assert np.isfinite([*deep.attention, *deep.feedforward]).all()
+    assert (np.diff(profile) < 0).all()
+    assert profile[-1] == 0
+    assert profile[0] > 400  # a double ends at 308
+
+
+def test_without_embeddings_or_eps_there_is_nothing_to_divide_by() -> None:
+    with pytest.raises(ValueError, match="use eps=1e-5"):
+        gradient_growth(small(eps=0.0, embedding_multiplier=0.0), TOKENS)
+
+
+def test_a_million_configurations_at_once() -> None:
+    widths, depths = np.logspace(1, 6, 1000), np.logspace(0, 5, 1000)
+    growth, excess = closed_form(widths[:, None], depths[None, :], "vanilla", 1024)
+    assert growth.shape == excess.shape == (1000, 1000)
+    assert np.isfinite(growth).all()
+    assert np.isfinite(excess).all()
+    # The paper's depth scaling divides the output matrices by sqrt(2N): N cancels from the growth.
+    assert np.ptp(growth, axis=1) == pytest.approx(0, abs=1e-12 * growth.max())
 
 
 @pytest.mark.parametrize("treatment", EMBEDDINGS)
