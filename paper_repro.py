@@ -23,6 +23,7 @@ from theory.records import fingerprint, read_record, read_records, write_json, w
 FOUR = tuple(METHODS)[:4]
 PAPER_SIZES = ("350m", "1.7b", "13b")
 PAPER_BATCH, PAPER_TOKENS, PAPER_STEPS, PAPER_WARMUP = 528, 2048, 50_000, 2000  # recalled, not confirmed
+PAPER_BYTES = 2_000_000_000  # of C4, held in memory; the paper's 54 billion tokens would be about 100 times this
 PAPER_RATES = {"350m": 5e-4, "1.7b": 5e-4, "13b": 3e-4}
 REFERENCES = ("Embed LN", "Scaled Embed")  # whose runs stand for an undisturbed one when spikes are paired
 
@@ -58,7 +59,14 @@ def _training(architecture: Architecture, label: str, experiment: str, seed: int
 
 
 def _initial(
-    name: str, label: str, tokens: str, seeds: Sequence[int], seq_len: int, jacobian_tokens: int, data: str = "sympy"
+    name: str,
+    label: str,
+    tokens: str,
+    seeds: Sequence[int],
+    seq_len: int,
+    jacobian_tokens: int,
+    data: str = "sympy",
+    device: str = "cpu",
 ) -> Any:
     from empirics.initialisation import InitialisationSpec
 
@@ -72,6 +80,7 @@ def _initial(
         tokens=tokens,  # type: ignore[arg-type]
         jacobian_tokens=jacobian_tokens,
         data=data,
+        device=device,
     )
 
 
@@ -93,7 +102,7 @@ def smoke(seeds: Sequence[int], device: str, data: str) -> list[Step]:
     tiny = preset("tiny")
 
     def initial() -> list[Any]:
-        return [_initial("tiny", label, "random", seeds, 64, 16, data) for label in FOUR]
+        return [_initial("tiny", label, "random", seeds, 64, 16, data, device) for label in FOUR]
 
     def sweep() -> list[Any]:
         return [
@@ -113,9 +122,11 @@ def cpu(seeds: Sequence[int], device: str, data: str) -> list[Step]:
     tiny = preset("tiny")
 
     def initial() -> list[Any]:
-        tiny_ones = [_initial("tiny", label, "random", seeds, 64, 64, data) for label in METHODS]
+        tiny_ones = [_initial("tiny", label, "random", seeds, 64, 64, data, device) for label in METHODS]
         wide = [
-            _initial("wide", label, tokens, seeds, 64, 0, data) for tokens in ("random", "text") for label in METHODS
+            _initial("wide", label, tokens, seeds, 64, 0, data, device)
+            for tokens in ("random", "text")
+            for label in METHODS
         ]
         return tiny_ones + wide
 
@@ -167,7 +178,7 @@ def cpu(seeds: Sequence[int], device: str, data: str) -> list[Step]:
 
 
 def paper(size: str, seeds: Sequence[int], device: str, data: str) -> list[Step]:
-    """The paper's own sizes and settings, on a GPU; C4 as far as memory holds it, a BPE trained on it."""
+    """The paper's own sizes and settings, on a GPU; two gigabytes of C4, a BPE trained on it."""
     big = preset(size)
 
     def specs() -> list[Any]:
@@ -175,7 +186,7 @@ def paper(size: str, seeds: Sequence[int], device: str, data: str) -> list[Step]
             _training(
                 big, label, "sweep", seed, PAPER_RATES[size],
                 steps=PAPER_STEPS, batch_size=PAPER_BATCH, micro_batch=4, seq_len=PAPER_TOKENS, warmup=PAPER_WARMUP,
-                precision="bfloat16", compile=True, data=data, probe_every=500, device=device,
+                precision="bfloat16", compile=True, data=data, data_bytes=PAPER_BYTES, probe_every=500, device=device,
             )
             for seed in seeds
             for label in METHODS

@@ -23,6 +23,7 @@ from theory.growth import gradient_growth
 from theory.hf_config import UnknownArchitecture
 from theory.records import plain, write_bytes
 
+LARGEST_SEEDS = 100_000
 MEASURE_SEQ_LEN = 128  # default where the context is longer: activations of the whole batch are kept
 
 
@@ -69,6 +70,8 @@ def _measure(arguments: argparse.Namespace) -> int:
         return EXIT_UNKNOWN
     check_memory(architecture)
     device = check_device(arguments.device)
+    if arguments.seeds > LARGEST_SEEDS:
+        raise ValueError(f"--seeds {arguments.seeds} is out of range; use at most {LARGEST_SEEDS}")
     seq_len = arguments.seq_len or min(longest, MEASURE_SEQ_LEN)
     batches = batches_of(
         architecture, batch_size=arguments.batch, seq_len=seq_len, data=arguments.data, cache=arguments.cache

@@ -38,6 +38,7 @@ class RunSpec:
         label: the method's name in figures.
         experiment: which question the run belongs to.
         probe_every: steps between probes of the residual stream; probes change no number of the run.
+        data_bytes: how much of the text is read; the reader's own limit if None.
         micro_batch: sequences that go through the network at once, gradients being accumulated; all if None.
         clip: gradient norms above this are scaled down to it; infinite for none.
     """
@@ -61,6 +62,7 @@ class RunSpec:
     compile: bool = False
     micro_batch: int | None = None
     data: str = "sympy"
+    data_bytes: int | None = None
     tokenizer: TokenizerKind = "bpe"
     probe_every: int = 20
 
