@@ -22,7 +22,8 @@ Spec = RunSpec | InitialisationSpec
 
 def corpus_of(spec: RunSpec, out: Path) -> Corpus:
     """The run's corpus, tokenised once and kept under `out/data`."""
-    return load_corpus(spec.data, vocab_size=spec.architecture.vocab_size, tokenizer=spec.tokenizer, cache=out / "data")
+    vocab_size, cache = spec.architecture.vocab_size, out / "data"
+    return load_corpus(spec.data, vocab_size=vocab_size, tokenizer=spec.tokenizer, limit=spec.data_bytes, cache=cache)
 
 
 def record_path(spec: Spec, out: Path) -> Path:
