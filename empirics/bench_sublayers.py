@@ -8,7 +8,7 @@ from typing import Any, get_args
 import torch
 from torch import Tensor, nn
 
-from empirics import observables
+from empirics import attention_slopes, observables
 from empirics.benches import Bench, Choices, add_bench, small_architecture
 from empirics.model import ACTIVATIONS, Attention, FeedForward, make_norm
 from theory.architecture import Activation, Norm
@@ -23,7 +23,13 @@ ATTENTIONS = {
     "n_kv_heads": (1, 2),
     "kv_group": (1, 2, 3),
     "head_pairs": (1, 2),
-    "positions": ("none", "rope"),
+    "positions": ("none", "rope", "alibi"),
+    # What most models have comes up more often.
+    "window": (0, 0, 0, 1, 2, 3),
+    "qk_norm": ("none", "none", "head", "full"),
+    "attention_softcap": (0.0, 0.0, 0.5, 5.0),
+    "attention_scale": (None, None, None, None, 0.0, 3.0),
+    "causal": (True, False),
 }
 
 
@@ -199,21 +205,39 @@ add_bench(
 # --- attention ----------------------------------------------------------------------------------------------------
 
 
+class FullAttention(Attention):
+    """Every token sees every other."""
+
+    def seen(self, length: int, device: torch.device) -> Tensor:
+        return torch.ones(length, length, dtype=torch.bool, device=device)
+
+
 def attention_module(choices: Choices) -> Attention:
     width = choices["head_pairs"] * (2 if choices["positions"] == "rope" else 1)
     heads = choices["n_kv_heads"] * choices["kv_group"]
-    return Attention(small_architecture({**choices, "n_heads": heads, "d_head": width}))
+    kind = Attention if choices["causal"] else FullAttention
+    return kind(small_architecture({**choices, "n_heads": heads, "d_head": width}))
 
 
 def attention_rounding(attention: Attention, u_TD: Tensor) -> float:
     """v_j - o_t is a difference of numbers of size |W_V| R + |b_V|; a saturated softmax leaves only its rounding."""
     norms = observables.observe_attention_weights(attention, u_TD)
-    query, key, value = (
-        (observables.opnorm(linear.weight) * norms["R"]).item()
-        + (0.0 if linear.bias is None else linear.bias.norm().item())
-        for linear in (attention.query, attention.key, attention.value)
-    )
-    slopes = query * norms["opnorm_K"].item() + key * norms["opnorm_Q"].item()
+    size_of: dict[str, float] = {}
+    slope_of: dict[str, float] = {}
+    for name in ("query", "key", "value"):
+        linear, norm = getattr(attention, name), getattr(attention, f"{name}_norm", None)
+        slope_of[name] = observables.opnorm(linear.weight).item()
+        bias = 0.0 if linear.bias is None else linear.bias.norm().item()
+        size_of[name] = slope_of[name] * norms["R"].item() + bias
+        if norm is not None:  # relative to what it divides by, as for any norm
+            rows = linear(u_TD) if attention.qk_norm == "full" else linear(u_TD).unflatten(-1, (-1, attention.d_head))
+            observed = observables.observe_norm(norm, rows.flatten(0, -2))
+            gain, least = observed["gain"].item(), observed["s"].item()
+            slope_of[name] *= gain / least * (1 + size_of[name] / least) ** 2
+            shift = getattr(norm, "bias", None)
+            size_of[name] = gain * math.sqrt(norm.weight.numel()) + (0.0 if shift is None else shift.norm().item())
+    value = size_of["value"]
+    slopes = attention.scale * (size_of["query"] * slope_of["key"] + size_of["key"] * slope_of["query"])
     size = math.sqrt(norms["kv_group"] * u_TD.shape[0]) * (norms["opnorm_V"].item() + value * slopes)
     return UNIT * norms["opnorm_O"].item() * size
 
@@ -224,9 +248,14 @@ ATTENTION_SYMBOLS = {
     ),
     ("logit_spread", "opnorm_P"): observables.observe_softmax,
     ("key_term", "query_term"): observables.observe_covariances,
+    ("opnorm_OV", "opnorm_P_mean", "opnorm_VH", "P_deviation", "key_blocks", "query_blocks"): (
+        attention_slopes.observe_blocks
+    ),
+    ("heads_OV", "opnorm_VH", "key_slope", "query_slope", "n_seen"): attention_slopes.observe_slopes,
 }
 ATTENTION_CHOICES = {
-    "d_model": tuple(range(1, 7)), "n_tokens": tuple(range(1, 7)), "biases": (False, True), **ATTENTIONS,
+    "d_model": tuple(range(1, 7)), "n_tokens": tuple(range(1, 7)), "biases": (False, True), "norm": get_args(Norm),
+    "eps": (1e-12, 1e-5, 1e-3, 10.0), **ATTENTIONS,
 }  # fmt: skip
 
 add_bench(

@@ -20,15 +20,11 @@ import torch
 from torch import Tensor, nn
 from torch.func import jacrev, vmap
 
+from empirics.attention_slopes import logit_spread, opnorm
 from empirics.model import Attention, FeedForward, rotary_table, rotate
 from empirics.probes import PlainAttention
 
 Observed = dict[str, Any]
-
-
-def opnorm(matrix: Tensor) -> Tensor:
-    """Largest singular value, of each matrix of a stack."""
-    return torch.linalg.matrix_norm(matrix, ord=2)
 
 
 def jacobian(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
@@ -131,7 +127,7 @@ def observe_attention_weights(attention: Attention, u_TD: Tensor) -> Observed:
         "head_VQ": (value_H * query_H).max(),
         "head_VK": (value_H * key_H).max(),
         "R": radius,
-        "d_head": width,
+        "d_head": attention.scale**-2 if attention.scale else math.inf,  # the bounds' 1/sqrt(d_h) is the logits' scale
         "kv_group": group,
         "n_tokens": u_TD.shape[0],
     }
@@ -144,13 +140,9 @@ def _over(bias: Tensor, radius: Tensor) -> Tensor:
 
 def observe_softmax(attention: Attention, u_TD: Tensor) -> Observed:
     """The largest spread of a row's logits, and the largest softmax matrix."""
-    logits, probabilities = attention.probabilities(u_TD[None])
-    future = torch.ones(logits.shape[-2:], dtype=torch.bool).triu(1)
-    highest = logits[0].masked_fill(future, -math.inf).amax(-1)
-    lowest = logits[0].masked_fill(future, math.inf).amin(-1)
     return {
-        "logit_spread": (highest - lowest).max(),
-        "opnorm_P": opnorm(probabilities[0]).max(),
+        "logit_spread": logit_spread(attention, u_TD),
+        "opnorm_P": opnorm(attention.probabilities(u_TD[None])[1][0]).max(),
         "n_tokens": u_TD.shape[0],
     }
 
@@ -178,7 +170,7 @@ def observe_covariances(attention: Attention, u_TD: Tensor) -> Observed:
     weighted = p_HtT[..., None] * centred_HtTE
     spread_Ht = opnorm(weighted.mT @ centred_HtTE)
     query_term = opnorm(weighted.mT @ (key_HtTE - p_HtT[..., None, :] @ key_HtTE)).max()
-    a_HtTD = query_HtTE @ key_HED[:, None] / math.sqrt(width)
+    a_HtTD = query_HtTE @ key_HED[:, None] * attention.scale
     a_HtTD = a_HtTD.expand(heads, length, length, -1)
     blocks = torch.einsum("htj,htjd,htje->jde", spread_Ht[..., None] * p_HtT, a_HtTD, a_HtTD)
     return {"key_term": opnorm(blocks).max().sqrt(), "query_term": query_term}

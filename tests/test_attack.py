@@ -102,6 +102,14 @@ FALSE: dict[str, list[tuple[str, Callable[[dict[str, Any]], dict[str, Any]], int
         ("no key term", lambda v: v | {"key_term": 0.0}, 3 * DEFAULT),
         ("no query term", lambda v: v | {"query_term": 0.0}, 3 * DEFAULT),
     ],
+    "attention-general-upper": [("no window", lambda v: v | {"n_seen": 1}, DEFAULT)],
+    "attention-blocks-upper": [
+        ("no deviation of heads", lambda v: v | {"P_deviation": 0.0}, DEFAULT),
+        ("no blocks through the keys", lambda v: v | {"key_blocks": 0.0}, DEFAULT),
+        ("no blocks through the queries", lambda v: v | {"query_blocks": 0.0}, DEFAULT),
+    ],
+    "attention-window-upper": [("no rows beyond the window", lambda v: v | {"n_tokens": v["n_seen"]}, DEFAULT)],
+    "attention-full-probability-upper": [("no spread", lambda v: v | {"logit_spread": 0.0}, DEFAULT)],
     "attention-probability-upper": [("no spread", lambda v: v | {"logit_spread": 0.0}, DEFAULT)],
     "gaussian-opnorm-upper": [("no deviation", lambda v: v | {"t": 0.0}, DEFAULT)],
 }

@@ -11,9 +11,12 @@ from typing import Any
 
 from theory.functions import exp, minimum, sqrt
 from theory.quantities import quantity
-from theory.random_matrix import cesaro_opnorm
+from theory.random_matrix import cesaro_opnorm, harmonic_number
 from theory.sources import Source
 from theory.statements import Statement, register
+
+# Attention whose logits are products of a query and a key, turned by RoPE or not, and nothing else.
+PRODUCTS = {"positions": ("none", "rope"), "qk_norm": ("none",), "attention_softcap": (0.0,)}
 
 
 @register
@@ -82,18 +85,8 @@ def attention_probability_upper() -> Statement:
         assumptions=("causal softmax over all earlier tokens",),
         why="p_tj <= e^D / t entrywise; rows sum to 1, so |P|^2 <= |P|_1 |P|_inf <= T",
         tight=True,
+        covers={"causal": (True,), "window": (0,)},
     )
-
-
-def _harmonic(n_tokens: Any) -> Any:
-    from theory.functions import opaque
-
-    def numeric(value: Any) -> Any:
-        import numpy as np
-
-        return np.vectorize(lambda n: float(np.sum(1 / np.arange(1, int(n) + 1))), otypes=[np.float64])(value)[()]
-
-    return opaque("harmonic_number", numeric, n_tokens)
 
 
 @register
@@ -118,7 +111,7 @@ def attention_upper_apriori() -> Statement:
         R: Any, d_head: Any, kv_group: Any, n_tokens: Any, logit_spread: Any,
     ) -> Any:  # fmt: skip
         probability = minimum(sqrt(n_tokens), exp(logit_spread) * cesaro_opnorm(n_tokens))
-        column = minimum(n_tokens, exp(logit_spread) * _harmonic(n_tokens))
+        column = minimum(n_tokens, exp(logit_spread) * harmonic_number(n_tokens))
         keys = head_VQ * sqrt(kv_group) * opnorm_K * sqrt(column)
         queries = head_VK * opnorm_Q
         return opnorm_O * (sqrt(kv_group) * opnorm_V * probability + R**2 / sqrt(d_head) * (keys + queries))
@@ -135,6 +128,8 @@ def attention_upper_apriori() -> Statement:
             "RoPE or no positions inside attention",
         ),
         why="value, key and query terms of the block Jacobian, each by Cauchy-Schwarz over the softmax row",
+        tight=True,
+        covers={"causal": (True,), "window": (0,), **PRODUCTS},
     )
 
 
@@ -164,8 +159,10 @@ def attention_upper_aposteriori() -> Statement:
         quantity=quantity("attention_jacobian"),
         formula=formula,
         source=Source(key="spikecheck", label="block Jacobian and Cauchy-Schwarz"),
-        assumptions=("softmax attention", "probabilities and covariances known"),
+        assumptions=("softmax of q.k / sqrt(d_h), RoPE or no positions inside", "probabilities and covariances known"),
         why="value, key and query terms of the block Jacobian, each with the real softmax row",
+        tight=True,
+        covers=PRODUCTS,
     )
 
 

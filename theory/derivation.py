@@ -39,6 +39,7 @@ DERIVATION_MODULES = (
     "derivations_norms",
     "derivations_sublayers",
     "derivations_attention",
+    "derivations_attention_variants",
     "derivations_logits",
     "derivations_masks",
     "derivations_constants",

@@ -108,7 +108,7 @@ def rotations(n_tokens: int, d_head: int) -> Array:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Attention:
-    """Causal softmax attention.
+    """Softmax attention; causal unless told, and over the last `window` tokens if that is not 0.
 
     W_Q: (h, d_h, d). W_K, W_V: (h/g, d_h, d). W_O: (d, h d_h). b_Q: (h, d_h). b_K, b_V: (h/g, d_h).
     turns: (T, d_h, d_h) rotations of queries and keys; identities without RoPE.
@@ -122,6 +122,8 @@ class Attention:
     b_K: Array
     b_V: Array
     turns: Array
+    causal: bool = True
+    window: int = 0
 
     @property
     def group(self) -> int:
@@ -149,8 +151,14 @@ class Attention:
         return np.einsum("hte,hje->htj", self.queries(u), self.keys(u)) / np.sqrt(self.d_head)
 
     def probabilities(self, u: Array) -> Array:
-        """(h, T, T), lower triangular."""
-        return softmax(self.logits(u), np.tril(np.ones((len(u), len(u)), dtype=bool)))
+        """(h, T, T), zero where a token does not see."""
+        return softmax(self.logits(u), self.seen(len(u)))
+
+    def seen(self, n_tokens: int) -> Array:
+        """(T, T), whether token t sees token j."""
+        everything = np.ones((n_tokens, n_tokens), dtype=bool)
+        seen = np.tril(everything) if self.causal else everything
+        return np.triu(seen, 1 - self.window) if self.window else seen
 
     def heads(self, u: Array) -> Array:
         """(T, h d_h): the heads' outputs side by side."""

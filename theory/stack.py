@@ -12,8 +12,10 @@ from numpy.typing import NDArray
 
 from theory.activations import lipschitz, secant
 from theory.architecture import Architecture
-from theory.attention import attention_estimate, attention_upper_apriori
+from theory.attention import attention_estimate
+from theory.attention_variants import attention_general_upper
 from theory.feedforward import ffn_estimate, ffn_gated_upper, ffn_upper
+from theory.gram_maps import alibi_slopes
 from theory.growth import Growth, gradient_growth
 from theory.initialisation import Stds
 from theory.kernels import activation_kernel
@@ -185,7 +187,7 @@ def rigorous_bound(architecture: Architecture, n_tokens: int, *, failure: float 
                     scale = 1 / math.sqrt(layer + 1) if a.norm_depth_scaling else 1.0
                     slope, radius = scale * _norm_slope(a, reach.low), scale * math.sqrt(d)
                 if name == "attention":
-                    jacobian, size = _attention_bound(a, stds, n_tokens, radius, failure)
+                    jacobian, size = _attention_bound(a, stds, a.window_at(layer), n_tokens, radius, failure)
                 else:
                     jacobian, size = _feedforward_bound(a, stds, radius, failure)
                 if a.block in ("peri-ln", "branch-ln"):
@@ -205,14 +207,6 @@ def _refusal(a: Architecture) -> str:
         return "eps = 0: the residual stream may vanish"
     if a.activation == "relu-squared" and a.block == "branch-ln":
         return "no rigorous product for squares of an unnormalised stream"
-    for reason, present in (
-        ("a sliding window", a.window > 0),
-        ("ALiBi", a.positions == "alibi"),
-        ("QK-norm", a.qk_norm != "none"),
-        ("a soft-cap on the attention logits", a.attention_softcap > 0),
-    ):
-        if present:
-            return f"no rigorous product for {reason} yet"
     return ""
 
 
@@ -244,28 +238,40 @@ def _opnorm(a: Architecture, failure: float, sigma: float, rows: int, columns: i
 
 
 @lru_cache(maxsize=256)
-def _attention_bound(a: Architecture, stds: Stds, n_tokens: int, radius: float, failure: float) -> tuple[float, float]:
+def _attention_bound(
+    a: Architecture, stds: Stds, window: int, n_tokens: int, radius: float, failure: float
+) -> tuple[float, float]:
     """Bounds on the attention sub-layer's Jacobian and on a token's output, for inputs at most `radius` long."""
     d, width = a.d_model, a.d_head
     heads, kv = a.n_heads * width, a.n_kv_heads * width
-    query_head, key_head, value_head = (
-        _opnorm(a, failure, sigma, width, d) for sigma in (stds.query, stds.key, stds.value)
-    )
-    spread = 2 * radius**2 * query_head * key_head * a.logit_scale
+    shared = math.sqrt(a.n_heads // a.n_kv_heads)  # what repeating a group's rows for its heads adds to a norm
+    query, key, value_head = (_opnorm(a, failure, sigma, width, d) for sigma in (stds.query, stds.key, stds.value))
+    largest_query, largest_key = query * radius, key * radius
+    every_query = _opnorm(a, failure, stds.query, heads, d)
+    every_key = shared * _opnorm(a, failure, stds.key, kv, d)
+    if a.qk_norm != "none":
+        slope, whole = _norm_slope(a, 0.0), a.qk_norm == "full"
+        largest_query, largest_key = (math.sqrt(n if whole else width) for n in (heads, kv))
+        every_query, every_key = slope * every_query, slope * every_key
+    seen = min(window or n_tokens, n_tokens)
+    spread = 2 * a.logit_scale * largest_query * largest_key
+    if a.attention_softcap:
+        spread = min(spread, 2 * a.attention_softcap)
+    if a.positions == "alibi":
+        spread += alibi_slopes(a.n_heads, a.n_heads)[-1] * (seen - 1)
     output = _opnorm(a, failure, stds.output, d, heads)
     jacobian = float(
-        attention_upper_apriori().evaluate(
+        attention_general_upper().evaluate(
             {
-                "opnorm_Q": _opnorm(a, failure, stds.query, heads, d),
-                "opnorm_K": _opnorm(a, failure, stds.key, kv, d),
-                "opnorm_V": _opnorm(a, failure, stds.value, kv, d),
                 "opnorm_O": output,
-                "head_VQ": value_head * query_head,
-                "head_VK": value_head * key_head,
+                "opnorm_VH": shared * _opnorm(a, failure, stds.value, kv, d),
+                "heads_OV": output * value_head,
                 "R": radius,
-                "d_head": a.logit_scale**-2 if a.logit_scale > 0 else math.inf,  # the bound's 1/sqrt(d_h) is that scale
-                "kv_group": a.n_heads // a.n_kv_heads,
+                # Slopes of the products of a query and a key; capping them only makes them smaller.
+                "key_slope": a.logit_scale * largest_query * every_key,
+                "query_slope": a.logit_scale * largest_key * every_query,
                 "n_tokens": n_tokens,
+                "n_seen": seen,
                 "logit_spread": min(spread, _LARGEST_EXPONENT),
             }
         )

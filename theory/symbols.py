@@ -92,6 +92,52 @@ _ALL = (
         meaning="largest covariance of values and keys under a softmax row, over heads",
         known="measured",
     ),
+    SymbolEntry(
+        name="opnorm_VH",
+        latex=r"\|\tilde W_V\|",
+        meaning="spectral norm of W_V, each group's rows repeated for its heads",
+        known="measured",
+    ),
+    SymbolEntry(
+        name="opnorm_OV", latex=r"\|W_O \tilde W_V\|", meaning="spectral norm of W_O times that", known="measured"
+    ),
+    SymbolEntry(
+        name="heads_OV",
+        latex=r"\|[W_O^h W_V^h]_h\|",
+        meaning="spectral norm of the heads' W_O^h W_V^h side by side, or a bound on it",
+        known="measured",
+    ),
+    SymbolEntry(
+        name="opnorm_P_mean", latex=r"\|\bar P\|", meaning="norm of the heads' mean softmax matrix", known="measured"
+    ),
+    SymbolEntry(
+        name="P_deviation",
+        latex=r"\max_h \|P_h - \bar P\|",
+        meaning="largest norm of a head's softmax matrix less the heads' mean",
+        known="measured",
+    ),
+    SymbolEntry(
+        name="key_blocks",
+        latex=r"\|(\|K_{tj}\|)_{tj}\|",
+        meaning="norm of the T x T matrix of block norms through the keys",
+        known="measured",
+    ),
+    SymbolEntry(
+        name="query_blocks", latex=r"\max_t \|Q_t\|", meaning="largest block through the query", known="measured"
+    ),
+    SymbolEntry(
+        name="key_slope",
+        latex=r"\kappa_K",
+        meaning="bound on the root sum of squares over heads of dl_tj/du_j . x, for unit x",
+        known="measured",
+    ),
+    SymbolEntry(
+        name="query_slope",
+        latex=r"\kappa_Q",
+        meaning="bound on the root sum over heads of a softmax row's variance of dl_tj/du_t . x, for unit x",
+        known="measured",
+    ),
+    SymbolEntry(name="n_seen", latex="w", meaning="tokens that a token sees at most", known="config", integer=True),
     SymbolEntry(name="eps", latex=r"\epsilon", meaning="eps of the normalisation", known="config"),
     SymbolEntry(
         name="column_sum", latex=r"\chi", meaning="largest column sum of a softmax matrix, over heads", known="measured"

@@ -55,10 +55,17 @@ def unit_norm(kind: str, width: int, eps: float = 1e-5) -> nn.Module:
 
 
 def attention(
-    *, d: int = 4, heads: int = 1, groups: int = 1, width: int = 2, positions: str = "none", **weights: Tensor
+    *,
+    d: int = 4,
+    heads: int = 1,
+    groups: int = 1,
+    width: int = 2,
+    positions: str = "none",
+    kind: type[Attention] = Attention,
+    **weights: Tensor,
 ) -> Attention:
     names = {"W_Q": "query", "W_K": "key", "W_V": "value", "W_O": "output", "b_Q": "query", "b_K": "key"}
-    module = Attention(
+    module = kind(
         architecture(d_model=d, n_heads=heads, n_kv_heads=groups, d_head=width, positions=positions, biases=True)
     )
     parameters = {
