@@ -6,19 +6,19 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from empirics.spikes import (
-    DEFINITIONS,
-    REFRACTORY,
-    count_events,
-    paired_difference,
-    paired_ratio,
-    robust_deviation,
-    six_sigma,
-    twice_median,
-)
+from empirics import spike_definitions
+from empirics.spike_definitions import DEFINITIONS, REFRACTORY, Definition
+from empirics.spikes import RULE, count_events, events, pair, paired_difference, paired_ratio, recoveries
+from theory.sources import REFERENCES
+
+twice_median = DEFINITIONS["twice-median"].find
+robust_deviation = DEFINITIONS["robust-deviation"].find
+six_sigma = DEFINITIONS["six-sigma"].find
+five_times = DEFINITIONS["five-times-twice-mean"].find
+ten_times = DEFINITIONS["ten-times-first-maximum"].find
 
 
 def series(length: int = 100, level: float = 1.0, wobble: float = 0.01, **values: float) -> np.ndarray:
@@ -33,32 +33,88 @@ def series(length: int = 100, level: float = 1.0, wobble: float = 0.01, **values
     return made
 
 
-EVERY = pytest.mark.parametrize("find", DEFINITIONS.values(), ids=DEFINITIONS)
+EVERY = pytest.mark.parametrize("definition", DEFINITIONS.values(), ids=DEFINITIONS)
+VECTORS = [(definition, n) for definition in DEFINITIONS.values() for n in range(len(definition.vectors))]
+
+
+@pytest.mark.parametrize(("definition", "n"), VECTORS, ids=lambda value: getattr(value, "name", str(value)))
+def test_vector(definition: Definition, n: int) -> None:
+    vector = definition.vectors[n]
+    assert definition.find(vector.series) == vector.events
 
 
 @EVERY
-def test_quiet_series_has_no_event(find: Any) -> None:
-    assert find(series()) == ()
-    assert find(np.linspace(5, 1, 200) + series(200, level=0.0)) == ()
-    for length in (0, 1, 5, 20):
-        assert find(series(length)) == ()
+def test_a_definition_is_complete(definition: Definition) -> None:
+    assert DEFINITIONS[definition.name] is definition
+    assert definition.source.key in REFERENCES
+    assert definition.source.key != "convention" or "no published source confirmed" in definition.source.label
+    assert {bool(vector.events) for vector in definition.vectors} == {True, False}  # one to find, one to pass over
+    for value in definition.parameters.values():
+        words = definition.statement.replace("five", "5").replace("1.4826", "")
+        assert f"{value:g}" in words, f"{value:g} is not in the statement"
+
+
+@pytest.mark.parametrize(
+    ("definition", "name"),
+    [(definition, name) for definition in DEFINITIONS.values() for name in definition.parameters],
+    ids=lambda value: getattr(value, "name", value),
+)
+def test_vectors_hold_every_parameter_in_place(definition: Definition, name: str) -> None:
+    """Half of any parameter changes what is found in a vector, or in a series whose level rises and falls."""
+    drifting = np.concatenate([series(150), series(150, level=3.0), series(150), series(9, level=100.0), series(60)])
+    drifting[[420, 445]] = 2.2, 1.1
+    changed = definition.parameters | {name: definition.parameters[name] * 0.5}
+    changed[name] = int(changed[name]) if name != "factor" else changed[name]
+    tried = [drifting, *(vector.series for vector in definition.vectors)]
+    assert any(
+        not np.array_equal(definition.high(one, **definition.parameters), definition.high(one, **changed))
+        for one in tried
+    )
 
 
 @EVERY
-def test_one_spike_is_one_event(find: Any) -> None:
-    assert find(series(at60=3.0)) == (60,)
+def test_quiet_series_has_no_event(definition: Definition) -> None:
+    assert definition.find(series(300)) == ()
+    assert definition.find(np.linspace(5, 1, 400) + series(400, level=0.0)) == ()
+    assert definition.find(-series(300)) == ()
+    for length in (0, 1, 5, 20, 64, 100, 101, 128, 129):
+        assert definition.find(series(length)) == ()
 
 
 @EVERY
-def test_a_fall_is_no_spike(find: Any) -> None:
-    assert find(series(at60=-3.0)) == ()
+def test_one_lasting_spike_is_one_event(definition: Definition) -> None:
+    made = series(400)
+    made[150:156] = 30.0
+    assert definition.find(made) == (150 + definition.lag,)
+    made[150:156] = -30.0 if definition.name != "ten-times-first-maximum" else 0.0  # a fall; that one reads |x|
+    assert definition.find(made) == ()
 
 
 @EVERY
-def test_nearby_high_values_are_one_event_and_distant_ones_are_two(find: Any) -> None:
-    near, far = 60 + REFRACTORY, 60 + REFRACTORY + 1
-    assert find(series(**{"at60": 3.0, f"at{near}": 8.0})) == (60,)
-    assert find(series(**{"at60": 3.0, f"at{far}": 8.0})) == (60, far)
+def test_nearby_high_values_are_one_event_and_distant_ones_are_two(definition: Definition) -> None:
+    high = np.full(5, 30.0) if definition.lag else np.array([30.0])
+    near, far = REFRACTORY, REFRACTORY + 1
+    for gap, expected in ((near, 1), (far, 2)):
+        made = series(400)
+        made[150 : 150 + high.size] = high
+        start = 150 + gap
+        made[start : start + high.size] = 80.0 if definition.name == "twice-median" else 2000.0
+        assert len(definition.find(made)) == expected
+
+
+@EVERY
+@pytest.mark.parametrize("end", [np.nan, np.inf, -np.inf])
+def test_events_are_found_up_to_a_divergence(definition: Definition, end: float) -> None:
+    made = series(400)
+    made[150:156] = 30.0
+    made[300:310] = 500.0
+    whole = definition.find(made)
+    assert len(whole) == 2
+    made[200] = end
+    assert definition.find(made) == whole[:1]
+    assert definition.find(np.full(200, end)) == ()
+    made[:] = 1e300  # whose squares are infinite: no warning, no event
+    assert definition.find(made) == ()
 
 
 def test_a_run_of_high_values_extends_its_event() -> None:
@@ -100,20 +156,21 @@ def test_robust_deviation_by_hand() -> None:
 
 def test_robust_deviation_is_not_blinded_by_an_earlier_spike() -> None:
     """Six standard deviations of a window that holds a spike of 100 hide one of 3; the median does not mind."""
-    twice = series(120, at50=100.0, at80=3.0)
-    assert robust_deviation(twice) == (50, 80)
-    assert six_sigma(twice) == (50,)
+    twice = series(120, at70=100.0, at100=3.0)
+    assert robust_deviation(twice) == (70, 100)
+    assert six_sigma(twice) == (70,)
 
 
 def test_six_sigma_by_hand() -> None:
-    """All 60 steps, later the last 128: mean 1, deviation 0.0079057, threshold 1 + 6 of it = 1.0474342."""
-    assert six_sigma(series(at60=1.0474)) == ()
-    assert six_sigma(series(at60=1.0475)) == (60,)
-    assert six_sigma(series(at19=3.0)) == ()
-    assert six_sigma(series(300, at260=1.0474)) == ()
-    assert six_sigma(series(300, at260=1.0475)) == (260,)
-    late = series(300, at20=1000.0, at160=1.0475)  # 140 steps later, the outlier is out of the window
-    assert six_sigma(late) == (20, 160)
+    """64 steps: sample deviation 0.01 sqrt(5/8 64/63) = 0.0079682, threshold 1.0478090; 128: 0.0079366, 1.0476199."""
+    assert six_sigma(series(65, at64=1.04780)) == ()
+    assert six_sigma(series(65, at64=1.04782)) == (64,)
+    assert six_sigma(series(300, at260=1.04761)) == ()
+    assert six_sigma(series(300, at260=1.04763)) == (260,)
+    late = series(300, at100=1000.0, at240=1.05)  # 140 steps later, the outlier is out of the window
+    assert six_sigma(late) == (100, 240)
+    late = series(300, at100=1000.0, at228=1.05)  # 128 steps later, it is the oldest value of the window
+    assert six_sigma(late) == (100,)
 
 
 def test_constant_series_and_any_rise() -> None:
@@ -125,14 +182,53 @@ def test_constant_series_and_any_rise() -> None:
 
 
 @EVERY
-@given(seed=st.integers(0, 500), cut=st.integers(1, 119), scale=st.floats(0.01, 100))
-def test_only_the_past_decides_and_units_do_not(find: Any, seed: int, cut: int, scale: float) -> None:
+@settings(max_examples=30, deadline=None)
+@given(seed=st.integers(0, 500), cut=st.integers(1, 399), scale=st.integers(-20, 20), later=st.floats())
+def test_only_the_past_decides_and_units_do_not(
+    definition: Definition, seed: int, cut: int, scale: int, later: float
+) -> None:
     generator = np.random.default_rng(seed)
-    made = 3 + 0.3 * generator.standard_normal(120)
-    made[generator.integers(20, 120, 4)] *= generator.uniform(2, 4, 4)
-    events = find(made)
-    assert find(made[:cut]) == tuple(step for step in events if step < cut)
-    assert find(made * 2.0 ** round(np.log2(scale))) == events  # a power of two: no rounding
+    made = 3 + 0.3 * generator.standard_normal(400)
+    for start in generator.integers(20, 390, 4):
+        made[start : start + generator.integers(1, 9)] *= generator.uniform(2, 15)
+    found = definition.find(made)
+    before = tuple(step for step in found if step < cut)
+    assert definition.find(made[:cut]) == before
+    assert definition.find(made * 2.0**scale) == found  # a power of two: no rounding
+    other = made.copy()
+    other[cut:] = later  # any number, nan and infinity too
+    assert tuple(step for step in definition.find(other) if step < cut) == before
+
+
+def test_the_series_of_that_property_have_events() -> None:
+    """The property above would hold of a definition that finds nothing."""
+    for definition in DEFINITIONS.values():
+        made = 3 + 0.3 * np.random.default_rng(0).standard_normal(400)
+        made[200:208] *= 14
+        assert definition.find(made)
+
+
+@pytest.mark.parametrize("definition", [d for d in DEFINITIONS.values() if not d.relative], ids=lambda d: d.name)
+def test_a_level_does_not_move_deviations(definition: Definition) -> None:
+    made = np.round(np.random.default_rng(1).standard_normal(400) * 64) / 64
+    made[200] = 40.0
+    assert definition.find(made) == definition.find(made + 1024.0) == (200,)  # exact: dyadic numbers
+
+
+def test_a_level_does_move_multiples() -> None:
+    for definition in DEFINITIONS.values():
+        made = series(400)
+        made[200:205] = 15.0
+        assert bool(definition.find(made + 1000)) is not definition.relative
+
+
+@EVERY
+def test_long_series_are_cut_into_rows_without_a_seam(definition: Definition, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = 3 + 0.3 * np.random.default_rng(2).standard_normal(1500)
+    made[[*range(700, 708), 1100, *range(1300, 1306)]] *= 11
+    whole = definition.find(made)
+    monkeypatch.setattr(spike_definitions, "ROWS", 7)
+    assert definition.find(made) == whole != ()
 
 
 def test_paired_difference_cancels_hard_batches() -> None:
@@ -155,9 +251,100 @@ def test_paired_ratio_keeps_the_reference_level() -> None:
     assert twice_median(paired_ratio(own, reference)) == (90,)
 
 
-@pytest.mark.parametrize("pair", [paired_difference, paired_ratio])
-def test_pairs_of_unequal_length_are_cut_to_the_shorter(pair: Any) -> None:
-    assert pair(np.ones(7), np.ones(5)).size == pair(np.ones(5), np.ones(7)).size == 5
+@pytest.mark.parametrize("paired", [paired_difference, paired_ratio])
+def test_pairs_of_unequal_length_are_cut_to_the_shorter(paired: Any) -> None:
+    assert paired(np.ones(7), np.ones(5)).size == paired(np.ones(5), np.ones(7)).size == 5
+
+
+@EVERY
+def test_a_pair_is_read_as_the_definition_can(definition: Definition) -> None:
+    """A loss that differs by rounding from the reference's is no spike, whichever way it is paired."""
+    hard = series(400, at200=40.0, at300=0.5)
+    own = hard * (1 + 1e-3 * np.sin(np.arange(400)))
+    own[350:355] += 20.0
+    for quantity in ("loss", "gradient_norm"):
+        (found,) = definition.find(pair(definition, quantity, own, hard))
+        assert found == 350 + definition.lag
+    assert definition.find(own)[0] < 350 or definition.lag  # the hard batch is in the raw series
+
+
+@EVERY
+def test_only_the_run_itself_diverges_in_a_pair(definition: Definition) -> None:
+    own, other = series(300), series(300)
+    own[200:206] = 50.0
+    own[206:] = 40.0
+    for quantity in ("loss", "gradient_norm"):
+        for diverged, outcome in ((other, "undecided"), (own, "never")):
+            cut = [one.copy() for one in (own, other)]
+            cut[1 if diverged is other else 0][260] = np.nan
+            (event,) = events(definition, pair(definition, quantity, *cut))
+            assert (event["step"], event["outcome"]) == (200 + definition.lag, outcome)
+
+
+def spike(length: int, high: int, *, at: int = 100, end: float | None = None) -> np.ndarray:
+    """A spike at step `at` that lasts for `high` steps; `end` is put last."""
+    made = series(length)
+    made[at : at + high] = 5.0
+    if end is not None:
+        made[-1] = end
+    return made
+
+
+@pytest.mark.parametrize(
+    ("made", "outcome", "after"),
+    [
+        (spike(400, 1), "quickly", 1),
+        (spike(400, RULE.quick), "quickly", RULE.quick),
+        (spike(400, RULE.quick + 1), "slowly", RULE.quick + 1),
+        (spike(1000, 700), "slowly", 700),
+        (spike(400, 300), "never", None),
+        (spike(100 + RULE.patience + 1, 999), "never", None),
+        (spike(100 + RULE.patience, 999), "undecided", None),
+        (spike(140, 999, end=np.nan), "never", None),  # a divergence is no recovery
+        (spike(140, 999, end=np.inf), "never", None),
+        (spike(101, 1), "undecided", None),
+        (spike(101 + RULE.hold, 1), "quickly", 1),
+        (spike(100 + RULE.hold, 1), "undecided", None),  # one value too few to hold
+    ],
+)
+def test_outcomes(made: np.ndarray, outcome: str, after: int | None) -> None:
+    (found,) = recoveries(made, (100,))
+    assert (found.outcome, found.after) == (outcome, after)
+
+
+def test_a_dip_is_no_recovery_and_the_level_is_the_one_before() -> None:
+    made = spike(400, 30)
+    made[110 : 110 + RULE.hold - 1] = 1.0
+    assert recoveries(made, (100,))[0].after == 30
+    made[110 : 110 + RULE.hold] = 1.0
+    assert recoveries(made, (100,))[0].after == 10
+    # 50 steps before: median 1, deviation 0.0075; 3 x 1.4826 of it is 0.0333585.
+    made[101:] = 1.03335
+    assert recoveries(made, (100,))[0].after == 1
+    made[101:] = 1.03337
+    assert recoveries(made, (100,))[0].outcome == "never"
+
+
+def test_recovery_is_counted_from_the_first_value_of_an_event_noticed_late() -> None:
+    definition = DEFINITIONS["five-times-twice-mean"]
+    (event,) = events(definition, spike(500, 12, at=200))
+    assert event == {"step": 204, "outcome": "slowly", "after": 12}
+    (event,) = events(definition, spike(500, 10, at=200))
+    assert event == {"step": 204, "outcome": "quickly", "after": 10}
+
+
+@given(seed=st.integers(0, 200))
+@settings(max_examples=25, deadline=None)
+def test_recovery_is_the_first_by_a_plain_search(seed: int) -> None:
+    """Against a loop over every step, on a random walk long enough to skip blocks."""
+    generator = np.random.default_rng(seed)
+    made = np.cumsum(generator.standard_normal(5000)) * 0.1 + np.where(np.arange(5000) > 100, 4.0, 0.0)
+    for start in (100, 1023, 1024, 3000):
+        past = made[start - RULE.window : start]
+        level = np.median(past) + RULE.deviations * 1.4826 * np.median(np.abs(past - np.median(past)))
+        held = (step for step in range(start, 5000 - RULE.hold + 1) if made[step : step + RULE.hold].max() <= level)
+        step = next(held, None)
+        assert recoveries(made, (start,))[0].after == (None if step is None else step - start)
 
 
 def record(label: str, loss: Any, norm: Any, **changes: Any) -> dict[str, Any]:
@@ -181,6 +368,10 @@ def test_events_of_records() -> None:
         return found
 
     assert row(0, "Vanilla", "loss")["raw"] == [60, 80]
+    assert row(0, "Vanilla", "loss")["raw_outcomes"] == ["quickly", "quickly"]
+    assert row(0, "Vanilla", "loss")["paired"] == [80]
+    assert row(0, "Vanilla", "loss")["paired_outcomes"] == ["quickly"]
+    assert row(0, "Scaled Embed", "loss")["paired_outcomes"] is None
     assert row(0, "Vanilla", "loss", "robust-deviation")["paired"] == [80]  # the hard batch is gone
     assert row(0, "Vanilla", "gradient_norm")["paired"] == [80]
     assert row(0, "Vanilla", "loss")["reference"] == "Scaled Embed"
@@ -209,3 +400,13 @@ def test_diverged_run_counts_up_to_its_end() -> None:
         "loss": [60],
         "gradient_norm": [],
     }
+
+
+def test_the_norms_of_a_run_whose_loss_diverged_never_recover() -> None:
+    norm = series(70)
+    norm[60:] = 9.0
+    run = record("Vanilla", [*series(70), None], norm)  # a loss that is not finite has no gradient
+    for final, outcome in (({"diverged_at": 70}, "never"), ({"diverged_at": None}, "undecided")):
+        rows = count_events([run | {"final": final}], references=())
+        (found,) = [r for r in rows if (r["quantity"], r["definition"]) == ("gradient_norm", "twice-median")]
+        assert (found["raw"], found["raw_outcomes"]) == ([60], [outcome])
