@@ -64,6 +64,11 @@ class Definition:
     relative: bool
     vectors: tuple[Vector, ...]
 
+    @property
+    def begins(self) -> int:
+        """The first step at which an event can be noticed: before it too little is known."""
+        return int(self.parameters.get("first", self.parameters.get("window", 0))) + self.lag
+
     def find(self, series: Series) -> tuple[int, ...]:
         """Steps at which events are noticed, up to the first number that is not finite.
 

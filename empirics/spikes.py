@@ -188,6 +188,6 @@ def series_of(record: Mapping[str, Any], quantity: str) -> Series:
     A loss that is not finite has no gradient, so the norms of a diverged run get the nan that they lack.
     """
     values = list(record["series"][quantity])
-    if record.get("final", {}).get("diverged_at") == len(values):
+    if (record.get("final") or {}).get("diverged_at") == len(values):
         values.append(None)
     return np.array(values, dtype=np.float64)
