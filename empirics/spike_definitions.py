@@ -114,7 +114,8 @@ def _median(rows: Series) -> Series:
     return (ordered[:, (size - 1) // 2] + ordered[:, size // 2]) / 2
 
 
-def _median_and_deviation(rows: Series) -> Series:
+def median_and_deviation(rows: Series) -> Series:
+    """Median of each row and 1.4826 times its median absolute deviation, shape (2, rows)."""
     median = _median(rows)
     return np.stack([median, MAD_TO_STD * _median(np.abs(rows - median[:, None]))])
 
@@ -125,7 +126,7 @@ def _twice_median(series: Series, *, window: int, first: int, factor: float) -> 
 
 
 def _robust_deviation(series: Series, *, window: int, first: int, factor: float) -> High:
-    median, spread = _of_past(series, window, first, _median_and_deviation, 2)
+    median, spread = _of_past(series, window, first, median_and_deviation, 2)
     return series - median > factor * spread
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -48,17 +49,34 @@ def read_log(path: Path, column: str) -> Log:
         if path.suffix not in (".jsonl", ".csv"):
             raise ValueError(f"{path} is not a log; use a run's folder, or a file named .jsonl, .json or .csv")
         with path.open(encoding="utf-8-sig", newline="") as lines:
-            rows = list(csv.DictReader(lines) if path.suffix == ".csv" else _objects(lines, path))
+            rows = csv.DictReader(lines) if path.suffix == ".csv" else _objects(lines, path)
+            return _log(path, column, *_columns(rows, path, column))
     except OSError as error:
         raise ValueError(f"cannot read {path}: {error.strerror}; name a run's folder or its losses.jsonl") from None
     except (UnicodeDecodeError, csv.Error) as error:
         raise ValueError(f"{path} is not text that can be read: {error}; save it as UTF-8") from None
-    if rows and column not in rows[0]:
-        raise ValueError(f"{path} has no {column!r}; choose with --column from {', '.join(map(str, rows[0]))}")
-    values = [_number(row.get(column), f"entry {n + 1} of {path}: {column}") for n, row in enumerate(rows)]
-    if not rows or "step" not in rows[0]:
-        return _log(path, column, values, list(range(len(rows))))
-    return _log(path, column, values, [_number(row.get("step"), f"entry {n + 1}: step") for n, row in enumerate(rows)])
+
+
+def _columns(rows: Iterable[Mapping[str, Any]], path: Path, column: str) -> tuple[list[float], list[float]]:
+    """Values and steps, row by row: a long log is never held as rows."""
+    values: list[float] = []
+    steps: list[float] = []
+    numbered = False
+    for n, row in enumerate(rows):
+        if n == 0:
+            numbered = "step" in row
+            if column not in row:
+                raise ValueError(f"{path} has no {column!r}; choose with --column from {', '.join(map(str, row))}")
+        value, step = row.get(column), row.get("step") if numbered else n
+        try:
+            values.append(_number(value))
+            steps.append(_number(step))
+        except (TypeError, ValueError, OverflowError):
+            raise ValueError(
+                f"entry {n + 1} of {path} has {value!r} for {column} and {step!r} for step, which are not numbers; "
+                "drop the entry, or write nan where the run diverged"
+            ) from None
+    return values, steps
 
 
 def _inside(folder: Path, column: str) -> Path:
@@ -103,14 +121,11 @@ def _objects(lines: Iterator[str], path: Path) -> Iterator[Mapping[str, Any]]:
             raise ValueError(f"line {n + 1} of {path} is not a JSON object; write one a line, as train does")
 
 
-def _number(value: Any, what: str) -> float:
+def _number(value: Any) -> float:
     """A number; null and nan stand for one that was not finite. An empty cell is not taken for either."""
-    try:
-        if not isinstance(value, bool):
-            return float("nan") if value is None else float(value)
-    except (TypeError, ValueError, OverflowError):
-        pass
-    raise ValueError(f"{what} is {value!r} and not a number; drop the entry, or write nan where the run diverged")
+    if isinstance(value, bool):
+        raise TypeError
+    return math.nan if value is None else float(value)
 
 
 def _log(path: Path, column: str, values: Sequence[float], steps: Sequence[float]) -> Log:

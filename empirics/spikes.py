@@ -13,8 +13,9 @@ from typing import Any
 
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
+from numpy.typing import NDArray
 
-from empirics.spike_definitions import DEFINITIONS, MAD_TO_STD, Definition, Series, finite
+from empirics.spike_definitions import DEFINITIONS, Definition, Series, finite, median_and_deviation
 
 BLOCK = 1024  # values of which one minimum is kept, to search long series
 
@@ -61,7 +62,7 @@ def recoveries(series: Series, events: Sequence[int], *, lag: int = 0, rule: Rul
 
     Args:
         series: shape (steps,); a value that is not finite is a divergence.
-        events: steps at which they were noticed, each at least `lag` + 1.
+        events: steps at which they were noticed, increasing, each at least `lag` + 1.
         lag: the definition's.
     """
     values = finite(series)
@@ -70,12 +71,9 @@ def recoveries(series: Series, events: Sequence[int], *, lag: int = 0, rule: Rul
     held = sliding_window_view(values, rule.hold).max(axis=1) if values.size >= rule.hold else values[:0]
     minima = np.minimum.reduceat(held, np.arange(0, held.size, BLOCK)) if held.size else held
     found: list[Recovery] = []
-    for event in events:
-        start = event - lag
-        past = values[max(0, start - rule.window) : start]
-        median = np.median(past)
-        level = median + rule.deviations * MAD_TO_STD * np.median(np.abs(past - median))
-        settled = _first_at_most(held, minima, start, float(level))
+    starts = np.array(events, dtype=np.int64) - lag
+    for start, level in zip(starts.tolist(), _levels(values, starts, rule).tolist(), strict=True):
+        settled = _first_at_most(held, minima, start, level)
         if settled is not None:
             after = settled - start
             found.append(Recovery(outcome=Outcome.QUICKLY if after <= rule.quick else Outcome.SLOWLY, after=after))
@@ -83,6 +81,16 @@ def recoveries(series: Series, events: Sequence[int], *, lag: int = 0, rule: Rul
             seen = diverged or values.size - start > rule.patience
             found.append(Recovery(outcome=Outcome.NEVER if seen else Outcome.UNDECIDED, after=None))
     return tuple(found)
+
+
+def _levels(values: Series, starts: NDArray[np.int64], rule: Rule) -> Series:
+    """The value at which each event counts as settled, from the steps before its first."""
+    past = [values[None, :start] for start in starts[starts < rule.window]]  # events increase: these come first
+    later = starts[starts >= rule.window]
+    if later.size:
+        past.append(sliding_window_view(values, rule.window)[later - rule.window])
+    robust = [median_and_deviation(rows) for rows in past]
+    return np.concatenate([median + rule.deviations * spread for median, spread in robust]) if robust else values[:0]
 
 
 def _first_at_most(values: Series, minima: Series, start: int, level: float) -> int | None:

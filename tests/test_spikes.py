@@ -242,6 +242,40 @@ def test_long_series_are_cut_into_rows_without_a_seam(definition: Definition, mo
     assert definition.find(made) == whole != ()
 
 
+def plainly(name: str, made: np.ndarray) -> list[bool]:
+    """Which steps are high, one step at a time as a training would see them."""
+    most, run, high = 0.0, 0, []
+    for step, value in enumerate(made):
+        last = {window: made[max(0, step - window) : step] for window in (50, 100, 128)}
+        if name == "twice-median":
+            high.append(step >= 10 and value > 2 * np.median(last[50]))
+        elif name == "robust-deviation":
+            spread = 1.4826 * np.median(np.abs(last[50] - np.median(last[50]))) if step else 0.0
+            high.append(step >= 20 and value - np.median(last[50]) > 7 * spread)
+        elif name == "six-sigma":
+            high.append(step >= 63 and value - np.mean(last[128]) > 6 * np.std(last[128], ddof=1))
+        elif name == "five-times-twice-mean":
+            run = run + 1 if step >= 100 and value >= 2 * np.mean(last[100]) else 0
+            high.append(run >= 5)
+        else:
+            high.append(step >= 100 and abs(value) >= 10 * most)
+            most = max(most, abs(value)) if step < 100 else most
+    return [bool(one) for one in high]
+
+
+@EVERY
+@pytest.mark.parametrize("seed", range(4))
+def test_windows_at_once_are_steps_one_by_one(definition: Definition, seed: int) -> None:
+    generator = np.random.default_rng(seed)
+    made = 3 + 0.2 * generator.standard_normal(500)
+    for start in generator.integers(5, 480, 12):
+        made[start : start + generator.integers(1, 9)] *= generator.uniform(1.2, 15)
+    made[[*range(300, 306)]] = 90.0
+    expected = plainly(definition.name, made)
+    assert any(expected)
+    assert definition.high(made, **definition.parameters).tolist() == expected
+
+
 def test_paired_difference_cancels_hard_batches() -> None:
     hard = series(120, at60=4.0)
     own = hard + 0.001 * np.arange(120)
@@ -527,9 +561,9 @@ def test_steps_are_the_logs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
         ("a.jsonl", "[1]", "line 1 of"),
         ("a.jsonl", '{"loss": 1}\n{"loss', "line 2 of"),
         ("a.jsonl", '{"step": 1, "nll": 2}', "no 'loss'; choose with --column from step, nll"),
-        ("a.jsonl", '{"loss": "high"}', "'high' and not a number"),
-        ("a.jsonl", '{"loss": true}', "True and not a number"),
-        ("a.jsonl", '{"loss": [1]}', "and not a number"),
+        ("a.jsonl", '{"loss": "high"}', "has 'high' for loss and 0 for step, which are not numbers"),
+        ("a.jsonl", '{"loss": true}', "has True for loss"),
+        ("a.jsonl", '{"loss": [1]}', "which are not numbers"),
         ("a.jsonl", '{"loss": 1, "step": 0.5}', "not a whole number"),
         ("a.jsonl", '{"loss": 1, "step": 1e300}', "not a whole number"),
         ("a.jsonl", '{"loss": 1, "step": 7}\n{"loss": 1, "step": 5}', "step 5 follows step 7"),
@@ -537,9 +571,9 @@ def test_steps_are_the_logs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
         ("a.jsonl", b"\xff\xfe", "not text"),
         ("a.csv", "step,nll\n1,2\n", "choose with --column from step, nll"),
         ("a.csv", "loss\n", "has no entries"),
-        ("a.csv", "loss,x\n,1\n", "'' and not a number"),
+        ("a.csv", "loss,x\n,1\n", "has '' for loss"),
         ("a.csv", "loss,x\n1,1\n1,2,3\n", ""),
-        ("a.jsonl", '{"loss": 1' + "0" * 400 + "}", "and not a number"),
+        ("a.jsonl", '{"loss": 1' + "0" * 400 + "}", "which are not numbers"),
         ("a.json", '{"schema": 1, "kind": "training", "series": {"loss": [1' + "0" * 400 + "]}}", "beyond all floats"),
         ("a.json", '{"schema": 1, "kind": "training"}', "not a training record"),
         ("n" * 300 + ".csv", None, "cannot read"),
