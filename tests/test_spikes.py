@@ -313,6 +313,25 @@ def test_a_pair_is_read_as_the_definition_can(definition: Definition) -> None:
     assert definition.find(own)[0] < 350 or definition.lag  # the hard batch is in the raw series
 
 
+def test_norms_are_paired_by_their_ratio_and_a_zero_ends_the_reference() -> None:
+    own, other = series(300, level=6.0), series(300, level=2.0)
+    robust, relative = DEFINITIONS["robust-deviation"], DEFINITIONS["twice-median"]
+    np.testing.assert_allclose(np.median(pair(robust, "gradient_norm", own, other)), 6.0, rtol=0.01)
+    np.testing.assert_allclose(np.median(pair(robust, "loss", own, other)), 4.0, rtol=0.01)
+    other[200] = 0.0
+    for definition, quantity, length in (
+        (robust, "gradient_norm", 200),
+        (relative, "loss", 200),
+        (robust, "loss", 300),
+    ):
+        assert pair(definition, quantity, own, other).size == length
+
+
+@EVERY
+def test_zeros_have_no_events(definition: Definition) -> None:
+    assert definition.find(np.zeros(300)) == ()
+
+
 @EVERY
 def test_only_the_run_itself_diverges_in_a_pair(definition: Definition) -> None:
     own, other = series(300), series(300)
