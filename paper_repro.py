@@ -222,7 +222,7 @@ def compute(steps: Sequence[Step], out: Path, processes: int) -> None:
         run_all(step.specs(), out, processes=processes, title=step.name)
     trainings = [record for record in own_records(steps, out) if record["kind"] == "training"]
     rows = count_events(trainings, REFERENCES)
-    identity = fingerprint([record["id"] for record in trainings])
+    identity = fingerprint(rows)  # so that a definition that changes is counted again
     if trainings and (read_record(out / "records" / "spikes.json") or {}).get("id") != identity:
         write_record(out / "records" / "spikes.json", kind="spikes", body={"id": identity, "rows": rows})
 

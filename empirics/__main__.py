@@ -16,6 +16,7 @@ from tqdm import tqdm
 from empirics.data import Batch, batch, load_corpus, random_tokens
 from empirics.probes import measure_growth
 from empirics.run import record_path, run
+from empirics.spike_definitions import DEFINITIONS
 from empirics.train import RunSpec
 from theory.__main__ import EXIT_UNKNOWN, Parser, add_architecture_options, chosen, emit, natural, run_command, whole
 from theory.architecture import Architecture
@@ -188,6 +189,16 @@ def _attack(arguments: argparse.Namespace) -> int:
     return command(arguments)
 
 
+def _spikes(arguments: argparse.Namespace) -> int:
+    from empirics.spike_log import read_log, tell, text
+
+    log = read_log(arguments.run_log, arguments.column)
+    reference = None if arguments.reference is None else read_log(arguments.reference, arguments.column)
+    told = tell(log, reference, arguments.definition or list(DEFINITIONS))
+    emit(json.dumps(told, indent=2, allow_nan=False) if arguments.json else text(told), arguments.out)
+    return 0
+
+
 def positive(text: str) -> float:
     """A positive finite number for argparse."""
     try:
@@ -284,6 +295,22 @@ def parser() -> argparse.ArgumentParser:
         "--out", metavar="FILE", help="keep the record; for all, every record (default results/attacks.json)"
     )
     attack.set_defaults(run=_attack)
+
+    spikes = commands.add_parser(
+        "spikes",
+        help="spikes of a run, by every definition side by side",
+        description="Find the spikes of a logged loss by published definitions, side by side, and say of each whether "
+        "it recovered. Most raw ones of a small run are hard batches: --reference takes those out.",
+    )
+    spikes.add_argument(
+        "run_log", type=Path, metavar="RUN", help="a run's folder, its losses.jsonl, a training record, or a CSV"
+    )
+    spikes.add_argument("--reference", type=Path, metavar="RUN", help="a calm run on the same batches, to pair with")
+    spikes.add_argument("--column", default="loss", metavar="NAME", help="column or series (default loss)")
+    spikes.add_argument("--definition", action="append", choices=DEFINITIONS, help="only this one; may be given again")
+    spikes.add_argument("--json", action="store_true", help="print JSON")
+    spikes.add_argument("--out", metavar="FILE", help="write to a file instead of standard output")
+    spikes.set_defaults(run=_spikes)
     for command in (measure, train):
         command.add_argument("--device", default="cpu", help="cpu (default), cuda, cuda:1, ...")
     return top

@@ -1,65 +1,109 @@
-"""What counts as a spike: named definitions, always applied side by side.
+"""Spikes of a run by every definition side by side, raw and paired on the same batches, and what became of each.
 
-A definition takes a series (one number a step) and gives the steps at which an event begins. It looks only
-at earlier steps, so that it could have been applied while training.
+Most raw loss spikes at a small scale are hard batches: a run on the same batches shows them too, and pairing
+removes them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
 from typing import Any
 
 import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 
-Series = NDArray[np.float64]
-REFRACTORY = 10  # steps after an event's last high value during which it is still the same event
+from empirics.spike_definitions import DEFINITIONS, Definition, Series, finite, median_and_deviation
+
+BLOCK = 1024  # values of which one minimum is kept, to search long series
 
 
-def _events(high: NDArray[np.bool_]) -> tuple[int, ...]:
-    """First steps of runs of high values, runs closer than `REFRACTORY` merged."""
-    events: list[int] = []
-    last = -REFRACTORY - 1
-    for step in np.flatnonzero(high):
-        if step - last > REFRACTORY:
-            events.append(int(step))
-        last = int(step)
-    return tuple(events)
+class Outcome(StrEnum):
+    """What became of an event."""
+
+    QUICKLY = "quickly"
+    SLOWLY = "slowly"
+    NEVER = "never"
+    UNDECIDED = "undecided"
 
 
-def twice_median(series: Series, window: int = 50) -> tuple[int, ...]:
-    """Above twice the median of the last 50 steps (at least 10 of them)."""
-    high = np.zeros(series.size, dtype=bool)
-    for step in range(10, series.size):
-        high[step] = series[step] > 2 * np.median(series[max(0, step - window) : step])
-    return _events(high)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rule:
+    """When an event has recovered; every number is a convention of this project, none is fitted.
+
+    The series has recovered at the first step from which on `hold` values running are at most the median of the
+    `window` steps before the event's first value plus `deviations` x 1.4826 x their median absolute deviation.
+    Counted from the event's first value, that is quickly within `quick` steps and slowly later. It is never if the
+    series goes on for `patience` steps or more and does not, or diverges first; else undecided.
+    """
+
+    window: int = 50
+    deviations: float = 3.0
+    hold: int = 3
+    quick: int = 10
+    patience: int = 200
 
 
-def robust_deviation(series: Series, window: int = 50, factor: float = 7.0) -> tuple[int, ...]:
-    """Above the median of the last 50 steps by 7 times 1.4826 MAD (7 standard deviations if normal)."""
-    high = np.zeros(series.size, dtype=bool)
-    for step in range(20, series.size):
-        past = series[max(0, step - window) : step]
-        median = np.median(past)
-        spread = 1.4826 * np.median(np.abs(past - median))
-        high[step] = series[step] - median > factor * spread
-    return _events(high)
+RULE = Rule()
 
 
-def six_sigma(series: Series, window: int = 128) -> tuple[int, ...]:
-    """Above the mean of the last 128 steps by 6 of their standard deviations (at least 20 steps)."""
-    high = np.zeros(series.size, dtype=bool)
-    for step in range(20, series.size):
-        past = series[max(0, step - window) : step]
-        high[step] = series[step] > past.mean() + 6 * past.std()
-    return _events(high)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recovery:
+    """An event's outcome; `after` counts the steps from its first value to recovery (None: not seen)."""
+
+    outcome: Outcome
+    after: int | None
 
 
-DEFINITIONS: dict[str, Callable[[Series], tuple[int, ...]]] = {
-    "twice-median": twice_median,
-    "robust-deviation": robust_deviation,
-    "six-sigma": six_sigma,
-}
+def recoveries(series: Series, events: Sequence[int], *, lag: int = 0, rule: Rule = RULE) -> tuple[Recovery, ...]:
+    """What became of each event.
+
+    Args:
+        series: shape (steps,); a value that is not finite is a divergence.
+        events: steps at which they were noticed, increasing, each at least `lag` + 1.
+        lag: the definition's.
+    """
+    values = finite(series)
+    diverged = values.size < series.size
+    # Step t is settled below x if held[t], the largest of the values t, ..., t + hold - 1, is.
+    held = sliding_window_view(values, rule.hold).max(axis=1) if values.size >= rule.hold else values[:0]
+    minima = np.minimum.reduceat(held, np.arange(0, held.size, BLOCK)) if held.size else held
+    found: list[Recovery] = []
+    starts = np.array(events, dtype=np.int64) - lag
+    for start, level in zip(starts.tolist(), _levels(values, starts, rule).tolist(), strict=True):
+        settled = _first_at_most(held, minima, start, level)
+        if settled is not None:
+            after = settled - start
+            found.append(Recovery(outcome=Outcome.QUICKLY if after <= rule.quick else Outcome.SLOWLY, after=after))
+        else:
+            seen = diverged or values.size - start > rule.patience
+            found.append(Recovery(outcome=Outcome.NEVER if seen else Outcome.UNDECIDED, after=None))
+    return tuple(found)
+
+
+def _levels(values: Series, starts: NDArray[np.int64], rule: Rule) -> Series:
+    """The value at which each event counts as settled, from the steps before its first."""
+    past = [values[None, :start] for start in starts[starts < rule.window]]  # events increase: these come first
+    later = starts[starts >= rule.window]
+    if later.size:
+        past.append(sliding_window_view(values, rule.window)[later - rule.window])
+    robust = [median_and_deviation(rows) for rows in past]
+    return np.concatenate([median + rule.deviations * spread for median, spread in robust]) if robust else values[:0]
+
+
+def _first_at_most(values: Series, minima: Series, start: int, level: float) -> int | None:
+    """First step from `start` on whose value is at most `level`; whole blocks are skipped by their minima."""
+    block = start // BLOCK + 1
+    low = np.flatnonzero(values[start : block * BLOCK] <= level)
+    if low.size:
+        return start + int(low[0])
+    below = minima[block:] <= level
+    if not below.any():
+        return None
+    start = (block + int(np.argmax(below))) * BLOCK
+    return start + int(np.argmax(values[start : start + BLOCK] <= level))
 
 
 def paired_difference(series: Series, reference: Series) -> Series:
@@ -69,11 +113,32 @@ def paired_difference(series: Series, reference: Series) -> Series:
 
 
 def paired_ratio(series: Series, reference: Series) -> Series:
-    """A gradient norm over a reference run's on the same batches, times the reference's median."""
+    """A series over a reference run's on the same batches, times the reference's median: it keeps a level."""
     length = min(series.size, reference.size)
     if length == 0:  # one of them diverged at once: there is no median
         return series[:0]
     return series[:length] / reference[:length] * float(np.median(reference[:length]))
+
+
+def pair(definition: Definition, quantity: str, series: Series, reference: Series) -> Series:
+    """The paired series that a definition can read.
+
+    A loss less the reference's lies about 0, so definitions by a multiple of a level, and norms, read the ratio. It
+    ends where the reference does, which is no divergence; a value of the series that is not finite stays, and is one.
+    """
+    if not definition.relative and "norm" not in quantity:
+        return paired_difference(series, finite(reference))
+    return paired_ratio(series, finite(np.where(reference > 0, reference, np.nan)))
+
+
+def events(definition: Definition, series: Series) -> list[dict[str, Any]]:
+    """Every event: the step at which it is noticed, its outcome, and the steps until it recovered (or None)."""
+    steps = definition.find(series)
+    found = recoveries(series, steps, lag=definition.lag)
+    return [
+        {"step": step, "outcome": recovery.outcome.value, "after": recovery.after}
+        for step, recovery in zip(steps, found, strict=True)
+    ]
 
 
 def count_events(records: Sequence[Mapping[str, Any]], references: tuple[str, ...]) -> list[dict[str, Any]]:
@@ -84,7 +149,8 @@ def count_events(records: Sequence[Mapping[str, Any]], references: tuple[str, ..
             that is not its own and shares its experiment, seed, learning rate and shape.
 
     Returns:
-        One row a run, quantity and definition, with the steps of the events; `paired` is None without a reference.
+        One row a run, quantity and definition, with the steps of the events and, in the same order, their outcomes;
+        `paired` and `paired_outcomes` are None without a reference.
     """
     runs = {(*_pairing(record), record["spec"]["label"]): record for record in records}
     rows: list[dict[str, Any]] = []
@@ -92,10 +158,13 @@ def count_events(records: Sequence[Mapping[str, Any]], references: tuple[str, ..
         spec = record["spec"]
         names = [name for name in references if name != spec["label"] and (*_pairing(record), name) in runs]
         reference = runs[(*_pairing(record), names[0])] if names else None
-        for quantity, pair in (("loss", paired_difference), ("gradient_norm", paired_ratio)):
-            series = _finite(record, quantity)
-            paired = None if reference is None else pair(series, _finite(reference, quantity))
-            for definition, find in DEFINITIONS.items():
+        for quantity in ("loss", "gradient_norm"):
+            series = series_of(record, quantity)
+            for definition in DEFINITIONS.values():
+                raw = events(definition, series)
+                paired = None
+                if reference is not None:
+                    paired = events(definition, pair(definition, quantity, series, series_of(reference, quantity)))
                 rows.append(
                     {
                         "id": record["id"],
@@ -105,9 +174,11 @@ def count_events(records: Sequence[Mapping[str, Any]], references: tuple[str, ..
                         "learning_rate": spec["learning_rate"],
                         "seq_len": spec["seq_len"],
                         "quantity": quantity,
-                        "definition": definition,
-                        "raw": list(find(series)),
-                        "paired": None if paired is None else list(find(paired)),
+                        "definition": definition.name,
+                        "raw": [event["step"] for event in raw],
+                        "raw_outcomes": [event["outcome"] for event in raw],
+                        "paired": None if paired is None else [event["step"] for event in paired],
+                        "paired_outcomes": None if paired is None else [event["outcome"] for event in paired],
                         "reference": names[0] if names else None,
                     }
                 )
@@ -119,8 +190,12 @@ def _pairing(record: Mapping[str, Any]) -> tuple[Any, ...]:
     return tuple(spec[name] for name in ("experiment", "seed", "learning_rate", "seq_len", "batch_size", "steps"))
 
 
-def _finite(record: Mapping[str, Any], quantity: str) -> Series:
-    """The series up to its first number that is not finite."""
-    values = record["series"][quantity]
-    end = next((n for n, value in enumerate(values) if value is None), len(values))
-    return np.array(values[:end], dtype=np.float64)
+def series_of(record: Mapping[str, Any], quantity: str) -> Series:
+    """A record's series; a number that was not finite (null in the record) is nan.
+
+    A loss that is not finite has no gradient, so the norms of a diverged run get the nan that they lack.
+    """
+    values = list(record["series"][quantity])
+    if (record.get("final") or {}).get("diverged_at") == len(values):
+        values.append(None)
+    return np.array(values, dtype=np.float64)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -264,11 +265,17 @@ def spikes(records: Records) -> Finding:
         return Finding(holds=None, observed="one seed is not judged; two are needed", seeds=tuple(vanilla))
     return Finding(
         holds=min(vanilla.values()) > 0 and others == 0,
-        observed=f"paired loss spikes: Vanilla {sum(vanilla.values())} over {len(vanilla)} seeds, "
+        observed=f"paired loss spikes: Vanilla {sum(vanilla.values())} over {len(vanilla)} seeds{_outcomes(paired)}, "
         f"{' and '.join(STRONG)} {others}; " + _event_summary(records),
         predicted="at least one for Vanilla in every seed, none for the others",
         seeds=tuple(sorted(vanilla)),
     )
+
+
+def _outcomes(rows: list[dict[str, Any]]) -> str:
+    """How Vanilla's paired events ended, in brackets."""
+    counts = Counter(end for row in rows if row["label"] == "Vanilla" for end in row.get("paired_outcomes") or ())
+    return f" (outcomes: {', '.join(f'{count} {end}' for end, count in sorted(counts.items()))})" if counts else ""
 
 
 def _event_summary(records: Records) -> str:

@@ -84,7 +84,8 @@ def event_row(label: str, seed: int, quantity: str, experiment: str = "sweep", c
     definition = "robust-deviation" if quantity == "loss" else "twice-median"
     row = {"label": label, "seed": seed, "learning_rate": 0.03, "experiment": experiment, "quantity": quantity}
     length = 32 if experiment == "short-sequences" else 64
-    return row | {"definition": definition, "raw": steps, "paired": steps, "seq_len": length}
+    row |= {"definition": definition, "raw": steps, "paired": steps, "seq_len": length}
+    return row | {"paired_outcomes": ["undecided", *["quickly"] * (count - 1)][:count]}
 
 
 def records() -> list[dict[str, Any]]:
@@ -169,6 +170,12 @@ def test_numbers_that_are_not_finite_reproduce_nothing(place: slice) -> None:
     found = {row["id"]: row["verdict"] for row in judge_all(made)}
     for name in ("claim-01", "claim-02", "claim-05", "claim-06", "claim-11", "question-01", "question-02"):
         assert found[name] != REPRODUCED, name
+
+
+def test_spikes_are_told_with_their_outcomes() -> None:
+    """A gap to the reference that opens and stays open is not told like a spike that comes back."""
+    (row,) = [row for row in judge_all(records()) if row["id"] == "claim-07"]
+    assert "over 2 seeds (outcomes: 2 undecided), Scaled Embed" in row["observed"]
 
 
 @pytest.mark.parametrize("dropped", ["initialisation", "prediction", "training", "spikes"])

@@ -16,7 +16,7 @@ PACKAGES = ("theory", "empirics", "figures")
 MODULES = [path for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py"))]
 
 # A probe may share types with the theory it tests, never a formula.
-TYPES = {"theory.architecture", "theory.initialisation", "theory.records", "theory.quantities"}
+TYPES = {"theory.architecture", "theory.initialisation", "theory.records", "theory.quantities", "theory.sources"}
 # The doors: these put a prediction, or a bound, beside a measurement.
 DOORS = {"empirics.__main__", "empirics.initialisation", "empirics.run", "empirics.monitor"}
 DOORS |= {"empirics.attack", "empirics.falsify"}

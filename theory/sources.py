@@ -53,6 +53,9 @@ REFERENCES: dict[str, str] = {
     "beltagy2020longformer": "Beltagy, Peters, Cohan. Longformer: The Long-Document Transformer. arXiv 2004.05150.",
     "shazeer2020glu": "Shazeer. GLU Variants Improve Transformer. arXiv 2002.05202.",
     "zeng2023glm": "Zeng et al. GLM-130B: An Open Bilingual Pre-trained Model. ICLR 2023.",
+    "olmocore": "Allen Institute for AI. OLMo-core; module olmo_core.optim.skip_step_optimizer. 2024.",
+    "llmfoundry": "MosaicML. LLM Foundry; module llmfoundry.callbacks.kill_loss_spike_callback. 2024.",
+    "megatronlm": "NVIDIA. Megatron-LM; module megatron.core.rerun_state_machine and pretrain_gpt. 2024.",
     "spikecheck": "Derived in this project; the statement's own text has the argument.",
     "convention": "A convention of this project, not a result.",
 }

@@ -1,0 +1,224 @@
+"""Logs of a training: read from what `train` writes, a record or a CSV, and told by every definition of a spike."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from empirics.spike_definitions import DEFINITIONS, Definition, Series, finite
+from empirics.spikes import RULE, events, pair, series_of
+from theory.records import read_record
+from theory.sources import REFERENCES
+
+SHOWN = 12  # events printed a line; JSON has them all
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Log:
+    """One number an entry.
+
+    Attributes:
+        steps: shape (entries,), increasing; the entries' numbers where the file names no step.
+        values: shape (entries,); what is not finite is a divergence.
+    """
+
+    path: Path
+    column: str
+    steps: NDArray[np.int64]
+    values: Series
+
+
+def read_log(path: Path, column: str) -> Log:
+    """A run's folder, losses.jsonl (or other lines of JSON), a training record, or a CSV with a header.
+
+    Raises:
+        ValueError: it cannot be read, or has no such numbers; the message names the remedy.
+    """
+    try:
+        path = _inside(path, column) if path.is_dir() else path
+        if path.suffix == ".json":
+            return _log(path, column, *_of_record(path, column))
+        if path.suffix not in (".jsonl", ".csv"):
+            raise ValueError(f"{path} is not a log; use a run's folder, or a file named .jsonl, .json or .csv")
+        with path.open(encoding="utf-8-sig", newline="") as lines:
+            rows = csv.DictReader(lines) if path.suffix == ".csv" else _objects(lines, path)
+            return _log(path, column, *_columns(rows, path, column))
+    except OSError as error:
+        raise ValueError(f"cannot read {path}: {error.strerror}; name a run's folder or its losses.jsonl") from None
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"{path} is not text that can be read: {error}; save it as UTF-8") from None
+
+
+def _columns(rows: Iterable[Mapping[str, Any]], path: Path, column: str) -> tuple[list[float], list[float]]:
+    """Values and steps, row by row: a long log is never held as rows."""
+    values: list[float] = []
+    steps: list[float] = []
+    numbered = False
+    for n, row in enumerate(rows):
+        if n == 0:
+            numbered = "step" in row
+            if column not in row:
+                raise ValueError(f"{path} has no {column!r}; choose with --column from {', '.join(map(str, row))}")
+        value, step = row.get(column), row.get("step") if numbered else n
+        try:
+            values.append(_number(value))
+            steps.append(_number(step))
+        except (TypeError, ValueError, OverflowError):
+            raise ValueError(
+                f"entry {n + 1} of {path} has {value!r} for {column} and {step!r} for step, which are not numbers; "
+                "drop the entry, or write nan where the run diverged"
+            ) from None
+    return values, steps
+
+
+def _inside(folder: Path, column: str) -> Path:
+    """The file of a run's folder that has the column."""
+    if column == "loss" and (folder / "losses.jsonl").is_file():
+        return folder / "losses.jsonl"
+    found = [*sorted((folder / "records").glob("*.json")), *sorted(folder.glob("*.json"))]
+    trainings = [path for path in found if (read_record(path) or {}).get("kind") == "training"]
+    if len(trainings) != 1:
+        raise ValueError(f"{folder} has {len(trainings)} training records; name a file, such as losses.jsonl")
+    return trainings[0]
+
+
+def _of_record(path: Path, column: str) -> tuple[list[float], list[int]]:
+    path.open().close()  # a file that is not there is told apart from one that is no record
+    record = read_record(path)
+    if record is None or record.get("kind") != "training" or not isinstance(record.get("series"), dict):
+        raise ValueError(f"{path} is not a training record; name one, or a run's losses.jsonl")
+    whole = [name for name, values in record["series"].items() if _is_flat(values)]
+    if column not in whole:
+        raise ValueError(f"{path} has no series {column!r}; choose with --column from {', '.join(whole)}")
+    try:
+        values = series_of(record, column).tolist()
+    except OverflowError:
+        raise ValueError(f"{column} of {path} has a number beyond all floats; write null for it") from None
+    return values, list(range(len(values)))
+
+
+def _is_flat(values: Any) -> bool:
+    return isinstance(values, list) and all(value is None or isinstance(value, int | float) for value in values)
+
+
+def _objects(lines: Iterator[str], path: Path) -> Iterator[Mapping[str, Any]]:
+    for n, line in enumerate(lines):
+        try:
+            found = json.loads(line) if line.strip() else None
+        except ValueError:
+            found = line
+        if isinstance(found, Mapping):
+            yield found
+        elif found is not None:
+            raise ValueError(f"line {n + 1} of {path} is not a JSON object; write one a line, as train does")
+
+
+def _number(value: Any) -> float:
+    """A number; null and nan stand for one that was not finite. An empty cell is not taken for either."""
+    if isinstance(value, bool):
+        raise TypeError
+    return math.nan if value is None else float(value)
+
+
+def _log(path: Path, column: str, values: Sequence[float], steps: Sequence[float]) -> Log:
+    if not len(values):
+        raise ValueError(f"{path} has no entries; train first, or name another file")
+    numbers = np.array(steps, dtype=np.float64)
+    if not (np.isfinite(numbers) & (np.abs(numbers) < 2**53) & (numbers == np.floor(numbers))).all():
+        raise ValueError(f"a step of {path} is not a whole number; number the entries, or drop the column")
+    back = np.flatnonzero(np.diff(numbers) <= 0)
+    if back.size:
+        before, after = numbers[back[0] : back[0] + 2]
+        raise ValueError(f"in {path} step {after:.0f} follows step {before:.0f}; keep one entry a step, in order")
+    return Log(path=path, column=column, steps=numbers.astype(np.int64), values=np.array(values, dtype=np.float64))
+
+
+def tell(log: Log, reference: Log | None, names: Sequence[str]) -> dict[str, Any]:
+    """Every event of every definition, raw and paired with the reference, as JSON.
+
+    Raises:
+        ValueError: the reference has other steps, so that it saw other batches.
+    """
+    if reference is not None:
+        length = min(log.steps.size, reference.steps.size)
+        if not np.array_equal(log.steps[:length], reference.steps[:length]):
+            raise ValueError(f"{reference.path} has other steps than {log.path}; a reference saw the same batches")
+    whole = finite(log.values).size
+    return {
+        "file": str(log.path),
+        "column": log.column,
+        "reference": None if reference is None else str(reference.path),
+        "entries": log.values.size,
+        "steps": [int(log.steps[0]), int(log.steps[-1])],
+        "diverged_at": int(log.steps[whole]) if whole < log.values.size else None,
+        "recovery": asdict(RULE),
+        "definitions": [_told(DEFINITIONS[name], log, reference) for name in names],
+    }
+
+
+def _told(definition: Definition, log: Log, reference: Log | None) -> dict[str, Any]:
+    def found(series: Series) -> dict[str, Any]:
+        listed = [event | {"step": int(log.steps[event["step"]])} for event in events(definition, series)]
+        return {"entries": finite(series).size, "events": listed}
+
+    cited = [] if definition.source.key == "convention" else [REFERENCES[definition.source.key]]
+    return {
+        "name": definition.name,
+        "statement": definition.statement,
+        "source": " ".join([*cited, definition.source.label]),
+        "deviation": definition.deviation or None,
+        "parameters": dict(definition.parameters),
+        "begins": definition.begins,
+        "raw": found(log.values),
+        "paired": None if reference is None else found(pair(definition, log.column, log.values, reference.values)),
+    }
+
+
+def text(told: Mapping[str, Any]) -> str:
+    """The table of all definitions side by side, then what each of them says."""
+    first, last = told["steps"]
+    ended = "" if told["diverged_at"] is None else f"; diverged at step {told['diverged_at']}"
+    lines = [f"{told['file']}: {told['column']}, {told['entries']} entries, steps {first} to {last}{ended}"]
+    if last - first + 1 != told["entries"]:
+        lines.append("note: not every step is there; windows and times to recover count entries")
+    if told["reference"] is not None:
+        lines.append(f"paired with {told['reference']}")
+    lines.append(f"{'definition':<25}{'series':<8}{'events':>6}  step: outcome (steps from its first value)")
+    for definition in told["definitions"]:
+        lines.append(_line(definition["name"], "raw", definition))
+        if definition["paired"] is not None:
+            lines.append(_line("", "paired", definition))
+    rule = told["recovery"]
+    lines += [
+        "",
+        f"recovered: {rule['hold']} steps running at most the median of the {rule['window']} steps before + "
+        f"{rule['deviations']:g} x 1.4826 x their median absolute deviation;",
+        f"quickly within {rule['quick']} steps, slowly later, never if not by the end ({rule['patience']} or more "
+        "steps later) or if it diverged first, else undecided",
+    ]
+    for definition in told["definitions"]:
+        lines += ["", f"{definition['name']}: {definition['statement']}", f"  source: {definition['source']}"]
+        if definition["deviation"]:
+            lines.append(f"  departs from it: {definition['deviation']}")
+    return "\n".join(lines)
+
+
+def _line(name: str, series: str, definition: Mapping[str, Any]) -> str:
+    """One row of the table; a series too short for any event is not said to have none."""
+    entries, found = definition[series]["entries"], definition[series]["events"]
+    if entries <= definition["begins"]:
+        return f"{name:<25}{series:<8}{'-':>6}  too short: {entries} entries of {definition['begins'] + 1} needed"
+    shown = [
+        f"{event['step']}: {event['outcome']}" + ("" if event["after"] is None else f" ({event['after']})")
+        for event in found[:SHOWN]
+    ]
+    more = [f"and {len(found) - SHOWN} more (--json has all)"] if len(found) > SHOWN else []
+    return f"{name:<25}{series:<8}{len(found):>6}  {', '.join(shown + more)}".rstrip()
