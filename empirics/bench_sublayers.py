@@ -73,6 +73,114 @@ add_bench(
 )
 
 
+def inner_gain(norm: Any, x_TD: Tensor) -> observables.Observed:
+    """The third largest gain of a LayerNorm, the second of an RMSNorm, in size; and the token's normaliser."""
+    place = 2 if isinstance(norm, nn.LayerNorm) else 1
+    gains = norm.weight.abs().sort(descending=True).values
+    return {"inner_gain": gains[place], "s": observables.observe_norm(norm, x_TD)["s"]}
+
+
+def norm_inverse(norm: Any, x_TD: Tensor) -> Tensor:
+    return 1 / observables.true_tokenwise(norm, x_TD)
+
+
+add_bench(
+    Bench(
+        quantity="norm_jacobian_inverse",
+        choices={"d_model": WIDTHS[2:], "n_tokens": (1,), "biases": (False, True), **NORMS},
+        module=norm_module,
+        shape=sequence,
+        truth=norm_inverse,
+        symbols={("inner_gain", "s"): inner_gain},
+        rounding=lambda norm, x_TD: (
+            norm_conditioning(norm, x_TD) * norm_size(norm, x_TD) * norm_inverse(norm, x_TD).item() ** 2
+        ),
+        defined=lambda norm, x_TD: has_scale(norm, x_TD) and inner_gain(norm, x_TD)["inner_gain"].item() > 0,
+    )
+)
+
+
+# --- embeddings ---------------------------------------------------------------------------------------------------
+
+
+class EmbeddingTables(nn.Module):
+    """The stream's start as a function of the tables: rows of the input are tokens', then the positions'."""
+
+    def __init__(self, choices: Choices) -> None:
+        super().__init__()
+        self.tokens = [int(letter) for letter in choices["sequence"]]
+        self.learned, self.multiplier = choices["position_rows"] == 1.0, choices["multiplier"]
+        self.gradient = choices["embedding_gradient"]
+        self.norm = make_norm(small_architecture(choices)) if choices["embedding_norm"] else None
+
+    @property
+    def rows(self) -> int:
+        return VOCABULARY + (len(self.tokens) if self.learned else 0)
+
+    def sums(self, table: Tensor) -> Tensor:
+        """(T, D), before the norm."""
+        x_TD = self.multiplier * table[self.tokens]
+        return x_TD + table[VOCABULARY:] if self.learned else x_TD
+
+    def forward(self, table: Tensor) -> Tensor:
+        x_TD = self.sums(table)
+        return self.gradient * (x_TD if self.norm is None else self.norm(x_TD))
+
+
+VOCABULARY = 3
+
+
+def embedding_slopes(embedding: Any, table: Tensor) -> Tensor:
+    """(T,) bound on the slope of the norm at each place, 1 without one."""
+    if embedding.norm is None:
+        return torch.ones(len(embedding.tokens), dtype=table.dtype)
+    observed = [observables.observe_norm(embedding.norm, x_D[None]) for x_D in embedding.sums(table)]
+    return torch.stack([values["gain"] / values["s"] for values in observed])
+
+
+def observe_embedding(embedding: Any, table: Tensor) -> observables.Observed:
+    squares, norm = embedding_slopes(embedding, table).square(), embedding.norm
+    places = torch.tensor(embedding.tokens)
+    steepest = 1.0 if norm is None else norm.weight.abs().max() / math.sqrt(norm.eps)
+    return {
+        "token_weight": torch.stack([squares[places == token].sum() for token in set(embedding.tokens)]).max(),
+        "position_weight": squares.max() if embedding.learned else 0.0,
+        "norm_slope": steepest,
+        "n_tokens": len(embedding.tokens),
+    }
+
+
+def embedding_rounding(embedding: Any, table: Tensor) -> float:
+    if embedding.norm is None:
+        return 0.0
+    x_TD = embedding.sums(table)
+    worst = max(norm_conditioning(embedding.norm, x_D[None]) for x_D in x_TD)
+    size = math.sqrt(len(embedding.tokens) * embedding.multiplier**2 + 1) * embedding.gradient
+    return worst * size * embedding_slopes(embedding, table).max().item()
+
+
+add_bench(
+    Bench(
+        quantity="embedding_jacobian",
+        choices={
+            "sequence": ("0", "00", "01", "001", "0121", "00000", "01201"),
+            "d_model": WIDTHS[:5],
+            "multiplier": (0.0, 0.3, 1.0, 16.0),
+            "position_rows": (0.0, 1.0),
+            "embedding_gradient": (1.0, 0.1),
+            "embedding_norm": (False, True),
+            "norm": get_args(Norm),
+            "eps": (1e-12, 1e-5, 1e-3, 10.0),
+        },
+        module=EmbeddingTables,
+        shape=lambda choices: (EmbeddingTables(choices).rows, choices["d_model"]),
+        truth=observables.true_opnorm,
+        symbols={("token_weight", "position_weight", "norm_slope", "n_tokens"): observe_embedding},
+        rounding=embedding_rounding,
+    )
+)
+
+
 # --- softmax, random matrices -------------------------------------------------------------------------------------
 
 

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from empirics import observables
 from empirics.attack import Observation, bound_of, evaluate, observe
-from empirics.bench_sublayers import FullAttention
+from empirics.bench_sublayers import EmbeddingTables, FullAttention
 from empirics.benches import Undefined, find_bench
 from empirics.model import ACTIVATIONS, Attention, FeedForward
 from empirics.probes import PlainAttention
@@ -94,6 +94,13 @@ def averaging(name: str, group: int = 1) -> Observation:
     return seen(name, uniform_attention(group), normal(2, 7, 2))
 
 
+def embedded(name: str, tokens: str) -> Observation:
+    """Learned positions, no norm."""
+    choices = {"sequence": tokens, "position_rows": 1.0, "multiplier": 3.0, "embedding_gradient": 0.1}
+    module = EmbeddingTables({**choices, "embedding_norm": False})
+    return seen(name, module, normal(2, module.rows, 4), **choices)
+
+
 def unmasked(name: str) -> Observation:
     """No logits and no mask: P averages over all tokens, with norm 1."""
     module = attention(d=2, kind=FullAttention, W_V=eye(2), W_O=eye(2))
@@ -107,6 +114,12 @@ ATTAINED: dict[str, list[Callable[[], Observation]]] = {
         lambda: seen("norm-jacobian-upper", unit_norm("layernorm", 3), normal(1, 2, 3)),
         lambda: seen("norm-jacobian-upper", unit_norm("rmsnorm", 2), normal(1, 2, 2) * 1e-3),
     ],
+    "norm-jacobian-lower": [
+        lambda: seen("norm-jacobian-lower", unit_norm("layernorm", 3), normal(1, 1, 3)),
+        lambda: seen("norm-jacobian-lower", unit_norm("rmsnorm", 2), normal(1, 1, 2)),
+    ],
+    "embedding-upper-apriori": [lambda: embedded("embedding-upper-apriori", "0000")],
+    "embedding-upper-aposteriori": [lambda: embedded("embedding-upper-aposteriori", "0121")],
     "softmax-jacobian": [lambda: seen("softmax-jacobian", torch.nn.Softmax(-1), vector(3.0, 3.0))],
     "ffn-upper": [lambda name=name: steepest(name) for name in ("identity", "relu", "gelu", "gelu-tanh", "silu")],
     "ffn-gated-upper": [gated_unit],
@@ -325,6 +338,20 @@ def feedforward_norms(activation: str, d: int, ratio: int, draws: int) -> Measur
     return Measured({"sigma_1": sigma_1, "sigma_2": sigma_2, "d": d, "d_ffn": ratio * d}, samples)
 
 
+def gated_norms(activation: str, d: int, hidden: int, draws: int) -> Measured:
+    """|W_2 (D_1 W_1 + D_3 W_3)| at one normalised normal token."""
+    sigmas = {"enter": 0.8 / math.sqrt(d), "leave": 0.7 / math.sqrt(d), "gate": 1.1 / math.sqrt(d)}
+    module = FeedForward(architecture(d_model=d, d_ffn=hidden, activation=activation, gated=True)).double()
+    module.requires_grad_(False)
+    norm, samples = unit_norm("rmsnorm", d), []
+    for seed in range(draws):
+        for name, sigma in sigmas.items():
+            getattr(module, name).weight.normal_(0, sigma, generator=generator(seed + len(name) * 10_000))
+        samples.append(observables.true_feedforward(module, norm(normal(seed + 1000, 1, d))).item())
+    values = {"sigma_1": sigmas["enter"], "sigma_2": sigmas["leave"], "sigma_3": sigmas["gate"]}
+    return Measured({**values, "d": d, "d_ffn": hidden}, samples)
+
+
 def attention_norms(d: int, length: int, logit_variance: float, draws: int) -> Measured:
     """|J_u| of a normal input's whole sequence. Lanczos, to 1e-3 in its residual: its value is closer still."""
     heads, c_V, c_O = 4, 0.9, 0.8
@@ -350,10 +377,17 @@ MEASUREMENTS: dict[str, list[Callable[[], Measured]]] = {
     ],
     **{
         f"ffn-sharp-{activation}": [
-            lambda activation=activation: feedforward_norms(activation, 256, 4, 12),
+            lambda activation=activation: feedforward_norms(activation, 256, 4, 40),
             lambda activation=activation: feedforward_norms(activation, 256, 1, 40),
         ]
         for activation in ("relu", "identity", "gelu", "silu")
+    },
+    **{
+        f"ffn-sharp-gated-{activation}": [
+            lambda activation=activation: gated_norms(activation, 256, 1024, 40),
+            lambda activation=activation: gated_norms(activation, 256, 683, 40),
+        ]
+        for activation in ("relu", "gelu", "silu")
     },
     "attention-sharp": [
         lambda: attention_norms(256, 16, 0.16, 4),

@@ -40,6 +40,7 @@ DERIVATION_MODULES = (
     "derivations_sublayers",
     "derivations_attention",
     "derivations_attention_variants",
+    "derivations_embedding",
     "derivations_logits",
     "derivations_masks",
     "derivations_constants",

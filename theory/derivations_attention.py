@@ -125,7 +125,7 @@ def _sample(rng: Rng) -> Values:
 
 def _one_head(rng: Rng, **changes: Any) -> Attention:
     """One head of width 3 on width 5, no biases, with the given weights in place of random ones."""
-    weights: dict[str, Array] = {
+    weights: dict[str, Any] = {
         **{name: rng.normal(0, 0.5, (1, 3, 5)) for name in ("W_Q", "W_K", "W_V")},
         "W_O": rng.normal(0, 0.5, (5, 3)),
         **{name: np.zeros((1, 3)) for name in ("b_Q", "b_K", "b_V")},

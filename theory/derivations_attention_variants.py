@@ -112,13 +112,13 @@ def _full(rng: Rng) -> Values:
 
 def _layer(*, n_tokens: int, causal: bool = True, window: int = 0, **weights: Any) -> Attention:
     """One head of width 3 on width 5; what is not given is zero."""
-    none: dict[str, Array] = {
+    none: dict[str, Any] = {
         **{name: np.zeros((1, 3, 5)) for name in ("W_Q", "W_K", "W_V")},
         "W_O": np.zeros((5, 3)),
         **{name: np.zeros((1, 3)) for name in ("b_Q", "b_K", "b_V")},
     }
     turns = np.broadcast_to(np.eye(3), (n_tokens, 3, 3))
-    return Attention(**(none | weights), turns=turns, causal=causal, window=window)
+    return Attention(turns=turns, causal=causal, window=window, **(none | weights))
 
 
 def _averaging(rng: Rng, **changes: Any) -> Values:
@@ -144,7 +144,7 @@ def _two_tokens(rng: Rng, through: str, *, causal: bool = True) -> Values:
     top = np.linalg.svd(W_O @ W_V)[2][0]
     W = rng.normal(0, 1, (3, 5))
     across = W - np.outer(W @ top, top)  # logits that the tokens do not have
-    weights: dict[str, Array] = {"W_V": W_V[None], "W_O": W_O}
+    weights: dict[str, Any] = {"W_V": W_V[None], "W_O": W_O}
     if through == "keys":
         weights |= {"W_K": across[None], "b_Q": rng.normal(0, 1, (1, 3))}
     else:

@@ -160,6 +160,51 @@ def norm_gain() -> Derivation:
     )
 
 
+inner_gain = symbol("inner_gain")
+inverse = entry("1/|J|", r"1/\| J \|")
+
+
+def _inner(rng: Rng, *, unit_gain: bool = False) -> Values:
+    """LayerNorm or RMSNorm, with the gain that interlacing leaves."""
+    centred = bool(rng.random() < 0.5)
+    values = _sample(rng, centred=centred, unit_gain=unit_gain)
+    left = values[gamma_3 if centred else gamma_2]
+    return values | {inner_gain: left, inverse: 1 / np.linalg.norm(values[_NORM], 2)}
+
+
+@register_derivation
+def norm_jacobian_lower() -> Derivation:
+    """The least that a normalisation's Jacobian can be."""
+    tight = partial(_inner, unit_gain=True)
+    kept_gain = line(
+        inner_gain,
+        "<=",
+        s * Norm(_NORM),
+        "Courant-Fischer",
+        "LayerNorm removes two directions and RMSNorm one: the next largest gain is certain (see norm-gain).",
+        source=COURANT,
+        sample=_inner,
+        tight=tight,
+    )
+    conclusion = line(
+        inverse,
+        "<=",
+        s / inner_gain,
+        "reciprocals",
+        "Both sides of the line above are positive.",
+        source=OWN,
+        sample=_inner,
+        tight=tight,
+    )
+    return Derivation(
+        name="norm-jacobian-lower",
+        title="A normalisation's Jacobian from below",
+        steps=(kept_gain, conclusion),
+        statement="norm-jacobian-lower",
+        assumptions=("s > 0", "the k-th largest gain is not zero"),
+    )
+
+
 chi_square_inverse = entry("E[1/chi^2_{d-1}]", r"\mathbb{E}[1/\chi^2_{d-1}]")
 inverse_square = entry("E[1/s^2]", r"\mathbb{E}[1/s^2]")
 over_directions = entry("E_g |J'g|^2/|g|^2", r"\mathbb{E}_g \frac{\| J^{\top} g \|^2}{\| g \|^2}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from theory.architecture import Activation
 from theory.functions import sqrt
 from theory.quantities import quantity
-from theory.random_matrix import feedforward_edge_opnorm
+from theory.random_matrix import feedforward_edge_opnorm, gated_edge_opnorm
 from theory.sources import Source
 from theory.statements import Statement, register
 
@@ -111,7 +111,7 @@ def _sharp(activation: Activation) -> Statement:
         source=Source(key="pennington2017resurrecting", label="free convolution; finite-width correction derived here"),
         assumptions=("independent normal weights", "one normalised token", "d >= 256"),
         why="edge of the free convolution of W_1'D^2W_1 and W_2'W_2, less its Tracy-Widom offset",
-        target=0.02,
+        target=0.01,
     )
 
 
@@ -137,3 +137,38 @@ def ffn_sharp_gelu() -> Statement:
 def ffn_sharp_silu() -> Statement:
     """Predict |W_2 D W_1| for SiLU at initialisation."""
     return _sharp("silu")
+
+
+def _gated(activation: Activation) -> Statement:
+    return Statement(
+        name=f"ffn-sharp-gated-{activation}",
+        kind="sharp",
+        quantity=quantity("ffn_jacobian"),
+        formula=lambda sigma_1, sigma_2, sigma_3, d, d_ffn: (
+            sigma_2 * sqrt(d) * gated_edge_opnorm(activation, d, d_ffn, sigma_1, sigma_3)
+        ),
+        source=Source(
+            key="pennington2017resurrecting", label="free convolution; gate and order statistics derived here"
+        ),
+        assumptions=("independent normal weights", "one normalised token", "d >= 256"),
+        why="given z_1, z_3 it is a plain layer with D^2 = (F'(z_1) z_3)^2 s_1^2 d + F(z_1)^2 s_3^2 d, quantiles",
+        target=0.04,
+    )
+
+
+@register
+def ffn_sharp_gated_silu() -> Statement:
+    """Predict the SwiGLU sub-layer's Jacobian norm at initialisation."""
+    return _gated("silu")
+
+
+@register
+def ffn_sharp_gated_gelu() -> Statement:
+    """Predict the GeGLU sub-layer's Jacobian norm at initialisation."""
+    return _gated("gelu")
+
+
+@register
+def ffn_sharp_gated_relu() -> Statement:
+    """Predict the ReGLU sub-layer's Jacobian norm at initialisation."""
+    return _gated("relu")

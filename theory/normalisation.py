@@ -48,3 +48,26 @@ def norm_jacobian_upper() -> Statement:
         why="J = diag(gamma) A / s with A symmetric, eigenvalues 1, eps/s^2 <= 1 and (LayerNorm) 0",
         tight=True,
     )
+
+
+@register
+def norm_jacobian_lower() -> Statement:
+    r"""Bound the Jacobian of LayerNorm or RMSNorm from below: its inverse norm from above.
+
+    .. math:: 1/\|J\| \le s / |\gamma|_{(k)}, \qquad k = 3 \text{ (LayerNorm)}, \ 2 \text{ (RMSNorm)}
+
+    Holds: d >= k and a k-th largest gain that is not zero; equality for unit gain. With norm-jacobian-upper it
+        holds the norm between two gains.
+    Why: J = diag(gamma) A / s, with A one but for k - 1 directions; a subspace of k coordinates meets the rest
+        (Courant-Fischer).
+    """
+    return Statement(
+        name="norm-jacobian-lower",
+        kind="upper",
+        quantity=quantity("norm_jacobian_inverse"),
+        formula=lambda s, inner_gain: s / inner_gain,
+        source=Source(key="horn2012matrix", label="theorem 4.2.6, Courant-Fischer"),
+        assumptions=("one token, s > 0", "the k-th largest gain is not zero"),
+        why="A is the identity on a space of dimension d - k + 1, which meets that of the k largest gains",
+        tight=True,
+    )

@@ -25,6 +25,18 @@ class Quantity:
 
 _ALL = (
     Quantity(name="norm_jacobian", meaning="Jacobian of a normalisation at one token", axis="none", norm="spectral"),
+    Quantity(
+        name="norm_jacobian_inverse",
+        meaning="one over the norm of the Jacobian of a normalisation at one token",
+        axis="none",
+        norm="spectral",
+    ),
+    Quantity(
+        name="embedding_jacobian",
+        meaning="Jacobian of the stream's start in the token and position tables, over the whole sequence",
+        axis="none",
+        norm="spectral",
+    ),
     Quantity(name="softmax_jacobian", meaning="Jacobian of one softmax row", axis="none", norm="spectral"),
     Quantity(name="matrix_opnorm", meaning="a matrix with independent normal entries", axis="none", norm="spectral"),
     Quantity(

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
+from theory.activations import activation_function, activation_slope
 from theory.architecture import Activation
 from theory.functions import opaque, sqrt
-from theory.kernels import activation_slope, gauss_hermite
 from theory.quantities import quantity
 from theory.sources import Source
 from theory.statements import Statement, register
+
+Array = NDArray[np.float64]
 
 # Mean of the Tracy-Widom law for real symmetric ensembles (beta = 1); tests integrate the law again.
 TRACY_WIDOM_MEAN = -1.2065335745820
@@ -106,9 +110,6 @@ def _rational(like: Any, numerator: int, denominator: int) -> Any:
     return numerator / denominator
 
 
-_RARE = 1e-5  # probability of a pre-activation below which a layer of some thousand units has none
-
-
 class Edge(NamedTuple):
     """Right edge of the squared singular values of W_2 D W_1 over (sigma_1 sigma_2 d)^2.
 
@@ -123,24 +124,19 @@ class Edge(NamedTuple):
         return float(np.sqrt(self.limit + TRACY_WIDOM_MEAN * d ** (-2 / 3) * (self.curvature / 2) ** (1 / 3)))
 
 
-@lru_cache(maxsize=4096)
-def feedforward_edge(activation: Activation, ratio: float, variance: float) -> Edge:
-    """Edge for W_2 diag(F'(z)) W_1, z ~ N(0, variance) independent of W, hidden width ratio * d.
+def product_edge(squares: Array, weights: Array, ratio: float) -> Edge:
+    """Edge for W_2 diag(D) W_1 with independent normal W_1, W_2 and hidden width ratio * d.
 
     With t(w) = ratio E[w D^2 / (1 - w D^2)], the edge is the minimum over 0 < w < 1/max D^2 of (1 + t)^2 / w.
-    The maximum is over slopes that a layer has: one so rare that no unit shows it makes no edge.
+
+    Args:
+        squares, weights: values of D^2 and their probabilities, equal shapes.
+
     Source: pennington2017resurrecting (free multiplicative convolution).
     """
     from scipy.optimize import brentq
 
-    if activation in ("identity", "relu"):  # slopes 0 and 1 only: atoms, exactly
-        squares = np.array([1.0])
-        weights = np.array([1.0 if activation == "identity" else 0.5])
-    else:
-        nodes, weights = gauss_hermite()
-        common = weights > _RARE
-        squares = activation_slope(activation, np.sqrt(variance) * nodes[common]) ** 2
-        weights = weights[common] / np.sum(weights[common])
+    squares, weights = squares[squares > 0], weights[squares > 0]
 
     def moments(w: float) -> tuple[float, float, float]:
         left = 1 - w * squares
@@ -154,23 +150,79 @@ def feedforward_edge(activation: Activation, ratio: float, variance: float) -> E
         return 2 * w * slope - f  # sign of the derivative of f^2/w
 
     largest = float(np.max(squares))
-    root: Any = brentq(stationary, 1e-9 / largest, (1 - 1e-9) / largest, xtol=1e-14)
+    root: Any = brentq(stationary, 1e-9 / largest, (1 - 1e-9) / largest, xtol=1e-14 / largest)
     w = float(root)
     f, slope, second = moments(w)
     in_w = 2 * slope**2 / w + 2 * f * second / w - 4 * f * slope / w**2 + 2 * f**2 / w**3
     return Edge(limit=f**2 / w, curvature=in_w * (2 * f) ** 2)
 
 
+MANY_UNITS = 8192
+
+
+@lru_cache(maxsize=4096)
+def feedforward_edge(activation: Activation, ratio: float, variance: float, units: int = MANY_UNITS) -> Edge:
+    """Edge for W_2 diag(F'(z)) W_1 over sigma_1 sigma_2 d, z ~ N(0, variance), hidden width ratio * d.
+
+    The slopes of a layer of `units` units are put at their quantiles: a slope so rare that no unit has it makes
+    no edge.
+    """
+    if activation in ("identity", "relu"):  # slopes 0 and 1 only: an atom, exactly
+        return product_edge(np.array([1.0]), np.array([1.0 if activation == "identity" else 0.5]), ratio)
+    squares = activation_slope(activation, math.sqrt(variance) * _normal_quantiles(units)) ** 2
+    return product_edge(squares, np.full(units, 1 / units), ratio)
+
+
+@lru_cache(maxsize=64)
+def gated_edge(activation: Activation, ratio: float, variance: float, gate_variance: float, units: int) -> Edge:
+    """Edge for W_2 (diag(F'(z_1) z_3) W_1 + diag(F(z_1)) W_3) over sigma_2 sqrt(d), hidden width ratio * d.
+
+    Given z_1 and z_3, a row of the sum is normal with variance D^2/d, D^2 = (F'(z_1) z_3)^2 variance +
+    F(z_1)^2 gate_variance: the gated layer is a plain one with these slopes, whose tail is long, so that the
+    largest of a layer's `units` decide its norm. They are put at the quantiles of a grid over both.
+    """
+    z_1 = math.sqrt(variance) * _normal_quantiles(GRID)
+    z_3 = math.sqrt(gate_variance) * _normal_quantiles(2 * GRID)[GRID:]  # its sign does not matter
+    slope, value = activation_slope(activation, z_1), activation_function(activation, z_1)
+    grid = np.sort(np.add.outer(gate_variance * value**2, np.zeros(GRID)) + variance * np.outer(slope**2, z_3**2), None)
+    places = ((np.arange(units) + 0.5) / units * grid.size).astype(np.int64)
+    return product_edge(grid[places], np.full(units, 1 / units), ratio)
+
+
+GRID = 1024  # quantiles along either pre-activation
+
+
+def _normal_quantiles(count: int) -> Array:
+    """The middles of `count` equally likely intervals of a standard normal variable."""
+    from scipy.special import ndtri
+
+    return ndtri((np.arange(count) + 0.5) / count)
+
+
 def feedforward_edge_opnorm(activation: Activation, d: Any, d_ffn: Any, sigma_1: Any) -> Any:
     """Predicted |W_2 D W_1| / (sigma_1 sigma_2 d) at finite width, elementwise."""
 
-    def numeric(d: Any, d_ffn: Any, sigma_1: Any) -> Any:
-        one = lambda width, hidden, sigma: feedforward_edge(  # noqa: E731
-            activation, hidden / width, sigma**2 * width
-        ).opnorm(width)
-        return np.vectorize(one, otypes=[np.float64])(d, d_ffn, sigma_1)[()]
+    def one(width: Any, hidden: Any, sigma: Any) -> float:
+        units = min(int(hidden), MANY_UNITS)
+        return feedforward_edge(activation, hidden / width, float(sigma**2 * width), units).opnorm(width)
+
+    def numeric(*values: Any) -> Any:
+        return np.vectorize(one, otypes=[np.float64])(*values)[()]
 
     return opaque(f"edge_{activation.replace('-', '_')}", numeric, d, d_ffn, sigma_1)
+
+
+def gated_edge_opnorm(activation: Activation, d: Any, d_ffn: Any, sigma_1: Any, sigma_3: Any) -> Any:
+    """Predicted norm of the gated layer over sigma_2 sqrt(d) at finite width, elementwise."""
+
+    def one(width: Any, hidden: Any, enter: Any, gate: Any) -> float:
+        variances = float(enter**2 * width), float(gate**2 * width)
+        return gated_edge(activation, hidden / width, *variances, min(int(hidden), MANY_UNITS)).opnorm(width)
+
+    def numeric(*values: Any) -> Any:
+        return np.vectorize(one, otypes=[np.float64])(*values)[()]
+
+    return opaque(f"gated_edge_{activation.replace('-', '_')}", numeric, d, d_ffn, sigma_1, sigma_3)
 
 
 @lru_cache(maxsize=256)

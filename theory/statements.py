@@ -26,7 +26,9 @@ from theory.sources import Source
 Kind = Literal["estimate", "upper", "sharp"]
 
 # Modules whose statements make up the catalogue; a new file is added here or calls `register` itself.
-STATEMENT_MODULES = ("normalisation", "random_matrix", "feedforward", "attention", "attention_variants")
+STATEMENT_MODULES = (
+    "normalisation", "embedding", "random_matrix", "feedforward", "attention", "attention_variants",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -43,6 +43,7 @@ _ALL = (
     ),
     SymbolEntry(name="sigma_1", latex=r"\sigma_1", meaning="std of W_1", known="config"),
     SymbolEntry(name="sigma_2", latex=r"\sigma_2", meaning="std of W_2", known="config"),
+    SymbolEntry(name="sigma_3", latex=r"\sigma_3", meaning="std of the gate's W_3", known="config"),
     SymbolEntry(name="sigma_O", latex=r"\sigma_O", meaning="std of W_O", known="config"),
     SymbolEntry(name="c_VO", latex=r"c_V c_O", meaning="variance gain of W_V and W_O together", known="config"),
     SymbolEntry(name="J_Z", latex=r"\|J^Z\|", meaning="norm of the concatenated heads' Jacobian", known="measured"),
@@ -52,6 +53,32 @@ _ALL = (
     SymbolEntry(name="t", latex="t", meaning="deviation, failing with probability exp(-t^2/2)", known="config"),
     SymbolEntry(name="s", latex="s", meaning="smallest normaliser sqrt(var + eps) over tokens", known="measured"),
     SymbolEntry(name="gain", latex=r"\|\gamma\|_\infty", meaning="largest gain of the norm", known="measured"),
+    SymbolEntry(
+        name="inner_gain",
+        latex=r"|\gamma|_{(k)}",
+        meaning="k-th largest gain of the norm in size, k = 3 for LayerNorm and 2 for RMSNorm",
+        known="measured",
+    ),
+    SymbolEntry(
+        name="embedding_gradient", latex="c", meaning="factor on the gradient reaching the tables", known="config"
+    ),
+    SymbolEntry(name="multiplier", latex=r"\mu", meaning="factor on the token embeddings", known="config"),
+    SymbolEntry(
+        name="norm_slope", latex=r"\kappa_E", meaning="steepest that the embedding's norm can be", known="config"
+    ),
+    SymbolEntry(name="position_rows", latex=r"\ell", meaning="1 if positions have a table, else 0", known="config"),
+    SymbolEntry(
+        name="token_weight",
+        latex=r"\max_v \sum_{v_t = v} \kappa_t^2",
+        meaning="largest sum of squared slopes of the embedding's norm over a token's places",
+        known="measured",
+    ),
+    SymbolEntry(
+        name="position_weight",
+        latex=r"\ell \max_t \kappa_t^2",
+        meaning="largest squared slope of the embedding's norm, if positions have a table",
+        known="measured",
+    ),
     SymbolEntry(name="lipschitz", latex="L", meaning="largest slope of the activation", known="config"),
     SymbolEntry(name="opnorm_1", latex=r"\|W_1\|", meaning="spectral norm of W_1", known="measured"),
     SymbolEntry(name="opnorm_2", latex=r"\|W_2\|", meaning="spectral norm of W_2", known="measured"),

@@ -1,0 +1,168 @@
+"""Rigorous chains about the embedding layer, a selection of rows of its tables."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import sympy as sp  # pyright: ignore[reportMissingTypeStubs]
+
+from theory.derivation import Derivation, Step, register_derivation, substitution
+from theory.derivations_expressions import Norm, Transposed, Values, array, entry
+from theory.derivations_numeric import Rng, column_jacobian, layer_norm, opnorm
+from theory.sources import Source
+from theory.symbols import symbol
+
+_sp: Any = sp
+OWN = Source(key="spikecheck", label="selection matrices")
+
+c, mu, T = symbol("embedding_gradient"), symbol("multiplier"), symbol("n_tokens")
+kappa, rows = symbol("norm_slope"), symbol("position_rows")
+token_weight, position_weight = symbol("token_weight"), symbol("position_weight")
+S, I, N = array("S"), array("I"), array("N")  # noqa: E741  the identity's letter
+whole = array("J_E", "J_E")
+count = entry("max_v n_v", r"\max_v n_v")
+DEPTH = 3  # width of the sampled embeddings
+
+
+def _sequence(rng: Rng, tokens: list[int], *, learned: bool, normed: bool) -> Values:
+    """A table of five tokens read at the given places."""
+    length, gradient, factor = len(tokens), float(rng.uniform(0.1, 1)), float(rng.uniform(0.5, 3))
+    gain, epsilon = (rng.normal(0, 1, DEPTH), 0.1) if normed else (np.ones(DEPTH), 0.0)
+    select = np.eye(5)[tokens]
+    read = np.hstack([factor * select, float(learned) * np.eye(length)])
+    before = read @ rng.normal(0, 1, (read.shape[1], DEPTH))
+    places = range(length)
+    blocks = [
+        column_jacobian(lambda x: gain[:, None] * layer_norm(x, epsilon), before[[t]].T) if normed else np.eye(DEPTH)
+        for t in places
+    ]
+    slopes = [float(np.max(np.abs(gain)) / np.sqrt(np.var(before[t]) + epsilon)) if normed else 1.0 for t in places]
+    norm = np.zeros((length * DEPTH, length * DEPTH))
+    for t in places:
+        norm[t * DEPTH : (t + 1) * DEPTH, t * DEPTH : (t + 1) * DEPTH] = blocks[t]
+    return {
+        **{c: gradient, mu: factor, T: length, rows: float(learned), I: np.eye(length), S: select},
+        whole: gradient * norm @ np.kron(read, np.eye(DEPTH)),
+        N: norm,
+        kappa: float(np.max(np.abs(gain)) / np.sqrt(epsilon)) if normed else 1.0,
+        token_weight: max(sum(slopes[t] ** 2 for t in places if tokens[t] == v) for v in tokens),
+        position_weight: max(slopes) ** 2 * learned,
+        count: float(np.max(select.sum(axis=0))),
+        _READ: np.kron(np.hstack([factor * select, float(learned) * np.eye(length)]), np.eye(DEPTH)),
+        _GRAM: opnorm(factor**2 * select @ select.T + float(learned) * np.eye(length)),
+    }
+
+
+_READ = array("[mu S, l I] x I", r"[\mu S, \ell I] \otimes I")
+_GRAM = entry("|mu^2 SS' + l I|", r"\| \mu^2 S S^\top + \ell I \|")
+
+
+def _sample(rng: Rng) -> Values:
+    tokens = [int(token) for token in rng.integers(0, 3, 4)]
+    return _sequence(rng, tokens, learned=bool(rng.random() < 0.5), normed=bool(rng.random() < 0.5))
+
+
+def _repeated(rng: Rng) -> Values:
+    """One token over and over, no norm."""
+    return _sequence(rng, [2, 2, 2], learned=True, normed=False)
+
+
+def _mixed(rng: Rng) -> Values:
+    """No norm: the real counts."""
+    return _sequence(rng, [0, 1, 1, 2], learned=True, normed=False)
+
+
+def _steps() -> tuple[Step, Step]:
+    exact = Step(
+        left=whole,
+        right=c * N * _READ,
+        relation="=",
+        rule="chain rule",
+        source=OWN,
+        explanation="Row t reads token v_t, times mu, and its position; then the norm's Jacobian, token by token.",
+        sample=_sample,
+    )
+    gram = Step(
+        left=_GRAM,
+        right=mu**2 * count + rows,
+        relation="=",
+        rule="spectral theorem",
+        source=OWN,
+        explanation="SS' is all ones between places of one token: its eigenvalues are the tokens' counts.",
+        sample=_sample,
+    )
+    return exact, gram
+
+
+@register_derivation
+def embedding_upper_apriori() -> Derivation:
+    """The embedding layer from the configuration alone."""
+    exact, gram = _steps()
+    product = Step(
+        left=Norm(whole),
+        right=c * kappa * _sp.sqrt(_GRAM),
+        relation="<=",
+        rule="sub-multiplicativity",
+        source=OWN,
+        explanation="The norm's Jacobian is at most max|gamma|/sqrt(eps) at every token; |A|^2 = |AA'|.",
+        sample=_sample,
+        tight=_mixed,
+    )
+    most = Step(
+        left=count,
+        right=T,
+        relation="<=",
+        rule="counting",
+        source=OWN,
+        explanation="No token is in a sequence more often than it has places.",
+        sample=_sample,
+        tight=_repeated,
+    )
+    conclusion = substitution(
+        *(product, gram, most),
+        source=OWN,
+        explanation="Attained by one token repeated.",
+        sample=_sample,
+        tight=_repeated,
+    )
+    return Derivation(
+        name="embedding-upper-apriori",
+        title="The embedding layer, a true bound from the configuration",
+        steps=(exact, gram, product, most, conclusion),
+        statement="embedding-upper-apriori",
+        assumptions=("tables of their own",),
+    )
+
+
+@register_derivation
+def embedding_upper_aposteriori() -> Derivation:
+    """The embedding layer for a given sequence."""
+    exact, _ = _steps()
+    square = Step(
+        left=Norm(whole * Transposed(whole)),
+        right=c**2 * (mu**2 * token_weight + position_weight),
+        relation="<=",
+        rule="blocks of the vocabulary",
+        source=OWN,
+        explanation="The places of one token share its row: their squared slopes add up. A position's stands alone.",
+        sample=_sample,
+        tight=_mixed,
+    )
+    conclusion = Step(
+        left=Norm(whole),
+        right=c * _sp.sqrt(mu**2 * token_weight + position_weight),
+        relation="<=",
+        rule="|J|^2 = |JJ'|",
+        source=OWN,
+        explanation="Without a norm it is the norm itself.",
+        sample=_sample,
+        tight=_mixed,
+    )
+    return Derivation(
+        name="embedding-upper-aposteriori",
+        title="The embedding layer, a true bound for a given sequence",
+        steps=(exact, square, conclusion),
+        statement="embedding-upper-aposteriori",
+        assumptions=("tables of their own",),
+    )
