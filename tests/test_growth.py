@@ -387,7 +387,12 @@ def test_repeated_tokens_and_distinct_tokens() -> None:
     a = preset("tiny")
     distinct = gradient_growth(a, 20, tokens=np.arange(20))
     assert distinct.value == pytest.approx(gradient_growth(a, 20, exact=True).value, rel=1e-12)
-    assert abs(gradient_growth(a, 20, tokens=np.arange(20) // 4).value / distinct.value - 1) > 0.01
+    repeated = gradient_growth(a, 20, tokens=np.arange(20) // 4)
+    assert abs(repeated.value / distinct.value - 1) > 0.01
+    assert not repeated.in_domain
+    assert repeated.reasons == ("5 distinct tokens repeat over the sequence, fewer than 16",)
+    assert gradient_growth(a, 20, tokens=np.arange(20) % 16).in_domain
+    assert gradient_growth(a, 5, tokens=np.arange(5)).in_domain  # few tokens, but none repeats
 
 
 def distinct_tokens(a: Architecture, seed: int, sequences: int, length: int) -> tuple[Any, Any]:

@@ -169,7 +169,7 @@ def _inner(rng: Rng, *, unit_gain: bool = False) -> Values:
     centred = bool(rng.random() < 0.5)
     values = _sample(rng, centred=centred, unit_gain=unit_gain)
     left = values[gamma_3 if centred else gamma_2]
-    return values | {inner_gain: left, inverse: 1 / np.linalg.norm(values[_NORM], 2)}
+    return {**values, inner_gain: left, inverse: 1 / np.linalg.norm(values[_NORM], 2)}
 
 
 @register_derivation

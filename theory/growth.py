@@ -32,6 +32,7 @@ Array = NDArray[np.float64]
 
 MAX_LOGIT_VARIANCE = 4.0  # beyond, two softmax rows are not independent to first order in their covariance
 SMALLEST_SQUARE = 1e-100  # of a normaliser; its inverse square still fits a double
+MIN_DISTINCT = 16  # tokens that repeat; measured 3 to 5 % high at 16
 MIN_WIDTH = 32  # narrower, fluctuations between tokens and heads are no longer small
 
 
@@ -134,7 +135,7 @@ def gradient_growth(
         gradient = total
         norms.append(blocks.trace(gradient))
     profile = tuple(_root(norm / norms[0]) for norm in reversed(norms))
-    reasons = _domain(a, logit_variance)
+    reasons = _domain(a, logit_variance, tokens)
     if not all(map(math.isfinite, (*profile, *residual_std))):
         reasons = (*reasons, "the recursion breaks down: a mean square overflows or comes out negative")
     return Growth(
@@ -281,7 +282,7 @@ def _require_scale(architecture: Architecture) -> None:
         )
 
 
-def _domain(architecture: Architecture, logit_variance: float) -> tuple[str, ...]:
+def _domain(architecture: Architecture, logit_variance: float, tokens: NDArray[np.int64] | None) -> tuple[str, ...]:
     reasons: list[str] = []
     if logit_variance > MAX_LOGIT_VARIANCE:
         reasons.append(f"attention logits have variance {logit_variance:.3g}, above {MAX_LOGIT_VARIANCE}")
@@ -289,6 +290,10 @@ def _domain(architecture: Architecture, logit_variance: float) -> tuple[str, ...
         reasons.append(f"d_model={architecture.d_model} is below {MIN_WIDTH}, too narrow for a large-width prediction")
     if architecture.norm_depth_scaling and architecture.block != "pre-ln":
         reasons.append(f"LayerNorm scaling is predicted with pre-ln alone, not with {architecture.block}")
+    distinct = MIN_DISTINCT if tokens is None else np.unique(tokens).size
+    if tokens is not None and distinct < min(MIN_DISTINCT, tokens.size):
+        # A row that averages few different values does not lose its fluctuations: measured 27 % off at 4 tokens.
+        reasons.append(f"{distinct} distinct tokens repeat over the sequence, fewer than {MIN_DISTINCT}")
     return tuple(reasons)
 
 

@@ -55,7 +55,7 @@ _ALL = (
     SymbolEntry(name="gain", latex=r"\|\gamma\|_\infty", meaning="largest gain of the norm", known="measured"),
     SymbolEntry(
         name="inner_gain",
-        latex=r"|\gamma|_{(k)}",
+        latex=r"\gamma_{(k)}",
         meaning="k-th largest gain of the norm in size, k = 3 for LayerNorm and 2 for RMSNorm",
         known="measured",
     ),
