@@ -352,6 +352,21 @@ def gated_norms(activation: str, d: int, hidden: int, draws: int) -> Measured:
     return Measured({**values, "d": d, "d_ffn": hidden}, samples)
 
 
+def half_layer_norms(activation: str, d: int, strength: float, draws: int) -> Measured:
+    """|I + J| at one token of a pre-norm feed-forward half-layer; strength is sigma_1 sigma_2 d / s."""
+    scale, sigma_1 = 0.3, 0.6 / math.sqrt(d)
+    sigma_2 = strength * scale / (sigma_1 * d)
+    module = FeedForward(architecture(d_model=d, d_ffn=4 * d, activation=activation)).double().requires_grad_(False)
+    norm, samples = unit_norm("layernorm", d, eps=1e-12), []
+    for seed in range(draws):
+        g = generator(seed)
+        module.enter.weight.normal_(0, sigma_1, generator=g)
+        module.leave.weight.normal_(0, sigma_2, generator=g)
+        x = scale * torch.nn.functional.layer_norm(normal(seed + 1000, 1, d), (d,))
+        samples.append(observables.true_half_layer(module, norm, x).item())
+    return Measured({"sigma_1": sigma_1, "sigma_2": sigma_2, "s": scale, "d": d, "d_ffn": 4 * d}, samples)
+
+
 def attention_norms(d: int, length: int, logit_variance: float, draws: int) -> Measured:
     """|J_u| of a normal input's whole sequence. Lanczos, to 1e-3 in its residual: its value is closer still."""
     heads, c_V, c_O = 4, 0.9, 0.8
@@ -388,6 +403,13 @@ MEASUREMENTS: dict[str, list[Callable[[], Measured]]] = {
             lambda activation=activation: gated_norms(activation, 256, 683, 40),
         ]
         for activation in ("relu", "gelu", "silu")
+    },
+    **{
+        f"half-layer-sharp-{activation}": [
+            lambda activation=activation: half_layer_norms(activation, 256, 0.1, 4),
+            lambda activation=activation: half_layer_norms(activation, 256, 1.0, 12),
+        ]
+        for activation in ("relu", "identity", "gelu", "silu")
     },
     "attention-sharp": [
         lambda: attention_norms(256, 16, 0.16, 4),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from theory.architecture import Activation
 from theory.functions import sqrt
 from theory.quantities import quantity
-from theory.random_matrix import feedforward_edge_opnorm, gated_edge_opnorm
+from theory.random_matrix import feedforward_edge_opnorm, gated_edge_opnorm, residual_edge_opnorm
 from theory.sources import Source
 from theory.statements import Statement, register
 
@@ -172,3 +172,40 @@ def ffn_sharp_gated_gelu() -> Statement:
 def ffn_sharp_gated_relu() -> Statement:
     """Predict the ReGLU sub-layer's Jacobian norm at initialisation."""
     return _gated("relu")
+
+
+def _half_layer(activation: Activation) -> Statement:
+    return Statement(
+        name=f"half-layer-sharp-{activation}",
+        kind="sharp",
+        quantity=quantity("half_layer_jacobian"),
+        formula=lambda sigma_1, sigma_2, s, d, d_ffn: residual_edge_opnorm(activation, d, d_ffn, sigma_1, sigma_2, s),
+        source=Source(key="haagerup2000brown", label="sums of R-diagonal elements; the minimum derived here"),
+        assumptions=("independent normal weights", "one token of a pre-norm feed-forward half-layer", "d >= 256"),
+        why="edge of I plus an R-diagonal element, without a correction for finite width; 1 + |J| is 2 to 60 % high",
+        target=0.025,
+    )
+
+
+@register
+def half_layer_sharp_relu() -> Statement:
+    """Predict |I + J| of a ReLU feed-forward half-layer at initialisation, s the token's normaliser."""
+    return _half_layer("relu")
+
+
+@register
+def half_layer_sharp_identity() -> Statement:
+    """Predict |I + J| of a linear feed-forward half-layer at initialisation, s the token's normaliser."""
+    return _half_layer("identity")
+
+
+@register
+def half_layer_sharp_gelu() -> Statement:
+    """Predict |I + J| of a GELU feed-forward half-layer at initialisation, s the token's normaliser."""
+    return _half_layer("gelu")
+
+
+@register
+def half_layer_sharp_silu() -> Statement:
+    """Predict |I + J| of a SiLU feed-forward half-layer at initialisation, s the token's normaliser."""
+    return _half_layer("silu")

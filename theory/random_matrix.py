@@ -157,6 +157,32 @@ def product_edge(squares: Array, weights: Array, ratio: float) -> Edge:
     return Edge(limit=f**2 / w, curvature=in_w * (2 * f) ** 2)
 
 
+def residual_edge(squares: Array, weights: Array, ratio: float, strength: float) -> float:
+    """Edge of |I + strength W_2 diag(D) W_1 / d| for standard normal W_1, W_2 with hidden width ratio * d.
+
+    A random rotation of I changes no singular value, and makes a sum of free R-diagonal elements: their symmetrised
+    singular values add by free convolution. With q the resolvent, that of I has the R-transform
+    (sqrt(1 + 4 q^2) - 1) / (2 q), and the product takes the value q at sqrt(lambda), lambda = strength^2 (1 + t)^2 / w,
+    where q = (1 + t) / sqrt(lambda) = sqrt(w) / strength. The edge is the minimum over w of their sum.
+
+    Source: haagerup2000brown for the sum of R-diagonal elements.
+    """
+    from scipy.optimize import minimize_scalar
+
+    squares, weights = squares[squares > 0], weights[squares > 0]
+    largest = float(np.max(squares))
+
+    def height(log_share: float) -> float:
+        w = np.exp(log_share) / largest
+        t = ratio * float(np.sum(weights * w * squares / (1 - w * squares)))
+        q = np.sqrt(w) / strength
+        # Multiplied out, so that a small q loses no digits.
+        return float(2 * q / (np.sqrt(1 + 4 * q * q) + 1) + strength * (1 + t) / np.sqrt(w))
+
+    found: Any = minimize_scalar(height, bounds=(-40.0, -1e-9), method="bounded", options={"xatol": 1e-10})
+    return float(found.fun)
+
+
 MANY_UNITS = 8192
 
 
@@ -167,10 +193,15 @@ def feedforward_edge(activation: Activation, ratio: float, variance: float, unit
     The slopes of a layer of `units` units are put at their quantiles: a slope so rare that no unit has it makes
     no edge.
     """
+    return product_edge(*_slopes(activation, variance, units), ratio)
+
+
+def _slopes(activation: Activation, variance: float, units: int) -> tuple[Array, Array]:
+    """Squared slopes of a layer and their weights."""
     if activation in ("identity", "relu"):  # slopes 0 and 1 only: an atom, exactly
-        return product_edge(np.array([1.0]), np.array([1.0 if activation == "identity" else 0.5]), ratio)
+        return np.array([1.0]), np.array([1.0 if activation == "identity" else 0.5])
     squares = activation_slope(activation, math.sqrt(variance) * _normal_quantiles(units)) ** 2
-    return product_edge(squares, np.full(units, 1 / units), ratio)
+    return squares, np.full(units, 1 / units)
 
 
 @lru_cache(maxsize=64)
@@ -210,6 +241,19 @@ def feedforward_edge_opnorm(activation: Activation, d: Any, d_ffn: Any, sigma_1:
         return np.vectorize(one, otypes=[np.float64])(*values)[()]
 
     return opaque(f"edge_{activation.replace('-', '_')}", numeric, d, d_ffn, sigma_1)
+
+
+def residual_edge_opnorm(activation: Activation, d: Any, d_ffn: Any, sigma_1: Any, sigma_2: Any, s: Any) -> Any:
+    """Predicted |I + J| of a plain feed-forward half-layer, elementwise."""
+
+    def one(width: Any, hidden: Any, enter: Any, leave: Any, scale: Any) -> float:
+        slopes = _slopes(activation, float(enter**2 * width), min(int(hidden), MANY_UNITS))
+        return residual_edge(*slopes, hidden / width, float(enter * leave * width / scale))
+
+    def numeric(*values: Any) -> Any:
+        return np.vectorize(one, otypes=[np.float64])(*values)[()]
+
+    return opaque(f"residual_edge_{activation.replace('-', '_')}", numeric, d, d_ffn, sigma_1, sigma_2, s)
 
 
 def gated_edge_opnorm(activation: Activation, d: Any, d_ffn: Any, sigma_1: Any, sigma_3: Any) -> Any:

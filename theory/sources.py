@@ -12,6 +12,8 @@ REFERENCES: dict[str, str] = {
     "Handbook of the Geometry of Banach Spaces, 2001.",
     "johnstone2001largest": "Johnstone. On the distribution of the largest eigenvalue in principal components "
     "analysis. Annals of Statistics, 2001.",
+    "haagerup2000brown": "Haagerup, Larsen. Brown's spectral distribution measure for R-diagonal elements in finite "
+    "von Neumann algebras. Journal of Functional Analysis, 2000.",
     "cho2009kernel": "Cho, Saul. Kernel methods for deep learning. NeurIPS 2009.",
     "williams1997infinite": "Williams. Computing with infinite networks. NeurIPS 1996.",
     "tsuchida2021avoiding": "Tsuchida, Pearce, van der Heide, Roosta, Gallagher. Avoiding kernel fixed points: "
