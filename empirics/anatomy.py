@@ -228,12 +228,14 @@ class Anatomy:
         blocks: the blocks, in order; `wirings` says how each is wired.
         places: the block stack's input, then after each sub-layer where it can be seen, else after each block.
         half_layers: whether every serial block shows the stream between its sub-layers.
+        width: D.
     """
 
     blocks: tuple[nn.Module, ...]
     wirings: tuple[Wiring, ...]
     places: tuple[Place, ...]
     half_layers: bool
+    width: int
 
 
 def find_blocks(model: nn.Module) -> tuple[nn.Module, ...]:
@@ -276,7 +278,10 @@ def anatomy(model: nn.Module, tokens: Tensor | None = None) -> tuple[Anatomy, tu
         if half_layers and wired.middle is not None:
             places.append(wired.middle)
         places.append(Place(name=f"layer {n}", module=module, side="output"))
-    return Anatomy(blocks=modules, wirings=wirings, places=tuple(places), half_layers=half_layers), blocks
+    found = Anatomy(
+        blocks=modules, wirings=wirings, places=tuple(places), half_layers=half_layers, width=blocks[0].x.shape[-1]
+    )
+    return found, blocks
 
 
 def capture(model: nn.Module, modules: tuple[nn.Module, ...], tokens: Tensor) -> tuple[Block, ...]:
@@ -426,8 +431,14 @@ def close(a: Tensor, b: Tensor) -> bool:
 
 def is_multiple(a: Tensor | None, x: Tensor) -> bool:
     """Whether `a` is a positive multiple of x, whatever its shape."""
-    if a is None or a.numel() != x.numel() or a.shape[-1] != x.shape[-1]:
-        return False
+    found = None if a is None else factor(a, x)
+    return found is not None and found > 0
+
+
+def factor(a: Tensor, x: Tensor) -> float | None:
+    """By what `a` is a multiple of x, up to rounding; None if it is none."""
+    if a.numel() != x.numel() or a.shape[-1] != x.shape[-1]:
+        return None
     flat, y = a.reshape_as(x).double(), x.double()
-    factor = float((flat * y).sum() / y.square().sum())
-    return factor > 0 and float((flat - factor * y).norm()) <= tolerance(x) * float((factor * y).norm())
+    found = float((flat * y).sum() / y.square().sum())
+    return found if float((flat - found * y).norm()) <= tolerance(x) * float((found * y).norm()) else None
