@@ -1,0 +1,444 @@
+"""Where the residual stream runs through someone else's decoder, found by running it.
+
+The blocks are the container of equal-typed modules with the most parameters. Inside a block nothing is known by
+name: attention is the child with weights that carries a change of one token to a later one, the feed-forward is the
+other children with weights, and a tensor is the residual stream if it still holds the block's input when the
+attention adds nothing. What a network does is asked of it on a few tokens, in eval mode, and leaves no trace.
+
+Shapes: B batch, T tokens, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+N_TOKENS = 11  # enough for a change to be seen at the next token, and no usual number of heads
+FAR = 1e4  # a factor at which the eps of a normalisation no longer counts
+
+Edit = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Place:
+    """Where a module holds the residual stream.
+
+    Attributes:
+        name: `embedding`, then `layer N attention` between the sub-layers and `layer N` after them.
+        module, side: whose input or output the stream is.
+    """
+
+    name: str
+    module: nn.Module
+    side: Literal["input", "output"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SubLayer:
+    """The modules by which a sub-layer is entered and left; the same one, or the first and last of several.
+
+    Attributes:
+        adds: it is handed the stream beside its input, and returns the sum.
+    """
+
+    enter: nn.Module
+    leave: nn.Module
+    adds: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wiring:
+    """How one block is wired.
+
+    Attributes:
+        attention, feedforward: None where no such child is found.
+        parallel: the feed-forward does not see what the attention adds; None if there are not two.
+        post: the block's output is normalised, shortcut included.
+        middle: where the stream is seen between the sub-layers; None if it is not seen there.
+    """
+
+    attention: SubLayer | None
+    feedforward: SubLayer | None
+    parallel: bool | None
+    post: bool
+    middle: Place | None
+
+
+class Called(NamedTuple):
+    """One call of a module: its first floating tensor, a second one of the same shape, and its output."""
+
+    module: nn.Module
+    child: nn.Module
+    input: Tensor | None
+    extra: Tensor | None
+    output: Tensor | None
+
+
+class Run(NamedTuple):
+    """A block's calls in the order in which they ended, and its output."""
+
+    calls: list[Called]
+    output: Tensor
+
+    def of(self, module: nn.Module) -> Called:
+        return next(call for call in self.calls if call.module is module)
+
+
+class Block:
+    """A block with the arguments it was called with, to be called again."""
+
+    def __init__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.module, self.args, self.kwargs = module, args, kwargs
+        self.x = require_stream(first_tensor((*args, *kwargs.values())), module)
+
+    @torch.no_grad()
+    def run(self, x: Tensor | None = None, edits: Mapping[nn.Module, Edit] | None = None) -> Run:
+        """The block on x, with what some modules add to the stream edited."""
+        calls: list[Called] = []
+        stack: list[nn.Module] = []
+        edits = edits or {}
+
+        def before(module: nn.Module, _: Any) -> None:
+            stack.append(module)
+
+        def after(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
+            child = stack[0]
+            stack.pop()
+            given, extra = stream_tensors(args, kwargs)
+            if module in edits:
+                sum_ = require_stream(first_tensor((output,)), module)
+                stream = torch.zeros_like(sum_) if extra is None else extra
+                output = with_first(output, stream + edits[module](sum_ - stream))
+            # Copies: a sub-layer's output may later be added to in place.
+            kept = (None if t is None else t.clone() for t in (given, extra, first_tensor((output,))))
+            calls.append(Called(module, child, *kept))
+            return output
+
+        with ExitStack() as hooks:
+            for module in list(self.module.modules())[1:]:
+                hooks.enter_context(removed(module.register_forward_pre_hook(before)))
+                hooks.enter_context(removed(module.register_forward_hook(after, with_kwargs=True)))
+            x = self.x if x is None else x
+            args, kwargs = replaced(self.args, self.kwargs, self.x, x)
+            output = self.module(*args, **kwargs)
+        return Run(calls, require_stream(first_tensor((output,)), self.module))
+
+
+def wiring(block: Block, name: str) -> Wiring:
+    """Ask a block how it is wired.
+
+    Raises:
+        ValueError: it has no residual stream.
+    """
+    x, base = block.x, block.run()
+    weighted = [child for child in dict.fromkeys(call.child for call in base.calls) if has_matrix(child)]
+    weighted = [child for child in weighted if any(call.module is child for call in base.calls)]
+    other = x.flip(-1)
+    other[:, -1] = x[:, -1]
+    mixers = [child for child in weighted if _mixes(base, block.run(other), child)]
+    rest = [child for child in weighted if child not in mixers]
+    attention = _sublayer(base, mixers) if len(mixers) == 1 else None
+    feedforward = _sublayer(base, rest) if attention and rest else None
+
+    silent = dict.fromkeys(weighted, torch.zeros_like)
+    far = [block.run(scale * y, silent).output for scale, y in ((FAR, x), (2 * FAR, x), (FAR, x.flip(-1)))]
+    post = close(far[0], far[1]) and not close(far[0], far[2])
+    quiet = [block.run(scale * x, silent).output for scale in (1, 2)]
+    if not weighted or not (post or is_multiple(quiet[1] - quiet[0], x)):
+        raise ValueError(
+            f"{name} ({type(block.module).__name__}) has no residual stream: its input does not reach its output when "
+            "its sub-layers add nothing; give a decoder whose blocks add to a stream"
+        )
+    if attention is None or feedforward is None:
+        return Wiring(attention=attention, feedforward=feedforward, parallel=None, post=post, middle=None)
+    pushed = block.run(edits={attention.leave: lambda branch: branch + x.flip(-1).reshape_as(branch)})
+    parallel = close(_entering(base, feedforward), _entering(pushed, feedforward))
+    middle = None if parallel else _middle(block, base, attention, post, f"{name} attention")
+    return Wiring(attention=attention, feedforward=feedforward, parallel=parallel, post=post, middle=middle)
+
+
+def _mixes(base: Run, other: Run, child: nn.Module) -> bool:
+    """Whether something inside a child differs at the last token while the child's input there does not."""
+    pairs = [(a, b) for a, b in zip(base.calls, other.calls) if a.child is child]
+    own = next(pair for pair in pairs if pair[0].module is child)
+    return _change(own[0].input, own[1].input) == 0 and any(
+        _change(a.input, b.input) > 4 or _change(a.output, b.output) > 4 for a, b in pairs
+    )
+
+
+def _change(a: Tensor | None, b: Tensor | None) -> float:
+    """Of what is at the last token, relative, in units of rounding; 0 where there is nothing by token."""
+    if a is None or b is None or a.shape != b.shape or not _by_token(a):
+        return 0.0
+    last, changed = a.reshape(N_TOKENS, -1)[-1], b.reshape(N_TOKENS, -1)[-1]
+    if torch.equal(last, changed):
+        return 0.0
+    return float((last - changed).norm() / last.norm().clamp_min(1e-30)) / torch.finfo(a.dtype).eps
+
+
+def _by_token(x: Tensor) -> bool:
+    return (x.ndim == 3 and x.shape[:2] == (1, N_TOKENS)) or (x.ndim == 2 and x.shape[0] == N_TOKENS)
+
+
+def _sublayer(run: Run, children: list[nn.Module]) -> SubLayer:
+    ordered = [call.module for call in run.calls if call.module in children]
+    return SubLayer(enter=ordered[0], leave=ordered[-1], adds=run.of(ordered[-1]).extra is not None)
+
+
+def _entering(run: Run, sublayer: SubLayer) -> Tensor:
+    entered = run.of(sublayer.enter).input
+    assert entered is not None
+    return entered
+
+
+def _middle(block: Block, base: Run, attention: SubLayer, post: bool, name: str) -> Place | None:
+    """The first tensor, of those that modules show, which is a multiple of the block's input without attention."""
+    silent: dict[nn.Module, Edit] = {attention.leave: torch.zeros_like}
+    once, twice = (block.run(scale * block.x, silent) for scale in (1, 2))
+    modules = [call.module for call in base.calls]
+    started = modules.index(attention.leave)
+    if attention.adds and is_multiple(_difference(once, twice, attention.leave, "output"), block.x):
+        return Place(name=name, module=attention.leave, side="output")
+    for call in base.calls[started + 1 :]:
+        if call.module is not call.child or modules.count(call.module) > 1:
+            continue
+        if is_multiple(_difference(once, twice, call.module, "input"), block.x):
+            return Place(name=name, module=call.module, side="output" if post else "input")
+    return None
+
+
+def _difference(once: Run, twice: Run, module: nn.Module, side: str) -> Tensor | None:
+    a, b = getattr(once.of(module), side), getattr(twice.of(module), side)
+    return None if a is None or b is None else b - a
+
+
+# --- a whole model --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Anatomy:
+    """A decoder's blocks and the places of its residual stream.
+
+    Attributes:
+        blocks: the blocks, in order; `wirings` says how each is wired.
+        places: the block stack's input, then after each sub-layer where it can be seen, else after each block.
+        half_layers: whether every serial block shows the stream between its sub-layers.
+        width: D.
+    """
+
+    blocks: tuple[nn.Module, ...]
+    wirings: tuple[Wiring, ...]
+    places: tuple[Place, ...]
+    half_layers: bool
+    width: int
+
+
+def find_blocks(model: nn.Module) -> tuple[nn.Module, ...]:
+    """The children of the container of equal-typed modules that has the most parameters.
+
+    Raises:
+        ValueError: there is none.
+    """
+    best: tuple[nn.Module, ...] = ()
+    for container in model.modules():
+        if not isinstance(container, nn.ModuleList | nn.ModuleDict | nn.Sequential):
+            continue
+        children = tuple(container.children())
+        if len({type(child) for child in children}) == 1 and n_parameters(*children) > n_parameters(*best):
+            best = children
+    if not best:
+        raise ValueError(
+            f"{type(model).__name__} has no list of equal blocks with parameters; give a decoder that keeps its "
+            "blocks in a ModuleList, ModuleDict or Sequential"
+        )
+    return best
+
+
+def anatomy(model: nn.Module, tokens: Tensor | None = None) -> tuple[Anatomy, tuple[Block, ...]]:
+    """Find the residual stream by running the model on one sequence of `N_TOKENS` tokens.
+
+    Args:
+        tokens: (B, T) ids of which the first `N_TOKENS` of the first sequence are used; random unless given.
+
+    Raises:
+        ValueError: the model cannot be run on tokens, or has no residual stream.
+    """
+    modules = find_blocks(model)
+    with evaluating(model), torch.no_grad():
+        blocks = capture(model, modules, some_tokens(model) if tokens is None else tokens[:1, :N_TOKENS])
+        wirings = tuple(wiring(block, f"layer {n}") for n, block in enumerate(blocks))
+    half_layers = all(w.parallel or w.middle is not None for w in wirings)
+    places = [Place(name="embedding", module=modules[0], side="input")]
+    for n, (module, wired) in enumerate(zip(modules, wirings)):
+        if half_layers and wired.middle is not None:
+            places.append(wired.middle)
+        places.append(Place(name=f"layer {n}", module=module, side="output"))
+    found = Anatomy(
+        blocks=modules, wirings=wirings, places=tuple(places), half_layers=half_layers, width=blocks[0].x.shape[-1]
+    )
+    return found, blocks
+
+
+def capture(model: nn.Module, modules: tuple[nn.Module, ...], tokens: Tensor) -> tuple[Block, ...]:
+    """Each block with the arguments of one forward pass.
+
+    Raises:
+        ValueError: the pass fails, or does not call the blocks once each, in order.
+    """
+    seen: list[Block] = []
+
+    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        seen.append(Block(module, args, kwargs))
+
+    with ExitStack() as hooks:
+        for module in modules:
+            hooks.enter_context(removed(module.register_forward_pre_hook(before, with_kwargs=True)))
+        forward(model, tokens)
+    if [block.module for block in seen] != list(modules):
+        raise ValueError(f"{type(model).__name__} does not call its blocks once each, in order; give a plain decoder")
+    return tuple(seen)
+
+
+def forward(model: nn.Module, tokens: Tensor) -> Any:
+    """What the model answers on (B, T) token ids; without a cache, where it knows of one.
+
+    Raises:
+        ValueError: it cannot be called with tokens alone.
+    """
+    keeps_cache = hasattr(getattr(model, "config", None), "use_cache")
+    try:
+        return model(tokens, use_cache=False) if keeps_cache else model(tokens)
+    except (TypeError, RuntimeError, IndexError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"{type(model).__name__} does not run on token ids alone ({reason}); give a decoder") from None
+
+
+def token_table(model: nn.Module) -> nn.Embedding:
+    """The embedding of the tokens: the one that a model of transformers names, else the first.
+
+    Raises:
+        ValueError: there is none.
+    """
+    named = getattr(model, "get_input_embeddings", lambda: None)()
+    tables = [module for module in (named, *model.modules()) if isinstance(module, nn.Embedding)]
+    if not tables:
+        raise ValueError(f"{type(model).__name__} has no nn.Embedding; give a decoder that embeds token ids")
+    return tables[0]
+
+
+def some_tokens(model: nn.Module, shape: tuple[int, int] = (1, N_TOKENS), *, seed: int = 0) -> Tensor:
+    """(B, T) ids on the model's device, none of them its padding, distinct within a sequence if there are enough."""
+    table = token_table(model)
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.tensor([n for n in range(table.num_embeddings) if n != table.padding_idx])
+    repeats = -(-shape[1] // len(ids))
+    rows = [ids.repeat(repeats)[torch.randperm(repeats * len(ids), generator=generator)] for _ in range(shape[0])]
+    return torch.stack(rows)[:, : shape[1]].to(table.weight.device)
+
+
+# --- tensors and hooks ----------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Every module in eval mode, and as it was afterwards; random states too."""
+    training = [(module, module.training) for module in model.modules()]
+    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
+    with torch.random.fork_rng(devices=devices):
+        try:
+            model.eval()
+            yield
+        finally:
+            for module, was in training:
+                module.training = was
+
+
+@contextmanager
+def removed(handle: Any) -> Iterator[None]:
+    """A hook, removed in the end."""
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def n_parameters(*modules: nn.Module) -> int:
+    return sum(p.numel() for module in modules for p in module.parameters())
+
+
+def has_matrix(module: nn.Module) -> bool:
+    return any(p.ndim > 1 for p in module.parameters())
+
+
+def first_tensor(values: Iterable[Any]) -> Tensor | None:
+    """The first floating tensor with a width; what a tuple or an output object holds counts in its place."""
+    for value in values:
+        if isinstance(value, Tensor) and value.is_floating_point() and value.ndim > 1:
+            return value
+        if isinstance(value, tuple | list):
+            found = first_tensor(value)
+            if found is not None:
+                return found
+    return None
+
+
+def stream_tensors(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Tensor | None, Tensor | None]:
+    """A module's input, and another tensor of its shape that it was given beside it."""
+    tensors = [v for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and v.is_floating_point() and v.ndim > 1]
+    if not tensors:
+        return None, None
+    others = [t for t in tensors[1:] if t.shape == tensors[0].shape and t is not tensors[0]]
+    return tensors[0], others[0] if others else None
+
+
+def with_first(output: Any, tensor: Tensor) -> Any:
+    """An output with its (first) tensor replaced."""
+    if isinstance(output, Tensor):
+        return tensor
+    return type(output)([tensor, *output[1:]])
+
+
+def replaced(
+    args: tuple[Any, ...], kwargs: Mapping[str, Any], old: Tensor, new: Tensor
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Arguments with one tensor in another's place."""
+    return (
+        tuple(new if arg is old else arg for arg in args),
+        {key: new if value is old else value for key, value in kwargs.items()},
+    )
+
+
+def require_stream(x: Tensor | None, module: nn.Module) -> Tensor:
+    if x is None:
+        raise ValueError(f"{type(module).__name__} neither takes nor gives a hidden state; give a plain decoder")
+    return x
+
+
+def tolerance(x: Tensor) -> float:
+    """Relative: what the arithmetic of one block leaves of two equal results."""
+    return max(1e-3, 8 * torch.finfo(x.dtype).eps)
+
+
+def close(a: Tensor, b: Tensor) -> bool:
+    """Equal up to rounding, in the norm."""
+    return a.shape == b.shape and float((a - b).norm()) <= tolerance(a) * float(b.norm())
+
+
+def is_multiple(a: Tensor | None, x: Tensor) -> bool:
+    """Whether `a` is a positive multiple of x, whatever its shape."""
+    found = None if a is None else factor(a, x)
+    return found is not None and found > 0
+
+
+def factor(a: Tensor, x: Tensor) -> float | None:
+    """By what `a` is a multiple of x, up to rounding; None if it is none."""
+    if a.numel() != x.numel() or a.shape[-1] != x.shape[-1]:
+        return None
+    flat, y = a.reshape_as(x).double(), x.double()
+    found = float((flat * y).sum() / y.square().sum())
+    return found if float((flat - found * y).norm()) <= tolerance(x) * float((found * y).norm()) else None
