@@ -169,17 +169,22 @@ def _train(arguments: argparse.Namespace) -> int:
 
 
 def _accuracy(arguments: argparse.Namespace) -> int:
-    from empirics.accuracy import cases, markdown
+    from empirics.accuracy import cases, markdown, norm_rows
+    from empirics.norm_samples import sharp_statements
     from empirics.run import run_all
 
-    chosen_cases = [case for case in cases() if arguments.only is None or arguments.only in case.label]
+    only = arguments.only or ""
+    chosen_cases = [case for case in cases() if only in case.label]
+    sharp = {name: statement for name, statement in sharp_statements().items() if only in name}
     if arguments.list:
         print("\n".join(f"{case.group:8} {case.label}" for case in chosen_cases))
+        print("\n".join(f"norms    {name}" for name in sharp))
         return 0
-    if not chosen_cases:
-        raise ValueError(f"no case has {arguments.only!r} in its name; --list prints them")
+    if not chosen_cases and not sharp:
+        raise ValueError(f"no case or sharp statement has {only!r} in its name; --list prints them")
+    norms = norm_rows(Path(arguments.out), sharp)
     records = run_all([case.spec for case in chosen_cases], Path(arguments.out), title="networks")
-    emit(markdown(records), arguments.markdown)
+    emit(markdown(records, norms), arguments.markdown)
     return 0
 
 

@@ -13,25 +13,24 @@ from fractions import Fraction
 from functools import cache
 from itertools import pairwise
 from random import Random
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pytest
 import sympy as sp
 import torch
 from helpers.benches import attention, cases, eye, filled, identity_branch, seen, unit_norm, vector
-from helpers.weights import architecture, generator, normal
+from helpers.weights import architecture, normal
 from hypothesis import assume, given, reject, settings, target
 from hypothesis import strategies as st
 from torch import Tensor
 
-from empirics import observables
+from empirics import norm_samples, observables
 from empirics.attack import Observation, bound_of, evaluate, observe
 from empirics.bench_sublayers import EmbeddingTables, FullAttention
 from empirics.benches import Undefined, find_bench
 from empirics.model import ACTIVATIONS, Attention, FeedForward
-from empirics.probes import PlainAttention
-from empirics.spectral import explicit_jacobian, lanczos_opnorm
+from empirics.spectral import explicit_jacobian
 from theory.activations import lipschitz
 from theory.architecture import Activation, preset
 from theory.random_matrix import TRACY_WIDOM_MEAN, cesaro_opnorm, feedforward_edge
@@ -315,132 +314,34 @@ def test_cesaro_norm() -> None:
 # --- sharp values -----------------------------------------------------------------------------------------------
 
 
-class Measured(NamedTuple):
-    values: dict[str, float]
-    samples: list[float]
-
-
-def gaussian_norms(rows: int, columns: int, sigma: float, draws: int) -> Measured:
-    samples = [observables.opnorm(sigma * normal(seed, rows, columns)).item() for seed in range(draws)]
-    return Measured({"sigma": sigma, "rows": rows, "columns": columns}, samples)
-
-
-def feedforward_norms(activation: str, d: int, ratio: int, draws: int) -> Measured:
-    """|W_2 D W_1| at one normalised normal token."""
-    sigma_1, sigma_2, samples = 0.8 / math.sqrt(d), 0.7 / math.sqrt(d), []
-    module = FeedForward(architecture(d_model=d, d_ffn=ratio * d, activation=activation)).double().requires_grad_(False)
-    norm = unit_norm("rmsnorm", d)
-    for seed in range(draws):
-        g = generator(seed)
-        module.enter.weight.normal_(0, sigma_1, generator=g)
-        module.leave.weight.normal_(0, sigma_2, generator=g)
-        samples.append(observables.true_feedforward(module, norm(normal(seed + 1000, 1, d))).item())
-    return Measured({"sigma_1": sigma_1, "sigma_2": sigma_2, "d": d, "d_ffn": ratio * d}, samples)
-
-
-def gated_norms(activation: str, d: int, hidden: int, draws: int) -> Measured:
-    """|W_2 (D_1 W_1 + D_3 W_3)| at one normalised normal token."""
-    sigmas = {"enter": 0.8 / math.sqrt(d), "leave": 0.7 / math.sqrt(d), "gate": 1.1 / math.sqrt(d)}
-    module = FeedForward(architecture(d_model=d, d_ffn=hidden, activation=activation, gated=True)).double()
-    module.requires_grad_(False)
-    norm, samples = unit_norm("rmsnorm", d), []
-    for seed in range(draws):
-        for name, sigma in sigmas.items():
-            getattr(module, name).weight.normal_(0, sigma, generator=generator(seed + len(name) * 10_000))
-        samples.append(observables.true_feedforward(module, norm(normal(seed + 1000, 1, d))).item())
-    values = {"sigma_1": sigmas["enter"], "sigma_2": sigmas["leave"], "sigma_3": sigmas["gate"]}
-    return Measured({**values, "d": d, "d_ffn": hidden}, samples)
-
-
-def half_layer_norms(activation: str, d: int, strength: float, draws: int) -> Measured:
-    """|I + J| at one token of a pre-norm feed-forward half-layer; strength is sigma_1 sigma_2 d / s."""
-    scale, sigma_1 = 0.3, 0.6 / math.sqrt(d)
-    sigma_2 = strength * scale / (sigma_1 * d)
-    module = FeedForward(architecture(d_model=d, d_ffn=4 * d, activation=activation)).double().requires_grad_(False)
-    norm, samples = unit_norm("layernorm", d, eps=1e-12), []
-    for seed in range(draws):
-        g = generator(seed)
-        module.enter.weight.normal_(0, sigma_1, generator=g)
-        module.leave.weight.normal_(0, sigma_2, generator=g)
-        x = scale * torch.nn.functional.layer_norm(normal(seed + 1000, 1, d), (d,))
-        samples.append(observables.true_half_layer(module, norm, x).item())
-    return Measured({"sigma_1": sigma_1, "sigma_2": sigma_2, "s": scale, "d": d, "d_ffn": 4 * d}, samples)
-
-
-def attention_norms(d: int, length: int, logit_variance: float, draws: int) -> Measured:
-    """|J_u| of a normal input's whole sequence. Lanczos, to 1e-3 in its residual: its value is closer still."""
-    heads, c_V, c_O = 4, 0.9, 0.8
-    stds = {"query": logit_variance**0.25, "key": logit_variance**0.25, "value": c_V**0.5, "output": c_O**0.5}
-    module = Attention(architecture(d_model=d, n_heads=heads, n_kv_heads=heads, d_head=d // heads))
-    module.requires_grad_(False)
-    norm, samples = unit_norm("layernorm", d).float(), []
-    for seed in range(draws):
-        g = generator(seed)
-        for name, std in stds.items():
-            getattr(module, name).weight.normal_(0, std / math.sqrt(d), generator=g)
-        u = norm(torch.randn(1, length, d, generator=g))
-        samples.append(lanczos_opnorm(PlainAttention(module), u, tolerance=1e-3, limit=100).value)
-    return Measured({"c_VO": c_V * c_O, "n_tokens": length}, samples)
-
-
-# Inside each statement's stated domain; seeds enough that three standard errors are well below the target.
-MEASUREMENTS: dict[str, list[Callable[[], Measured]]] = {
-    "gaussian-opnorm-sharp": [
-        lambda: gaussian_norms(64, 64, 0.1, 400),
-        lambda: gaussian_norms(64, 256, 3.0, 200),
-        lambda: gaussian_norms(256, 256, 1.0, 100),
-    ],
-    **{
-        f"ffn-sharp-{activation}": [
-            lambda activation=activation: feedforward_norms(activation, 256, 4, 40),
-            lambda activation=activation: feedforward_norms(activation, 256, 1, 40),
-        ]
-        for activation in ("relu", "identity", "gelu", "silu")
-    },
-    **{
-        f"ffn-sharp-gated-{activation}": [
-            lambda activation=activation: gated_norms(activation, 256, 1024, 40),
-            lambda activation=activation: gated_norms(activation, 256, 683, 40),
-        ]
-        for activation in ("relu", "gelu", "silu")
-    },
-    **{
-        f"half-layer-sharp-{activation}": [
-            lambda activation=activation: half_layer_norms(activation, 256, 0.1, 4),
-            lambda activation=activation: half_layer_norms(activation, 256, 1.0, 12),
-        ]
-        for activation in ("relu", "identity", "gelu", "silu")
-    },
-    "attention-sharp": [
-        lambda: attention_norms(256, 16, 0.16, 4),
-        lambda: attention_norms(256, 32, 0.05, 4),
-    ],
-}
+QUICK = 256  # wider ones are in docs/accuracy.md
+MEASURED = [
+    (name, setting)
+    for name in SHARP
+    for setting in norm_samples.settings(ALL[name])
+    if setting.inside(ALL[name]) and setting.values.get("d", setting.values.get("rows")) <= QUICK
+]
 
 
 @pytest.mark.parametrize("name", SHARP)
-def test_sharp_has_a_measurement(name: str) -> None:
-    assert name in MEASUREMENTS, f"measure {name} inside its domain in tests/test_statements.py"
+def test_sharp_is_measured_inside_its_domain_and_outside(name: str) -> None:
+    inside = [setting.inside(ALL[name]) for setting in norm_samples.settings(ALL[name])]
+    assert any(inside)
+    assert not all(inside)
 
 
-@pytest.mark.parametrize(
-    ("name", "measure"), [(name, measure) for name, measures in MEASUREMENTS.items() for measure in measures]
-)
-def test_sharp_is_within_its_target(name: str, measure: Callable[[], Measured]) -> None:
-    measured = measure()
-    mean = float(np.mean(measured.samples))
-    standard_error = float(np.std(measured.samples, ddof=1)) / math.sqrt(len(measured.samples)) / mean
-    goal = ALL[name].target
-    assert goal is not None
-    assert 3 * standard_error < goal + 0.01, "too few seeds to judge"
-    predicted = value(name, measured.values)
-    gap = predicted / mean - 1
-    print(
-        f"{name} {measured.values}: predicted {predicted:.4f}, measured {mean:.4f} +- {standard_error:.2%}: {gap:+.2%}"
-    )
-    assert abs(gap) <= goal
+@pytest.mark.parametrize(("name", "setting"), [pytest.param(n, s, id=f"{n}: {s.label}") for n, s in MEASURED])
+def test_sharp_is_within_its_target(name: str, setting: norm_samples.Setting) -> None:
+    row = norm_samples.measure(ALL[name], setting)
+    assert 3 * row["standard_error"] < row["target"] + 0.02, "too few seeds to judge"
+    assert abs(row["predicted"] / row["measured"] - 1) <= row["target"]
     for wrong in (0.9, 1.1):  # control: a tenth off is seen
-        assert abs(wrong * predicted / mean - 1) > goal
+        assert abs(wrong * row["predicted"] / row["measured"] - 1) > row["target"]
+
+
+def test_what_is_not_sampled_says_so() -> None:
+    with pytest.raises(ValueError, match="nothing samples softmax_jacobian; write a function"):
+        norm_samples.settings(find("softmax-jacobian"))
 
 
 @pytest.mark.parametrize(("activation", "ratio", "edge"), [("relu", 4, 3.3302), ("identity", 4, 4.4037)])

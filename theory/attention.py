@@ -7,6 +7,7 @@ the T d x T d Jacobian.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from theory.functions import exp, minimum, sqrt
@@ -172,7 +173,8 @@ def attention_sharp() -> Statement:
 
     .. math:: \|J_u\| \approx \|C_T\| \sqrt{27/4} \sqrt{c_V c_O}
 
-    Holds: near-uniform softmax (logit variance at most 0.2), d >= 256; 3 % there.
+    Holds: near-uniform softmax (logit variance at most 0.2), heads at most 64 wide, d >= 256; 3 % there. What two
+        tokens do to each other through a query grows like the root of d_head times the logit variance.
     Why: with P near C_T the Jacobian is C_T (x) W_O W_V; sqrt(27/4) is the edge of a product of two square
         Gaussian matrices.
     """
@@ -182,7 +184,8 @@ def attention_sharp() -> Statement:
         quantity=quantity("attention_jacobian"),
         formula=lambda c_VO, n_tokens: cesaro_opnorm(n_tokens) * sqrt(27 * c_VO) / 2,
         source=Source(key="spikecheck", label="Kronecker structure at uniform attention"),
-        assumptions=("independent normal weights", "logit variance at most 0.2", "d >= 256", "all heads full width"),
+        assumptions=("independent normal weights", "logit variance at most 0.2", "d >= 256", "heads at most 64 wide"),
         why="|C_T (x) W_O W_V| = |C_T| |W_O W_V|, whose second factor tends to sqrt(27/4) sqrt(c_V c_O)",
         target=0.03,
+        domain={"d": (256.0, math.inf), "d_head": (0.0, 64.0), "logit_variance": (0.0, 0.2)},
     )

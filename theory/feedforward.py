@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
+
 from theory.architecture import Activation
 from theory.functions import sqrt
 from theory.quantities import quantity
 from theory.random_matrix import feedforward_edge_opnorm, gated_edge_opnorm, residual_edge_opnorm
 from theory.sources import Source
 from theory.statements import Statement, register
+
+WIDE = {"d": (256.0, math.inf)}
 
 
 @register
@@ -112,6 +116,8 @@ def _sharp(activation: Activation) -> Statement:
         assumptions=("independent normal weights", "one normalised token", "d >= 256"),
         why="edge of the free convolution of W_1'D^2W_1 and W_2'W_2, less its Tracy-Widom offset",
         target=0.01,
+        covers={"activation": (activation,), "gated": (False,)},
+        domain=WIDE,
     )
 
 
@@ -153,6 +159,8 @@ def _gated(activation: Activation) -> Statement:
         assumptions=("independent normal weights", "one normalised token", "d >= 256"),
         why="given z_1, z_3 it is a plain layer with D^2 = (F'(z_1) z_3)^2 s_1^2 d + F(z_1)^2 s_3^2 d, quantiles",
         target=0.04,
+        covers={"activation": (activation,), "gated": (True,)},
+        domain=WIDE,
     )
 
 
@@ -184,6 +192,8 @@ def _half_layer(activation: Activation) -> Statement:
         assumptions=("independent normal weights", "one token of a pre-norm feed-forward half-layer", "d >= 256"),
         why="edge of I plus an R-diagonal element, without a correction for finite width; 1 + |J| is 2 to 60 % high",
         target=0.025,
+        covers={"activation": (activation,), "gated": (False,)},
+        domain=WIDE,
     )
 
 

@@ -89,6 +89,7 @@ def gaussian_opnorm_sharp() -> Statement:
         assumptions=("independent N(0, sigma^2) entries", "both sides at least 64"),
         why="Tracy-Widom mean added to the centring of the largest singular value squared",
         target=0.005,
+        domain={"rows": (64.0, math.inf), "columns": (64.0, math.inf)},
     )
 
 

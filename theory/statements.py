@@ -45,9 +45,10 @@ class Statement:
         why: the proof or the argument in a few lines.
         tight: an upper bound that some input attains; then a bound shrunk by a tenth must be violated.
         target: for `sharp`, the relative error it claims in its domain.
-        covers: for `upper`, the variants it speaks of: what a bench of its quantity may choose (a field of
-            `Architecture`, a size) and the values for which the bound holds. What is not named may be
+        covers: the variants it speaks of: what a bench of its quantity may choose (a field of
+            `Architecture`, a size) and the values for which it holds. For `upper`, what is not named may be
             anything that the bench can build, so that a new variant attacks every bound until it is excluded.
+        domain: for `sharp`, the least and the largest value of a symbol for which it claims its target.
     """
 
     name: str
@@ -60,6 +61,7 @@ class Statement:
     tight: bool = False
     target: float | None = None
     covers: Mapping[str, tuple[Any, ...]] = field(default_factory=dict, hash=False)
+    domain: Mapping[str, tuple[float, float]] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
         if (self.kind == "sharp") != (self.target is not None):

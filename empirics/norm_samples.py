@@ -1,0 +1,181 @@
+"""True norms of sub-layers at initialisation, for every sharp statement of a quantity that is sampled here.
+
+A sharp statement on one of these quantities needs nothing more: its `covers` says which variant it speaks of and
+its `domain` where it holds. A new quantity needs one function (statement) -> settings, and one line in `SAMPLERS`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from empirics.benches import small_architecture
+from empirics.model import Attention, FeedForward, make_norm
+from empirics.observables import opnorm, true_feedforward, true_half_layer
+from empirics.probes import PlainAttention
+from empirics.spectral import lanczos_opnorm
+from theory.statements import Statement, catalogue
+
+WIDTHS = (64, 128, 256, 512)
+HEADS = 4
+PRECISE = 1e-3  # of Lanczos, in its residual: its value is closer still
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Setting:
+    """One row of the table: the symbols' values, and how to draw the true norm at a seed.
+
+    Attributes:
+        values: every symbol of the statement, and what else its domain speaks of.
+    """
+
+    label: str
+    values: Mapping[str, Any]
+    draw: Callable[[int], float]
+    seeds: int
+
+    def inside(self, statement: Statement) -> bool:
+        """Whether the statement claims its target here."""
+        return all(low <= self.values[name] <= high for name, (low, high) in statement.domain.items())
+
+    def predicted(self, statement: Statement) -> float:
+        return float(statement.evaluate(self.values))
+
+
+def normal(seed: int, *shape: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def _variant(statement: Statement) -> dict[str, Any]:
+    return {name: values[0] for name, values in statement.covers.items()}
+
+
+def matrices(statement: Statement) -> Iterator[Setting]:
+    """Normal matrices, square and not."""
+    for rows, columns in ((16, 16), (64, 64), (64, 256), (256, 256), (512, 512)):
+        values = {"sigma": 0.7, "rows": rows, "columns": columns}
+
+        def draw(seed: int, rows: int = rows, columns: int = columns) -> float:
+            return opnorm(0.7 * normal(seed, rows, columns)).item()
+
+        yield Setting(label=f"{rows} x {columns}", values=values, draw=draw, seeds=64)
+
+
+def feedforward(d: int, ratio: float, sigmas: Mapping[str, float], **variant: Any) -> FeedForward:
+    """A sub-layer to fill; sigmas are of `enter`, `leave` and `gate`, over 1/sqrt(d)."""
+    module = FeedForward(small_architecture({"d_model": d, "d_ffn": int(ratio * d), **variant})).double()
+    return module.requires_grad_(False)
+
+
+def fill(module: Any, sigmas: Mapping[str, float], generator: torch.Generator) -> None:
+    """Normal weights, in the order of the names."""
+    for name, sigma in sigmas.items():
+        getattr(module, name).weight.normal_(0, sigma, generator=generator)
+
+
+def feedforwards(statement: Statement) -> Iterator[Setting]:
+    """|d FFN / d u| at one normalised normal token."""
+    variant = _variant(statement)
+    for d in WIDTHS:
+        for ratio in (1.0, 4.0) if d == 256 else (4.0,):
+            sigmas = {"enter": 0.8 / math.sqrt(d), "leave": 0.7 / math.sqrt(d)}
+            if variant.get("gated"):
+                sigmas["gate"] = 0.9 / math.sqrt(d)
+            module = feedforward(d, ratio, sigmas, **variant)
+
+            def draw(seed: int, d: int = d, module: FeedForward = module, sigmas: Any = sigmas) -> float:
+                fill(module, sigmas, torch.Generator().manual_seed(seed))
+                u = torch.nn.functional.rms_norm(normal(seed + 1000, 1, d), (d,))
+                return true_feedforward(module, u).item()
+
+            values = {"sigma_1": sigmas["enter"], "sigma_2": sigmas["leave"], "sigma_3": sigmas.get("gate", 0.0)}
+            values |= {"d": d, "d_ffn": int(ratio * d)}
+            yield Setting(
+                label=f"d {d}, d_ffn {int(ratio * d)}", values=values, draw=draw, seeds=16 if d == 512 else 40
+            )
+
+
+def half_layers(statement: Statement) -> Iterator[Setting]:
+    """|I + J| at one token of a pre-norm feed-forward half-layer, from weak branches to strong ones."""
+    variant, s = _variant(statement), 0.3
+    for d, strength in ((64, 0.1), (64, 1.0), (256, 0.02), (256, 0.1), (256, 0.5), (256, 3.0), (512, 0.5)):
+        enter = 0.6 / math.sqrt(d)
+        sigmas = {"enter": enter, "leave": strength * s / (enter * d)}
+        module = feedforward(d, 4.0, sigmas, **variant)
+        norm = make_norm(small_architecture({"d_model": d, "eps": 1e-12})).double().requires_grad_(False)
+
+        def draw(seed: int, d: int = d, module: Any = module, sigmas: Any = sigmas, norm: Any = norm) -> float:
+            fill(module, sigmas, torch.Generator().manual_seed(seed))
+            x = 0.3 * torch.nn.functional.layer_norm(normal(seed + 1000, 1, d), (d,))
+            return true_half_layer(module, norm, x).item()
+
+        values = {"sigma_1": enter, "sigma_2": sigmas["leave"], "s": s, "d": d, "d_ffn": 4 * d}
+        yield Setting(label=f"d {d}, |J| about {3 * strength:.2g}", values=values, draw=draw, seeds=12)
+
+
+def attentions(statement: Statement) -> Iterator[Setting]:
+    """|J_u| over a normal input's whole sequence, from near-uniform softmax rows to uneven ones."""
+    c_V, c_O = 0.9, 0.8
+    for d, length, a in ((64, 16, 0.05), (256, 16, 0.05), (256, 32, 0.05), (256, 16, 0.16), (512, 16, 0.16),
+                         (256, 16, 1.0), (256, 64, 1.0)):  # fmt: skip
+        stds = {"query": a**0.25, "key": a**0.25, "value": c_V**0.5, "output": c_O**0.5}
+        sigmas = {name: std / math.sqrt(d) for name, std in stds.items()}
+        sizes = {"d_model": d, "n_heads": HEADS, "n_kv_heads": HEADS, "d_head": d // HEADS}
+        module = Attention(small_architecture(sizes)).requires_grad_(False)
+
+        def draw(seed: int, d: int = d, length: int = length, module: Any = module, sigmas: Any = sigmas) -> float:
+            fill(module, sigmas, torch.Generator().manual_seed(seed))
+            u = torch.nn.functional.layer_norm(normal(seed + 1000, 1, length, d), (d,)).float()
+            return lanczos_opnorm(PlainAttention(module), u, tolerance=PRECISE, limit=100).value
+
+        values = {"c_VO": c_V * c_O, "n_tokens": length, "d": d, "d_head": d // HEADS, "logit_variance": a}
+        label = f"d {d}, T {length}, logit variance {a:g}"
+        yield Setting(label=label, values=values, draw=draw, seeds=6)
+
+
+SAMPLERS: dict[str, Callable[[Statement], Iterator[Setting]]] = {
+    "matrix_opnorm": matrices,
+    "ffn_jacobian": feedforwards,
+    "half_layer_jacobian": half_layers,
+    "attention_jacobian": attentions,
+}
+
+
+def settings(statement: Statement) -> list[Setting]:
+    """The rows of a sharp statement.
+
+    Raises:
+        ValueError: nothing samples its quantity; the message says what to write.
+    """
+    name = statement.quantity.name
+    if name not in SAMPLERS:
+        raise ValueError(
+            f"nothing samples {name}; write a function in empirics/norm_samples.py and list it in SAMPLERS"
+        )
+    return list(SAMPLERS[name](statement))
+
+
+def sharp_statements() -> dict[str, Statement]:
+    """Every sharp statement of the catalogue by name."""
+    return {name: statement for name, statement in catalogue().items() if statement.kind == "sharp"}
+
+
+def measure(statement: Statement, setting: Setting) -> dict[str, Any]:
+    """One row: predicted, mean and standard error of the drawn norms; JSON-ready."""
+    norms = torch.tensor([setting.draw(seed) for seed in range(setting.seeds)], dtype=torch.float64)
+    mean = norms.mean().item()
+    return {
+        "statement": statement.name,
+        "label": setting.label,
+        "seeds": setting.seeds,
+        "predicted": setting.predicted(statement),
+        "measured": mean,
+        "standard_error": (norms.std() / math.sqrt(setting.seeds)).item() / mean,
+        "target": statement.target,
+        "in_domain": setting.inside(statement),
+    }
