@@ -155,6 +155,21 @@ def _derive(arguments: argparse.Namespace) -> int:
 def _statements(arguments: argparse.Namespace) -> int:
     from theory.statements import catalogue
 
+    if arguments.plot is not None:
+        from figures import statements as plot
+        from figures.style import render
+        from theory.records import write_bytes
+
+        path, records = Path(arguments.plot), Path(arguments.records)
+        if path.suffix not in (".png", ".svg", ".pdf"):
+            raise ValueError(f"cannot draw {path.name}; name a file ending in .png, .svg or .pdf")
+        kinds = {name: statement.kind for name, statement in catalogue().items()}
+        write_bytes(
+            path,
+            render(plot.draw(kinds, plot.tightness(records), plot.accuracy(records)), path.suffix.removeprefix(".")),
+        )
+        print(f"wrote {arguments.plot}")
+        return EXIT_STABLE
     rows = [
         {
             "name": s.name,
@@ -221,6 +236,13 @@ def parser() -> argparse.ArgumentParser:
     derive.set_defaults(run=_derive)
 
     statements = commands.add_parser("statements", help="list every bound, prediction and estimate")
+    statements.add_argument(
+        "--plot", metavar="FILE", help="draw how tight or how right each is, a line a statement (PNG, SVG or PDF)"
+    )
+    statements.add_argument(
+        "--records", default="results", metavar="DIR",
+        help="where `python -m empirics attack all` and `accuracy` left their records (default results)",
+    )  # fmt: skip
     statements.set_defaults(run=_statements)
 
     sweep = commands.add_parser(

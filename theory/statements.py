@@ -16,16 +16,18 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from importlib import import_module
+from pkgutil import iter_modules
 from typing import Any, Literal
 
 import numpy as np
 
+import theory
 from theory.quantities import Quantity
 from theory.sources import Source
 
 Kind = Literal["estimate", "upper", "sharp"]
 
-# Modules whose statements make up the catalogue; a new file is added here or calls `register` itself.
+# Modules whose statements make up the catalogue. A file theory/bounds_NAME.py is found without being listed.
 STATEMENT_MODULES = (
     "normalisation", "embedding", "random_matrix", "feedforward", "attention", "attention_variants",
 )  # fmt: skip
@@ -165,7 +167,8 @@ def register(build: Callable[[], Statement]) -> Callable[[], Statement]:
 
 def catalogue() -> dict[str, Statement]:
     """Every registered statement by name."""
-    for module in STATEMENT_MODULES:
+    found = sorted(module.name for module in iter_modules(theory.__path__) if module.name.startswith("bounds_"))
+    for module in (*STATEMENT_MODULES, *found):
         import_module(f"theory.{module}")
     return {name: build() for name, build in _REGISTRY.items()}
 
