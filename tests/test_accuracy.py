@@ -1,0 +1,94 @@
+"""The accuracy page: a tiny grid end to end, resumed, and that the published page is the present one."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from empirics import accuracy, norm_samples
+from empirics.__main__ import main
+from theory.growth import gradient_growth
+from theory.statements import find
+
+PAGE = (Path(__file__).resolve().parents[1] / "docs" / "accuracy.md").read_text()
+QUICK = "gaussian-opnorm-sharp"
+
+
+def row_of(label: str) -> str:
+    found = [line for line in PAGE.splitlines() if line.startswith(f"| {label} |")]
+    assert len(found) == 1, f"docs/accuracy.md is stale: run `python -m empirics accuracy`: {label}"
+    return found[0]
+
+
+def test_the_page_has_every_case_and_no_other() -> None:
+    cases = accuracy.cases()
+    labels = [case.label for case in cases]
+    assert len(set(labels)) == len(labels)
+    for label in labels:
+        row_of(label)
+    assert sum(line.endswith("inside |") or line.endswith("unknown |") for line in PAGE.splitlines()) >= len(labels)
+
+
+@pytest.mark.parametrize("place", range(0, 119, 7))
+def test_printed_predictions_are_what_is_predicted_now(place: int) -> None:
+    case = accuracy.cases()[place]
+    predicted = gradient_growth(case.architecture, case.seq_len)
+    cells = [cell.strip() for cell in row_of(case.label).strip("|").split("|")]
+    assert cells[1] == f"{predicted.value:.4g}"
+    assert cells[-1] == ("inside" if predicted.in_domain else "unknown")
+
+
+@pytest.mark.parametrize("name", norm_samples.sharp_statements())
+def test_printed_norms_are_what_is_predicted_now(name: str) -> None:
+    statement = find(name)
+    lines = [line for line in PAGE.splitlines() if line.startswith(f"| `{name}` |")]
+    wanted = norm_samples.settings(statement)
+    assert len(lines) == len(wanted), "docs/accuracy.md is stale: run `python -m empirics accuracy`"
+    for line, setting in zip(lines, wanted, strict=True):
+        assert f"| {setting.predicted(statement):.4g} |" in line
+        assert ("outside" not in line) == setting.inside(statement)
+        assert "missed" not in line
+
+
+def test_norms_are_resumed_and_a_damaged_record_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(accuracy, "cases", list)
+    page, record = tmp_path / "page.md", tmp_path / f"norms-{QUICK}.json"
+    command = ["accuracy", "--only", QUICK, "--out", str(tmp_path), "--markdown", str(page)]
+    assert main(command) == 0
+    first = page.read_text()
+    assert first.count(f"`{QUICK}`") == len(norm_samples.settings(find(QUICK)))
+
+    def never(*_: object) -> dict[str, object]:
+        raise AssertionError("measured again")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(accuracy, "measure", never)
+        assert main(command) == 0
+        assert page.read_text() == first
+        record.write_text(record.read_text()[:100])  # cut off
+        with pytest.raises(AssertionError, match="measured again"):
+            main(command)
+    content = json.loads(json.dumps({"schema": -1}))
+    record.write_text(json.dumps(content))
+    assert main(command) == 0
+    assert page.read_text() == first
+    capsys.readouterr()
+
+
+def test_a_missed_target_is_said() -> None:
+    """The control of the page's last column."""
+    row = {
+        "statement": "s", "label": "l", "predicted": 1.1, "measured": 1.0, "standard_error": 0.0, "target": 0.05,
+        "in_domain": True,
+    }  # fmt: skip
+    assert "**missed**" in accuracy.norms_markdown([row])[-1]
+    assert "missed" not in accuracy.norms_markdown([row | {"in_domain": False}])[-1]
+
+
+def test_only_what_exists(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["accuracy", "--only", "no such case"]) == 2
+    assert "--list prints them" in capsys.readouterr().err

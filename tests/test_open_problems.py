@@ -1,0 +1,126 @@
+"""What the theory does not do yet: each target as a strict expected failure, with the gap that was measured."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+
+from empirics import norm_samples
+from empirics.model import Transformer, build
+from empirics.probes import gradient_profile
+from theory.architecture import Architecture, preset
+from theory.growth import gradient_growth
+from theory.initialisation import Init
+from theory.statements import find
+from theory.verdict import check
+
+VOCABULARY, LENGTH = 64, 32
+
+
+def uneven_attention() -> float:
+    """Relative error of the attention norm at logit variance 1, d 256, T 16."""
+    statement = find("attention-sharp")
+    for setting in norm_samples.settings(statement):
+        if setting.values["logit_variance"] == 1.0 and setting.values["n_tokens"] == 16:
+            row = norm_samples.measure(statement, setting)
+            return row["predicted"] / row["measured"] - 1
+    raise AssertionError("no such setting")
+
+
+@pytest.mark.xfail(
+    strict=True,
+    raises=AssertionError,
+    reason="the prediction takes softmax rows for uniform; -37 % (standard error 5 %) at logit variance 1, where a few "
+    "early rows and their queries make the norm",
+)
+def test_attention_norm_at_logit_variance_one() -> None:
+    gap = uneven_attention()
+    assert abs(gap) <= 0.03, f"{gap:+.1%}"
+
+
+def small() -> Architecture:
+    sizes: dict[str, Any] = {
+        "d_model": 64, "n_layers": 4, "n_heads": 2, "n_kv_heads": 2, "d_head": 32, "d_ffn": 256,
+        "vocab_size": VOCABULARY, "context": LENGTH,
+    }  # fmt: skip
+    return replace(preset("tiny"), **sizes).with_embedding("vanilla")
+
+
+def sentences(seed: int, count: int) -> torch.Tensor:
+    """Tokens of which each follows from the one before, or is random one time in four."""
+    g = torch.Generator().manual_seed(seed)
+    rows = [torch.randint(VOCABULARY, (count,), generator=g)]
+    for _ in range(LENGTH):
+        random = torch.randint(VOCABULARY, (count,), generator=g)
+        rows.append(torch.where(torch.rand(count, generator=g) < 0.25, random, (5 * rows[-1] + 7) % VOCABULARY))
+    return torch.stack(rows, dim=1)
+
+
+@cache
+def trained(seed: int) -> Transformer:
+    """A hundred steps of Adam."""
+    model = build(small(), seed=seed)
+    optimiser = torch.optim.AdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.95))
+    for step in range(100):
+        text = sentences(1000 * seed + step, 8)
+        optimiser.zero_grad()
+        model.loss(text[:, :-1], text[:, 1:]).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimiser.step()
+    return model
+
+
+def measured_init(model: Transformer) -> Init:
+    """The trained matrices' root mean squares, as a recipe."""
+
+    def rms(part: str) -> float:
+        found = [p for name, p in model.named_parameters() if part in name and p.ndim == 2]
+        return math.sqrt(sum(float(p.detach().square().sum()) for p in found) / sum(p.numel() for p in found))
+
+    writers = math.hypot(rms("attention.output"), rms("feedforward.leave")) / math.sqrt(2)
+    return Init(
+        name="measured", hidden=rms("feedforward.enter"), embedding=rms("tokens"), position=0.0, head=rms("head"),
+        query_key=math.hypot(rms("query"), rms("key")) / math.sqrt(2), value=rms("value"), writers=writers,
+    )  # fmt: skip
+
+
+def trained_gap(seed: int) -> float:
+    """Log of predicted over measured growth after training."""
+    model, text = trained(seed), sentences(77, 16)
+    _, gradient = gradient_profile(model, text[:, :-1], text[:, 1:])
+    predicted = gradient_growth(replace(small(), init=measured_init(model)), LENGTH)
+    return math.log(predicted.value / (gradient[0] / gradient[-1]))
+
+
+@pytest.mark.xfail(
+    strict=True,
+    raises=AssertionError,
+    reason="trained matrices are not independent numbers of their own size: after a hundred steps the prediction is "
+    "43 % and 38 % too low at two seeds, where the target is a log of 0.1",
+)
+def test_growth_follows_training_by_the_sizes_of_the_matrices() -> None:
+    gaps = [trained_gap(seed) for seed in range(2)]
+    assert all(abs(gap) <= 0.1 for gap in gaps), gaps
+
+
+def test_the_same_measurement_at_initialisation_is_right() -> None:
+    """The control: before training the same comparison holds."""
+    model, text = build(small(), seed=0), sentences(77, 16)
+    _, gradient = gradient_profile(model, text[:, :-1], text[:, 1:])
+    predicted = gradient_growth(replace(small(), init=measured_init(model)), LENGTH)
+    assert abs(math.log(predicted.value / (gradient[0] / gradient[-1]))) <= 0.15
+
+
+@pytest.mark.xfail(
+    strict=True,
+    raises=AssertionError,
+    reason="no run calibrates growth to an outcome: of 60 trainings on two cores none diverged, so a growth of some "
+    "hundreds is called at risk and never unstable",
+)
+def test_growth_says_whether_a_run_diverges() -> None:
+    assert check(preset("350m").with_init("xavier"), 1024).outcome == "unstable"
