@@ -1,0 +1,51 @@
+"""A callback for the Trainer of transformers that writes down the stability of a run; extra `hf`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers import TrainerCallback
+
+from empirics.monitor import StabilityMonitor
+from theory.records import plain
+
+
+class StabilityCallback(TrainerCallback):
+    """Probes every `every`-th optimiser step and appends a line to a file; the training itself is not changed.
+
+    Args:
+        out: JSON lines, one a probed step: the step, standard deviation and gradient norm at every place, the growth.
+    """
+
+    def __init__(self, out: str | Path, *, every: int = 100) -> None:
+        if every < 1:
+            raise ValueError(f"every={every} is not a positive number of steps; use 1 to probe each step")
+        self.out, self.every = Path(out), every
+        self.monitor: StabilityMonitor | None = None
+
+    def on_train_begin(
+        self, args: Any, state: Any, control: Any, model: nn.Module | None = None, **kwargs: Any
+    ) -> None:
+        """Find the residual stream, before any step is spent on a model that has none."""
+        assert model is not None  # the Trainer passes it to every event
+        self.out.parent.mkdir(parents=True, exist_ok=True)
+        self.monitor = StabilityMonitor(model)
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.monitor is not None and state.global_step % self.every == 0:
+            self.monitor.start()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.monitor is None or not self.monitor.active:
+            return
+        record = self.monitor.finish(state.global_step - 1)  # the Trainer has counted the step already
+        if record is not None:
+            with self.out.open("a") as file:
+                file.write(json.dumps(plain(record) | {"growth": plain(record.growth)}, allow_nan=False) + "\n")
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.monitor is not None:
+            self.monitor.detach()
