@@ -128,8 +128,8 @@ def _growth_on(architecture: Architecture, spec: InitialisationSpec, corpus: Cor
         residual_std=tuple(residual.tolist()),
         gradient=tuple(gradient.tolist()),
         branch_std=parts[0].branch_std,
-        in_domain=parts[0].in_domain,
-        reasons=parts[0].reasons,
+        in_domain=all(part.in_domain for part in parts),
+        reasons=tuple(dict.fromkeys(reason for part in parts for reason in part.reasons)),
     )
 
 
@@ -186,20 +186,23 @@ def _layer_bounds(architecture: Architecture, layers: list[dict[str, float]]) ->
         for n, (row, gain) in enumerate(zip(layers, gains, strict=True))
     ]
     found = [_prediction("attention_branch", "estimate", "attention-estimate", "takase2025spike, eq. (20)", rows)]
-    if not architecture.gated and math.isfinite(lipschitz(architecture.activation)):
-        slope = lipschitz(architecture.activation)
+    if not architecture.gated:
+        # Biases start at 0, so that no pre-activation is beyond |W_1| times the length of the normalised token.
+        reach = [
+            row["opnorm_1"] * gain * math.sqrt(architecture.d_model) for row, gain in zip(layers, gains, strict=True)
+        ]
         upper = [
             added
             * ffn_branch_upper().evaluate(
                 {
-                    "lipschitz": slope,
+                    "lipschitz": lipschitz(architecture.activation, radius),
                     "opnorm_1": row["opnorm_1"],
                     "opnorm_2": row["opnorm_2"],
                     "gain": gain,
                     "s": row["s_feedforward"],
                 }
             )
-            for row, gain in zip(layers, gains, strict=True)
+            for row, gain, radius in zip(layers, gains, reach, strict=True)
         ]
         found.append(_prediction("ffn_branch", "upper", "ffn-branch-upper", "spikecheck", upper))
     return found

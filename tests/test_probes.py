@@ -488,6 +488,14 @@ def test_bounds_of_a_layer_follow_its_multipliers(changes: dict[str, Any]) -> No
     assert estimates[0] == pytest.approx(10 * estimates[1], rel=1e-6)
 
 
+def test_squares_are_bounded_by_what_they_can_reach() -> None:
+    """ReLU squared has no largest slope, but one for the pre-activations of a normalised token."""
+    rows, found = layer_bounds(architecture(**LAYERED, activation="relu-squared"))
+    measured, bounds = [row["feedforward_branch"] for row in rows], found["ffn_branch", "upper"]
+    assert all(norm <= bound < math.inf for norm, bound in zip(measured, bounds, strict=True))
+    assert any(norm > bound / 100 for norm, bound in zip(measured, bounds, strict=True)), "control"
+
+
 @pytest.mark.parametrize("block", ["post-ln", "peri-ln", "branch-ln"])
 def test_other_layouts_have_no_bound_of_a_normalised_branch(block: Any) -> None:
     assert layer_bounds(architecture(**LAYERED, block=block))[1] == {}

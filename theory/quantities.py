@@ -12,8 +12,8 @@ class Quantity:
     Attributes:
         name: the key in records.
         meaning: one line, precise enough to measure it.
-        axis: what its values run over: `none`, `token`, `half-layer`, `layer`, `place` (the 2N+1 places of
-            the residual stream: embedding, then after every half-layer) or `step`.
+        axis: what its values run over: `none`, `token`, `half-layer`, `layer`, `place` (the places of
+            the residual stream: embedding, then after every update; 2N+1, or N+1 in a parallel network) or `step`.
         norm: the norm taken, if any.
     """
 
