@@ -14,6 +14,7 @@ import torch
 from tqdm import tqdm
 
 from empirics.data import Batch, batch, load_corpus, random_tokens
+from empirics.plan import DEVICES, plan
 from empirics.probes import measure_growth
 from empirics.run import record_path, run
 from empirics.spike_definitions import DEFINITIONS
@@ -131,7 +132,17 @@ def _measure(arguments: argparse.Namespace) -> int:
 def _train(arguments: argparse.Namespace) -> int:
     architecture, longest, _ = chosen(arguments)
     seq_len = arguments.seq_len or longest
-    check_memory(architecture, arguments.batch * seq_len)
+    if arguments.plan is not None:
+        planned = plan(
+            architecture, device=arguments.plan, devices=arguments.devices, steps=arguments.steps,
+            batch_size=arguments.batch, seq_len=seq_len, precision=arguments.precision,
+            micro_batch=arguments.micro_batch,
+        )  # fmt: skip
+        emit(json.dumps(planned.record(), indent=2) if arguments.json else str(planned), None)
+        return 0
+    if arguments.out is None:
+        raise ValueError("nowhere to write the run; use --out DIR")
+    check_memory(architecture, (arguments.micro_batch or arguments.batch) * seq_len)
     spec = RunSpec(
         architecture=architecture,
         label=architecture.name,
@@ -147,6 +158,7 @@ def _train(arguments: argparse.Namespace) -> int:
         precision=arguments.precision,
         device=check_device(arguments.device),
         compile=arguments.compile,
+        micro_batch=arguments.micro_batch,
         data=arguments.data,
         tokenizer=arguments.tokenizer,
         probe_every=arguments.probe_every,
@@ -253,6 +265,12 @@ def parser() -> argparse.ArgumentParser:
     train.add_argument("--steps", type=whole, default=300, help="default 300")
     train.add_argument("--seed", type=natural, default=0, help="default 0")
     train.add_argument("--batch", type=whole, default=8, help="sequences a step (default 8)")
+    train.add_argument(
+        "--micro-batch",
+        type=whole,
+        metavar="N",
+        help="sequences at once, gradients accumulated (default all of --batch)",
+    )
     train.add_argument("--lr", type=positive, default=1e-3, help="peak learning rate (default 1e-3)")
     train.add_argument("--warmup", type=natural, default=20, help="steps of warm-up (default 20)")
     train.add_argument("--schedule", choices=("cosine", "constant"), default="cosine", help="default cosine")
@@ -263,7 +281,13 @@ def parser() -> argparse.ArgumentParser:
     train.add_argument("--tokenizer", choices=("bpe", "bytes"), default="bpe", help="default bpe")
     train.add_argument("--probe-every", type=whole, default=20, help="steps between probes (default 20)")
     train.add_argument("--checkpoint-every", type=whole, default=100, help="steps between checkpoints (default 100)")
-    train.add_argument("--out", required=True, metavar="DIR", help="folder for the record and losses.jsonl")
+    train.add_argument("--out", metavar="DIR", help="folder for the record and losses.jsonl; needed but for --plan")
+    train.add_argument(
+        "--plan", metavar="GPU",
+        help=f"train nothing: print parameters, FLOPs, memory and hours on {', '.join(DEVICES)}",
+    )  # fmt: skip
+    train.add_argument("--devices", type=whole, default=1, help="devices that --plan shares the run over (default 1)")
+    train.add_argument("--json", action="store_true", help="the plan as JSON")
     train.set_defaults(run=_train)
 
     accuracy = commands.add_parser(

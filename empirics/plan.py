@@ -1,0 +1,126 @@
+"""What a training run will need, from its sizes alone: nothing is built and nothing is measured.
+
+Every line is an estimate, and says what it assumes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from theory.architecture import Architecture
+from theory.records import plain
+
+SHARE_OF_PEAK = 0.4  # a convention: what well-tuned runs report at these sizes
+STATE_BYTES = 16  # a parameter: float32 weight, gradient and the two moments of Adam
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Device:
+    """A GPU by its maker's data sheet: dense matrix products a second in bfloat16 and in float32 (TF32), memory."""
+
+    bfloat16: float
+    float32: float
+    memory: float
+
+
+# Sources: NVIDIA data sheets of A100 80GB SXM, H100 SXM, H200 SXM and L40S; without sparsity.
+DEVICES = {
+    "a100": Device(bfloat16=312e12, float32=156e12, memory=80e9),
+    "h100": Device(bfloat16=989e12, float32=494e12, memory=80e9),
+    "h200": Device(bfloat16=989e12, float32=494e12, memory=141e9),
+    "l40s": Device(bfloat16=362e12, float32=183e12, memory=48e9),
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """A run on `devices` devices that share weights, gradients and optimiser state evenly (FSDP).
+
+    Attributes:
+        flops: of the whole run: 6 a weight and token, and 6 T H E a layer and token for causal attention.
+        state_bytes, activation_bytes: on one device; activations of a step, kept in the run's precision.
+        hours: at `SHARE_OF_PEAK` of the device's peak.
+    """
+
+    name: str
+    device: str
+    devices: int
+    precision: str
+    parameters: int
+    tokens: int
+    flops: float
+    state_bytes: float
+    activation_bytes: float
+    device_bytes: float
+    hours: float
+
+    @property
+    def fits(self) -> bool:
+        """Whether a tenth of the device's memory is left."""
+        return self.state_bytes + self.activation_bytes <= 0.9 * self.device_bytes
+
+    def __str__(self) -> str:
+        remedy = "" if self.fits else "it does not fit: use a smaller --micro-batch or --seq-len, or more --devices"
+        lines = (
+            f"{self.name} on {self.devices} x {self.device}, {self.precision} (estimates; nothing was built)",
+            f"parameters   {self.parameters / 1e9:.3g} billion",
+            f"tokens       {self.tokens / 1e9:.4g} billion",
+            f"FLOPs        {self.flops:.3g}",
+            f"memory       {(self.state_bytes + self.activation_bytes) / 1e9:.3g} of {self.device_bytes / 1e9:.3g} GB "
+            f"a device: state {self.state_bytes / 1e9:.3g} ({STATE_BYTES} bytes a parameter, shared), activations "
+            f"{self.activation_bytes / 1e9:.3g} (kept, not computed again)",
+            f"hours        {self.hours:.3g} at {SHARE_OF_PEAK:.0%} of the peak",
+            remedy,
+        )
+        return "\n".join(line for line in lines if line)
+
+    def record(self) -> dict[str, object]:
+        """JSON-ready."""
+        return {**plain(self), "fits": self.fits, "kind": "estimate", "share_of_peak": SHARE_OF_PEAK}
+
+
+def plan(
+    architecture: Architecture,
+    *,
+    device: str,
+    devices: int,
+    steps: int,
+    batch_size: int,
+    seq_len: int,
+    precision: str = "bfloat16",
+    micro_batch: int | None = None,
+) -> Plan:
+    """Plan a run of `steps` batches of `batch_size` sequences, shared evenly between the devices.
+
+    Args:
+        micro_batch: sequences that a device takes at once, gradients being accumulated; all of its share if None.
+
+    Raises:
+        ValueError: the device is not in the table, or there are more devices than sequences.
+    """
+    if device not in DEVICES:
+        raise ValueError(f"no data sheet for device {device!r}; use one of {', '.join(DEVICES)}")
+    if batch_size % devices:
+        raise ValueError(f"{batch_size} sequences do not go evenly over {devices} devices; use a multiple")
+    a, sheet = architecture, DEVICES[device]
+    tokens = steps * batch_size * seq_len
+    # A causal token sees half of the sequence; logits and mixing, forwards once and backwards twice.
+    attention = 6 * seq_len * a.n_heads * a.d_head * a.n_layers
+    embeddings = 0 if a.tied else a.vocab_size * a.d_model  # looked up, not multiplied
+    flops = tokens * (6.0 * (a.n_parameters - embeddings) + attention)
+    kept = a.n_layers * (16 * a.d_model + 4 * a.d_ffn) + 4 * a.vocab_size
+    size = 2 if precision == "bfloat16" else 4
+    peak = sheet.bfloat16 if precision == "bfloat16" else sheet.float32
+    return Plan(
+        name=a.name,
+        device=device,
+        devices=devices,
+        precision=precision,
+        parameters=a.n_parameters,
+        tokens=tokens,
+        flops=flops,
+        state_bytes=STATE_BYTES * a.n_parameters / devices,
+        activation_bytes=float(size * kept * seq_len * min(micro_batch or batch_size, batch_size // devices)),
+        device_bytes=sheet.memory,
+        hours=flops / (devices * peak * SHARE_OF_PEAK) / 3600,
+    )
