@@ -18,7 +18,7 @@ from empirics.model import ACTIVATIONS
 from empirics.probes import measure_growth
 from theory import growth
 from theory.architecture import EMBEDDINGS, Architecture, method, preset
-from theory.gram_maps import AttentionMap, FeedForwardMap, rotation_correlation
+from theory.gram_maps import AttentionMap, FeedForwardMap, alibi_slopes, rotation_correlation, steepest_alibi_slope
 from theory.grams import Blocks, Gram, causal
 from theory.growth import gradient_growth, growth_closed_form
 from theory.initialisation import Init
@@ -436,3 +436,19 @@ def test_growth_with_repeated_tokens() -> None:
     error = differences.std(ddof=1) / math.sqrt(len(seeds))
     print(f"tiny with repeated tokens: {differences.mean():+.2%} +- {error:.2%}")
     assert abs(differences.mean()) <= 0.05 + 3 * error
+
+
+@pytest.mark.parametrize("pairs", [1025, 1500])
+def test_more_pairs_than_are_summed_are_spread_evenly(pairs: int) -> None:
+    """Against the sum over all of them, to a thousandth of what a logit has; the control is every other pair."""
+    distances = np.arange(0.0, 64.0)[None, :]
+    angles = 10_000.0 ** (-np.arange(pairs) / pairs)
+    exact = np.cos(angles[:, None] * distances).mean(axis=0)
+    found = rotation_correlation(2 * pairs, 2 * pairs, 10_000.0, distances).off[0]
+    assert found == pytest.approx(exact, abs=1e-3)
+    assert np.cos(angles[: pairs // 2, None] * distances).mean(axis=0) != pytest.approx(exact, abs=0.1)
+
+
+@pytest.mark.parametrize("n_heads", [1, 2, 3, 8, 12, 96])
+def test_the_steepest_slope_is_the_largest(n_heads: int) -> None:
+    assert steepest_alibi_slope(n_heads) == max(alibi_slopes(n_heads, n_heads))

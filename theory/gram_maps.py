@@ -231,6 +231,9 @@ class FeedForwardMap:
         return Applied(output=Gram(on, off), backward=lambda gradient: gradient * slopes)
 
 
+MANY_PAIRS = 1024
+
+
 def rotation_correlation(width: int, turned: int, base: float, distances: Array) -> Gram:
     """Correlation that RoPE leaves between two logits whose distances differ by `distances`.
 
@@ -240,13 +243,22 @@ def rotation_correlation(width: int, turned: int, base: float, distances: Array)
         width, turned: of a head, and how much of it rotates.
         distances: (B, B) between two different tokens of a pair of blocks.
     """
-    angles = base ** (-np.arange(0, turned, 2) / max(turned, 1))
+    pairs = (turned + 1) // 2
+    # Of more pairs than any head has, as many evenly spread ones stand for all.
+    places = np.arange(pairs) if pairs <= MANY_PAIRS else (np.arange(MANY_PAIRS) + 0.5) * pairs / MANY_PAIRS - 0.5
+    angles = base ** (-2 * places / max(turned, 1))
     share = turned / width
     total = np.zeros_like(distances)
     for angle in angles:
         total += np.cos(angle * distances)
     mean = share * total / max(angles.size, 1) + (1 - share)
     return Gram(np.ones(len(distances)), mean)
+
+
+def steepest_alibi_slope(n_heads: int) -> float:
+    """The largest of ALiBi's slopes: 2^(-8/n), or that of the heads beyond a power of two."""
+    power = 2 ** math.floor(math.log2(n_heads))
+    return 2.0 ** ((-8 if n_heads == power else -4) / power)
 
 
 def alibi_slopes(n_heads: int, limit: int = 8) -> tuple[float, ...]:

@@ -15,7 +15,7 @@ from theory.architecture import Architecture
 from theory.attention import attention_estimate
 from theory.attention_variants import attention_general_upper
 from theory.feedforward import ffn_estimate, ffn_gated_upper, ffn_upper
-from theory.gram_maps import alibi_slopes
+from theory.gram_maps import steepest_alibi_slope
 from theory.growth import Growth, gradient_growth
 from theory.initialisation import Stds
 from theory.kernels import activation_kernel
@@ -258,7 +258,7 @@ def _attention_bound(
     if a.attention_softcap:
         spread = min(spread, 2 * a.attention_softcap)
     if a.positions == "alibi":
-        spread += alibi_slopes(a.n_heads, a.n_heads)[-1] * (seen - 1)
+        spread += steepest_alibi_slope(a.n_heads) * (seen - 1)
     output = _opnorm(a, failure, stds.output, d, heads)
     jacobian = float(
         attention_general_upper().evaluate(
