@@ -365,7 +365,9 @@ def untested(records: Records) -> Finding:
 
 
 def post_ln(records: Records) -> Finding:
-    return Finding(holds=None, predicted="Post-LN is outside the present theory and network")
+    return Finding(
+        holds=None, predicted="growth at initialisation: docs/accuracy.md has Post-LN, predicted and measured"
+    )
 
 
 def detach(records: Records) -> Finding:
