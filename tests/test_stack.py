@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from empirics.model import Transformer, build
+from empirics.model import Transformer, build, sinusoidal_table
 from empirics.probes import PlainAttention, gradient_profile
 from empirics.spectral import explicit_jacobian
 from theory.architecture import EMBEDDINGS, Architecture, preset
@@ -20,7 +20,7 @@ from theory.evaluate import closed_form
 from theory.feedforward import ffn_estimate
 from theory.growth import gradient_growth, growth_closed_form
 from theory.random_matrix import cesaro_opnorm
-from theory.stack import log_product, paper_bound, rigorous_bound
+from theory.stack import _after, _Reach, log_product, paper_bound, rigorous_bound
 from theory.statements import residual
 
 TOKENS = 6
@@ -90,6 +90,7 @@ SCALED = small().with_embedding("scaled-embed")
 LAYOUTS: dict[str, Architecture] = {
     "post-ln": replace(SCALED, block="post-ln", final_norm=False),
     "post-ln, loud": replace(SCALED, block="post-ln", embedding_multiplier=30.0, shortcut_multiplier=2.0),
+    "post-ln, LayerNorm scaling": replace(SCALED, block="post-ln", norm_depth_scaling=True, shortcut_multiplier=3.0),
     "peri-ln": replace(SCALED, block="peri-ln"),
     "peri-ln, large eps": replace(SCALED, block="peri-ln", eps=0.1),
     "branch-ln": replace(SCALED, block="branch-ln", norm="rmsnorm"),
@@ -257,3 +258,23 @@ def test_the_vectorised_closed_form_is_the_scalar_one(treatment: Any) -> None:
         for j, n in enumerate(depths.tolist()):
             one = replace(preset("tiny"), d_model=d, d_ffn=4 * d, d_head=d // 2, n_layers=n).with_embedding(treatment)
             assert growth[i, j] == pytest.approx(growth_closed_form(one, 64), rel=1e-12)
+
+
+@pytest.mark.parametrize("layer", [0, 3])
+def test_what_is_known_of_a_scaled_post_norm_is_true(layer: int) -> None:
+    """A stream that nothing was added to leaves the norm with length sqrt(d) over the root of its layer's number."""
+    a = replace(SCALED, block="post-ln", norm_depth_scaling=True, eps=1e-12)
+    after: list[float] = []
+    found = _after(a, layer, _Reach(5.0, 5.0), 0.0, after)
+    length = math.sqrt(a.d_model / (layer + 1))
+    assert found.low <= length * ROUNDING
+    assert found.low == pytest.approx(length, rel=1e-9)  # control: without the root it would be twice that
+    assert after[0] == pytest.approx(length / 5.0, rel=1e-9)
+
+
+@pytest.mark.parametrize("d", [1, 3, 8])
+def test_sinusoidal_positions_are_no_longer_than_assumed(d: int) -> None:
+    table = sinusoidal_table(600, d, torch.device("cpu"), torch.float64)
+    longest = float(table.norm(dim=1).max())
+    assert longest <= math.sqrt((d + 1) // 2) * ROUNDING
+    assert longest > math.sqrt((d + 1) // 2) * 0.95  # control

@@ -83,8 +83,8 @@ def attention_general_upper() -> Statement:
         + \kappa_Q \right), \qquad \chi = \min\left(e^D H_w, \tfrac12 \min(T - 1, w)\right)
 
     with pi the bound of `attention-window-upper`, R the largest normalised token, and kappa_K, kappa_Q bounds on
-    the slopes of all heads' logits: sum_h (a_tj^h . x)^2 <= kappa_K^2 |x|^2, and alike the standard deviation of
-    b_tj^h . x over a softmax row for kappa_Q.
+    the slopes of all heads' logits: sum_h (a_tj^h . x)^2 <= kappa_K^2 |x|^2 at every t and j, and
+    sum_h Var_p(b_tj^h . x) <= kappa_Q^2 |x|^2 over every softmax row.
     Holds: any weights and biases, any input of tokens at most R long, any positions, window, QK-norm and cap.
     Why: by Cauchy-Schwarz |sum_j p_j (u_j - mean) f_j| <= R sd_p(f) for f_j = a_tj . du_j. Summed over rows,
         Var_p(f) is at most half of sum_j f_j^2 (Popoviciu), and at most sum_j p_j f_j^2.

@@ -195,7 +195,7 @@ def rigorous_bound(architecture: Architecture, n_tokens: int, *, failure: float 
                     jacobian, size = jacobian * _norm_slope(a, 0.0), min(math.sqrt(d), size / math.sqrt(a.eps))
                 branches[name].append(a.residual_multiplier * jacobian * slope)
                 written += a.residual_multiplier * size
-            reach = _after(a, reach, written, after)
+            reach = _after(a, layer, reach, written, after)
     attention, feedforward = (np.array(found) for found in branches.values())
     assumptions = (f"with probability at least 1 - {failure:g} over the weights", "unit gains, zero biases")
     return _depth_bound("upper", a, attention, feedforward, np.array(after), assumptions)
@@ -215,15 +215,16 @@ def _norm_slope(a: Architecture, low: float) -> float:
     return float(norm_jacobian_upper().evaluate({"gain": 1.0, "s": math.sqrt(low**2 / a.d_model + a.eps)}))
 
 
-def _after(a: Architecture, reach: _Reach, written: float, after: list[float]) -> _Reach:
+def _after(a: Architecture, layer: int, reach: _Reach, written: float, after: list[float]) -> _Reach:
     """What is known after an update that adds at most `written` to every token; post-ln's 1/s goes to `after`."""
     alpha = a.shortcut_multiplier
     low, high = max(0.0, alpha * reach.low - written), alpha * reach.high + written
     if a.block != "post-ln":
         after.append(1.0)
         return _Reach(low, high)
-    after.append(_norm_slope(a, low))
-    return _Reach(low * _norm_slope(a, low), math.sqrt(a.d_model))
+    slope = _norm_slope(a, low) / (math.sqrt(layer + 1) if a.norm_depth_scaling else 1.0)
+    after.append(slope)
+    return _Reach(low * slope, math.sqrt(a.d_model))
 
 
 def _deviation(a: Architecture, failure: float) -> float:
@@ -323,7 +324,7 @@ def _embedding_reach(architecture: Architecture, n_tokens: int, failure: float) 
     dominating = variance * a.init.gaussian_factor**2
     high = math.sqrt(dominating) * (math.sqrt(d) + math.sqrt(2 * x))
     if a.positions == "sinusoidal":
-        high += math.sqrt(d / 2)
+        high += math.sqrt((d + 1) // 2)  # sine and cosine in pairs; an odd width ends with a sine alone
     low = math.sqrt(square)
     if a.embedding_norm:
         return _Reach(low * _norm_slope(a, low), math.sqrt(d))
