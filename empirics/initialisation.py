@@ -170,7 +170,7 @@ def _layer_bounds(architecture: Architecture, layers: list[dict[str, float]]) ->
     if architecture.block != "pre-ln":
         return []
     # Gains start at 1; the residual multiplier is a factor on what is added.
-    gains = [1 / math.sqrt(n + 1) if architecture.norm_depth_scaling else 1.0 for n in range(len(layers))]
+    gains = [architecture.norm_factor_at(n) for n in range(len(layers))]
     added = architecture.residual_multiplier
     rows = [
         added

@@ -267,7 +267,7 @@ class Layer(nn.Module):
         a = architecture
         self.block, self.parallel, self.shared_norm = a.block, a.parallel, a.shared_norm
         self.residual, self.shortcut = a.residual_multiplier, a.shortcut_multiplier
-        self.norm_factor = 1 / math.sqrt(layer + 1) if a.norm_depth_scaling else 1.0
+        self.norm_factor = a.norm_factor_at(layer)
         before, after = a.block in ("pre-ln", "peri-ln"), a.block != "pre-ln"
         self.attention_norm = make_norm(a) if before else None
         self.attention = Attention(a, layer)

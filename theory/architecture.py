@@ -66,7 +66,7 @@ class Architecture:
         tied: the head is the token table.
         logit_multiplier: factor on the output logits.
         embedding_multiplier, embedding_norm: what is done to the embeddings before the first block.
-        embedding_gradient: factor on the gradient that reaches the token table; the forward pass is
+        embedding_gradient: factor on the gradient that reaches the tables and the embedding norm; the forward pass is
             unchanged (`g*x + (1-g)*stopgrad(x)`).
         padding_row: the class zeroes one row of the token table, the padding token's.
 
@@ -169,6 +169,10 @@ class Architecture:
     def window_at(self, layer: int) -> int:
         """How many tokens a token of layer 0, 1, ... sees, itself included; 0 for all that came before."""
         return 0 if _is_kth(layer, self.global_every, first=self.global_first) else self.window
+
+    def norm_factor_at(self, layer: int) -> float:
+        """What LayerNorm scaling multiplies the norms of layer 0, 1, ... by; 1 without it."""
+        return 1 / math.sqrt(layer + 1) if self.norm_depth_scaling else 1.0
 
     def rope_base_at(self, layer: int) -> float | None:
         """Base of the rotary frequencies in layer 0, 1, ...; None where nothing turns."""

@@ -29,6 +29,16 @@ def _windowed(n_tokens: Any, n_seen: Any, logit_spread: Any) -> Any:
     return minimum(sqrt(n_seen), exp(logit_spread) * sqrt(cesaro_opnorm(n_seen) ** 2 + beyond))
 
 
+def _unmasked(n_tokens: Any, logit_spread: Any) -> Any:
+    """Bound on a softmax matrix whose rows see every token."""
+    return minimum(sqrt(n_tokens), exp(logit_spread / 2))
+
+
+def _through_logits(heads_OV: Any, R: Any, key_slope: Any, query_slope: Any, rows: Any) -> Any:
+    """Bound on what passes through the keys and the queries; rows: of the sum of a slope's variances."""
+    return heads_OV * R * (key_slope * sqrt(rows) + query_slope)
+
+
 @register
 def attention_window_upper() -> Statement:
     r"""Bound the causal softmax matrix of one head that sees its last w tokens.
@@ -44,7 +54,7 @@ def attention_window_upper() -> Statement:
         name="attention-window-upper",
         kind="upper",
         quantity=quantity("attention_probability"),
-        formula=lambda n_tokens, n_seen, logit_spread: _windowed(n_tokens, n_seen, logit_spread),
+        formula=_windowed,
         source=Source(key="spikecheck", label="entrywise domination; hardy1920 for |C_w| < 2"),
         assumptions=("causal softmax over the last w tokens",),
         why="p_tj <= e^D / min(t, w); the first w rows are C_w, the others a moving average of norm at most 1",
@@ -66,7 +76,7 @@ def attention_full_probability_upper() -> Statement:
         name="attention-full-probability-upper",
         kind="upper",
         quantity=quantity("attention_probability"),
-        formula=lambda n_tokens, logit_spread: minimum(sqrt(n_tokens), exp(logit_spread / 2)),
+        formula=_unmasked,
         source=Source(key="spikecheck", label="row and column sums"),
         assumptions=("softmax over all tokens",),
         why="p_tj <= e^D / T, so that columns sum to at most e^D; rows sum to 1",
@@ -97,8 +107,8 @@ def attention_general_upper() -> Statement:
         n_tokens: Any, n_seen: Any, logit_spread: Any,
     ) -> Any:  # fmt: skip
         rows = minimum(exp(logit_spread) * harmonic_number(n_seen), minimum(n_tokens - 1, n_seen) / 2)
-        slopes = key_slope * sqrt(rows) + query_slope
-        return opnorm_O * opnorm_VH * _windowed(n_tokens, n_seen, logit_spread) + heads_OV * R * slopes
+        values = opnorm_O * opnorm_VH * _windowed(n_tokens, n_seen, logit_spread)
+        return values + _through_logits(heads_OV, R, key_slope, query_slope, rows)
 
     return Statement(
         name="attention-general-upper",
@@ -128,9 +138,9 @@ def attention_full_upper() -> Statement:
         opnorm_O: Any, opnorm_VH: Any, heads_OV: Any, R: Any, key_slope: Any, query_slope: Any,
         n_tokens: Any, logit_spread: Any,
     ) -> Any:  # fmt: skip
-        averaging = minimum(sqrt(n_tokens), exp(logit_spread / 2))
-        slopes = key_slope * sqrt(minimum(exp(logit_spread), n_tokens / 2)) + query_slope
-        return opnorm_O * opnorm_VH * averaging + heads_OV * R * slopes
+        rows = minimum(exp(logit_spread), n_tokens / 2)
+        values = opnorm_O * opnorm_VH * _unmasked(n_tokens, logit_spread)
+        return values + _through_logits(heads_OV, R, key_slope, query_slope, rows)
 
     return Statement(
         name="attention-full-upper",

@@ -290,8 +290,7 @@ def _domain(architecture: Architecture, logit_variance: float, tokens: NDArray[n
         reasons.append(f"d_model={architecture.d_model} is below {MIN_WIDTH}, too narrow for a large-width prediction")
     if architecture.norm_depth_scaling and architecture.block != "pre-ln":
         reasons.append(f"LayerNorm scaling is predicted with pre-ln alone, not with {architecture.block}")
-    distinct = MIN_DISTINCT if tokens is None else np.unique(tokens).size
-    if tokens is not None and distinct < min(MIN_DISTINCT, tokens.size):
+    if tokens is not None and (distinct := np.unique(tokens).size) < min(MIN_DISTINCT, tokens.size):
         # A row that averages few different values does not lose its fluctuations: measured 27 % off at 4 tokens.
         reasons.append(f"{distinct} distinct tokens repeat over the sequence, fewer than {MIN_DISTINCT}")
     return tuple(reasons)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -184,7 +185,8 @@ def residual_edge(squares: Array, weights: Array, ratio: float, strength: float)
     return float(found.fun)
 
 
-MANY_UNITS = 8192
+MANY_UNITS = 8192  # more are stood for by as many
+GRID = 1024  # quantiles along either pre-activation of a gated unit
 
 
 @lru_cache(maxsize=4096)
@@ -216,12 +218,9 @@ def gated_edge(activation: Activation, ratio: float, variance: float, gate_varia
     z_1 = math.sqrt(variance) * _normal_quantiles(GRID)
     z_3 = math.sqrt(gate_variance) * _normal_quantiles(2 * GRID)[GRID:]  # its sign does not matter
     slope, value = activation_slope(activation, z_1), activation_function(activation, z_1)
-    grid = np.sort(np.add.outer(gate_variance * value**2, np.zeros(GRID)) + variance * np.outer(slope**2, z_3**2), None)
+    grid = np.sort((gate_variance * value**2)[:, None] + variance * np.outer(slope**2, z_3**2), None)
     places = ((np.arange(units) + 0.5) / units * grid.size).astype(np.int64)
     return product_edge(grid[places], np.full(units, 1 / units), ratio)
-
-
-GRID = 1024  # quantiles along either pre-activation
 
 
 def _normal_quantiles(count: int) -> Array:
@@ -231,6 +230,15 @@ def _normal_quantiles(count: int) -> Array:
     return ndtri((np.arange(count) + 0.5) / count)
 
 
+def _elementwise(name: str, one: Callable[..., float], *values: Any) -> Any:
+    """A function of numbers, evaluated one by one on arrays; a name among symbols."""
+
+    def numeric(*numbers: Any) -> Any:
+        return np.vectorize(one, otypes=[np.float64])(*numbers)[()]
+
+    return opaque(name.replace("-", "_"), numeric, *values)
+
+
 def feedforward_edge_opnorm(activation: Activation, d: Any, d_ffn: Any, sigma_1: Any) -> Any:
     """Predicted |W_2 D W_1| / (sigma_1 sigma_2 d) at finite width, elementwise."""
 
@@ -238,10 +246,7 @@ def feedforward_edge_opnorm(activation: Activation, d: Any, d_ffn: Any, sigma_1:
         units = min(int(hidden), MANY_UNITS)
         return feedforward_edge(activation, hidden / width, float(sigma**2 * width), units).opnorm(width)
 
-    def numeric(*values: Any) -> Any:
-        return np.vectorize(one, otypes=[np.float64])(*values)[()]
-
-    return opaque(f"edge_{activation.replace('-', '_')}", numeric, d, d_ffn, sigma_1)
+    return _elementwise(f"edge_{activation}", one, d, d_ffn, sigma_1)
 
 
 def residual_edge_opnorm(activation: Activation, d: Any, d_ffn: Any, sigma_1: Any, sigma_2: Any, s: Any) -> Any:
@@ -251,10 +256,7 @@ def residual_edge_opnorm(activation: Activation, d: Any, d_ffn: Any, sigma_1: An
         slopes = _slopes(activation, float(enter**2 * width), min(int(hidden), MANY_UNITS))
         return residual_edge(*slopes, hidden / width, float(enter * leave * width / scale))
 
-    def numeric(*values: Any) -> Any:
-        return np.vectorize(one, otypes=[np.float64])(*values)[()]
-
-    return opaque(f"residual_edge_{activation.replace('-', '_')}", numeric, d, d_ffn, sigma_1, sigma_2, s)
+    return _elementwise(f"residual_edge_{activation}", one, d, d_ffn, sigma_1, sigma_2, s)
 
 
 def gated_edge_opnorm(activation: Activation, d: Any, d_ffn: Any, sigma_1: Any, sigma_3: Any) -> Any:
@@ -264,10 +266,7 @@ def gated_edge_opnorm(activation: Activation, d: Any, d_ffn: Any, sigma_1: Any, 
         variances = float(enter**2 * width), float(gate**2 * width)
         return gated_edge(activation, hidden / width, *variances, min(int(hidden), MANY_UNITS)).opnorm(width)
 
-    def numeric(*values: Any) -> Any:
-        return np.vectorize(one, otypes=[np.float64])(*values)[()]
-
-    return opaque(f"gated_edge_{activation.replace('-', '_')}", numeric, d, d_ffn, sigma_1, sigma_3)
+    return _elementwise(f"gated_edge_{activation}", one, d, d_ffn, sigma_1, sigma_3)
 
 
 @lru_cache(maxsize=256)
@@ -302,10 +301,7 @@ def cesaro_opnorm(n_tokens: Any) -> Any:
     1.0
     """
 
-    def numeric(value: Any) -> Any:
-        return np.vectorize(lambda one: _cesaro_opnorm(int(one)), otypes=[np.float64])(value)[()]
-
-    return opaque("cesaro_opnorm", numeric, n_tokens)
+    return _elementwise("cesaro_opnorm", lambda one: _cesaro_opnorm(int(one)), n_tokens)
 
 
 def harmonic_number(count: Any) -> Any:
@@ -315,7 +311,4 @@ def harmonic_number(count: Any) -> Any:
     1.833333333
     """
 
-    def numeric(value: Any) -> Any:
-        return np.vectorize(lambda n: float(np.sum(1 / np.arange(1, int(n) + 1))), otypes=[np.float64])(value)[()]
-
-    return opaque("harmonic_number", numeric, count)
+    return _elementwise("harmonic_number", lambda n: float(np.sum(1 / np.arange(1, int(n) + 1))), count)

@@ -184,7 +184,7 @@ def rigorous_bound(architecture: Architecture, n_tokens: int, *, failure: float 
             for name in names:
                 slope, radius = 1.0, reach.high
                 if a.block in ("pre-ln", "peri-ln"):
-                    scale = 1 / math.sqrt(layer + 1) if a.norm_depth_scaling else 1.0
+                    scale = a.norm_factor_at(layer)
                     slope, radius = scale * _norm_slope(a, reach.low), scale * math.sqrt(d)
                 if name == "attention":
                     jacobian, size = _attention_bound(a, stds, a.window_at(layer), n_tokens, radius, failure)
@@ -222,7 +222,7 @@ def _after(a: Architecture, layer: int, reach: _Reach, written: float, after: li
     if a.block != "post-ln":
         after.append(1.0)
         return _Reach(low, high)
-    slope = _norm_slope(a, low) / (math.sqrt(layer + 1) if a.norm_depth_scaling else 1.0)
+    slope = _norm_slope(a, low) * a.norm_factor_at(layer)
     after.append(slope)
     return _Reach(low * slope, math.sqrt(a.d_model))
 
