@@ -14,7 +14,7 @@ import torch
 from tqdm import tqdm
 
 from empirics.data import Batch, batch, load_corpus, random_tokens
-from empirics.plan import DEVICES, plan
+from empirics.plan import DEVICES, kept_numbers, plan
 from empirics.probes import measure_growth
 from empirics.run import record_path, run
 from empirics.spike_definitions import DEFINITIONS
@@ -45,12 +45,9 @@ def check_device(device: str) -> str:
 def check_memory(architecture: Architecture, n_tokens: int) -> None:
     """Refuse a network and batch that cannot fit in this machine's memory.
 
-    Counted in float32: weights and gradients, and what one pass over n_tokens tokens keeps for the backward
-    pass (about 16 vectors of the width and 4 of the hidden width a layer, and 4 of the vocabulary).
+    Counted in float32: weights and gradients, and what one pass over n_tokens tokens keeps for the backward pass.
     """
-    a = architecture
-    kept = a.n_layers * (16 * a.d_model + 4 * a.d_ffn) + 4 * a.vocab_size
-    needed = 8 * a.n_parameters + 4 * n_tokens * kept
+    needed = 8 * architecture.n_parameters + 4 * n_tokens * kept_numbers(architecture)
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if needed > 0.9 * total:
         raise ValueError(

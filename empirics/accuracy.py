@@ -149,12 +149,13 @@ def row(record: Mapping[str, Any]) -> Row:
 def norm_rows(out: Path, chosen: Mapping[str, Statement]) -> list[dict[str, Any]]:
     """Rows of sub-layer norms, one record a sharp statement in `out`; what is there for it is not measured again."""
     rows: list[dict[str, Any]] = []
-    todo = [(statement, out / f"norms-{name}.json") for name, statement in chosen.items()]
-    for statement, path in tqdm(todo, desc="norms", unit="statement", disable=None):
-        wanted = [[x.label, x.seeds, x.predicted(statement), x.inside(statement)] for x in settings(statement)]
+    for name, statement in tqdm(chosen.items(), desc="norms", unit="statement", disable=None):
+        path = out / f"norms-{name}.json"
+        rows_of = settings(statement)
+        wanted = [[x.label, x.seeds, x.predicted(statement), x.inside(statement)] for x in rows_of]
         kept = (read_record(path) or {}).get("rows", [])
         if [[r["label"], r["seeds"], r["predicted"], r["in_domain"]] for r in kept] != wanted:
-            kept = [measure(statement, setting) for setting in settings(statement)]
+            kept = [measure(statement, setting) for setting in rows_of]
             write_record(path, kind="norms", body={"rows": kept})
         rows += kept
     return rows

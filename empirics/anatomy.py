@@ -88,6 +88,12 @@ class Run(NamedTuple):
     def of(self, module: nn.Module) -> Called:
         return next(call for call in self.calls if call.module is module)
 
+    def entering(self, sublayer: SubLayer) -> Tensor:
+        """The input of a sub-layer."""
+        entered = self.of(sublayer.enter).input
+        assert entered is not None
+        return entered
+
 
 class Block:
     """A block with the arguments it was called with, to be called again."""
@@ -157,7 +163,7 @@ def wiring(block: Block, name: str) -> Wiring:
     if attention is None or feedforward is None:
         return Wiring(attention=attention, feedforward=feedforward, parallel=None, post=post, middle=None)
     pushed = block.run(edits={attention.leave: lambda branch: branch + x.flip(-1).reshape_as(branch)})
-    parallel = close(_entering(base, feedforward), _entering(pushed, feedforward))
+    parallel = close(base.entering(feedforward), pushed.entering(feedforward))
     middle = None if parallel else _middle(block, base, attention, post, f"{name} attention")
     return Wiring(attention=attention, feedforward=feedforward, parallel=parallel, post=post, middle=middle)
 
@@ -188,12 +194,6 @@ def _by_token(x: Tensor) -> bool:
 def _sublayer(run: Run, children: list[nn.Module]) -> SubLayer:
     ordered = [call.module for call in run.calls if call.module in children]
     return SubLayer(enter=ordered[0], leave=ordered[-1], adds=run.of(ordered[-1]).extra is not None)
-
-
-def _entering(run: Run, sublayer: SubLayer) -> Tensor:
-    entered = run.of(sublayer.enter).input
-    assert entered is not None
-    return entered
 
 
 def _middle(block: Block, base: Run, attention: SubLayer, post: bool, name: str) -> Place | None:

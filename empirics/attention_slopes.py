@@ -9,19 +9,12 @@ Shapes: T tokens, D d_model, H heads, G key/value heads, E head width; t is the 
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from empirics.model import Attention
-
-Observed = dict[str, Any]
-
-
-def opnorm(matrix: Tensor) -> Tensor:
-    """Largest singular value, of each matrix of a stack."""
-    return torch.linalg.matrix_norm(matrix, ord=2)
+from empirics.observables import Observed, opnorm
 
 
 def head_matrices(attention: Attention) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -55,7 +48,7 @@ def logit_slopes(attention: Attention, u_TD: Tensor) -> tuple[Tensor, Tensor]:
         by_query, by_key = (u_TD * 1 if wanted else u_TD.detach().requires_grad_() for _ in range(2))
         query = attention.queries_keys_values(by_query[None])[0]
         key = attention.queries_keys_values(by_key[None])[1]
-        logits = attention._softmax(query, key)[0][0]
+        logits = attention.softmax(query, key)[0][0]
         # A logit knows one token on either side, so that one sweep over a row or a column gives all of its slopes.
         return slopes(logits.sum(-1), by_key), slopes(logits.sum(-2), by_query).transpose(1, 2)
 
@@ -64,8 +57,8 @@ def observe_blocks(attention: Attention, u_TD: Tensor) -> Observed:
     """Norms of the blocks of the Jacobian: values by Kronecker products, keys and queries by their slopes."""
     p_Htj = attention.probabilities(u_TD[None])[1][0]
     _, _, value_HED, output_HDE = head_matrices(attention)
-    value_HTE = attention.value(u_TD).unflatten(-1, (-1, attention.d_head)).transpose(0, 1)
-    value_HTE = value_HTE.repeat_interleave(attention.n_heads // attention.n_kv_heads, 0)
+    value_GTE = attention.queries_keys_values(u_TD[None])[2][0]
+    value_HTE = value_GTE.repeat_interleave(attention.n_heads // attention.n_kv_heads, 0)
     key_HtjD, query_HtjD = logit_slopes(attention, u_TD)
     written_HTD, mixed_HTD = value_HTE @ output_HDE.mT, p_Htj @ value_HTE @ output_HDE.mT
     moved_HtjD = p_Htj[..., None] * (written_HTD[:, None] - mixed_HTD[:, :, None])
@@ -73,10 +66,7 @@ def observe_blocks(attention: Attention, u_TD: Tensor) -> Observed:
     return {
         "opnorm_OV": opnorm(attention.output.weight @ value_HED.flatten(0, 1)),
         "opnorm_P_mean": opnorm(mean_tj),
-        "opnorm_O": opnorm(attention.output.weight),
-        "opnorm_VH": opnorm(value_HED.flatten(0, 1)),
         "P_deviation": opnorm(p_Htj - mean_tj).max(),
-        "opnorm_P": opnorm(p_Htj).max(),
         "key_blocks": opnorm(_products(moved_HtjD, key_HtjD)),
         "query_blocks": opnorm(torch.einsum("htjd,htje->tde", moved_HtjD, query_HtjD)).max(),
     }
@@ -91,27 +81,16 @@ def _products(left_HtjD: Tensor, right_HtjD: Tensor) -> Tensor:
 
 
 def observe_slopes(attention: Attention, u_TD: Tensor) -> Observed:
-    """The same from the weights, the radius R of the input and the largest spread of a row's logits alone."""
+    """What the bounds from the weights ask for beside the matrices' norms; of the input its radius alone."""
     _, _, value_HED, output_HDE = head_matrices(attention)
     radius, length = u_TD.norm(dim=-1).max(), u_TD.shape[0]
     key_slope, query_slope = weight_slopes(attention, radius)
     return {
-        "opnorm_O": opnorm(attention.output.weight),
-        "opnorm_VH": opnorm(value_HED.flatten(0, 1)),
         "heads_OV": opnorm((output_HDE @ value_HED).transpose(0, 1).flatten(1)),
-        "R": radius,
         "key_slope": key_slope,
         "query_slope": query_slope,
-        "n_tokens": length,
         "n_seen": min(attention.window or length, length),
-        "logit_spread": logit_spread(attention, u_TD),
     }
-
-
-def logit_spread(attention: Attention, u_TD: Tensor) -> Tensor:
-    """The largest difference between two logits of a row."""
-    logits, hidden = attention.probabilities(u_TD[None])[0][0], ~attention.seen(u_TD.shape[0], u_TD.device)
-    return (logits.masked_fill(hidden, -math.inf).amax(-1) - logits.masked_fill(hidden, math.inf).amin(-1)).max()
 
 
 def weight_slopes(attention: Attention, radius: Tensor) -> tuple[Tensor, Tensor]:
@@ -142,9 +121,4 @@ def _size(attention: Attention, name: str, weight_HED: Tensor, radius: Tensor) -
     gain = norm.weight.abs().max()
     shift = getattr(norm, "bias", None)
     size = gain * math.sqrt(norm.weight.numel()) + (0.0 if shift is None else shift.norm())
-    return size, slope * gain / _least(norm)
-
-
-def _least(norm: nn.Module) -> float:
-    """The least that a norm divides by."""
-    return math.sqrt(norm.eps) if norm.eps else math.ulp(0.0) ** 0.5  # type: ignore[arg-type]
+    return size, slope * gain / math.sqrt(norm.eps)  # the least that it divides by

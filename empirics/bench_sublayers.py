@@ -351,15 +351,14 @@ def attention_rounding(attention: Attention, u_TD: Tensor) -> float:
 
 
 ATTENTION_SYMBOLS = {
-    ("opnorm_Q", "opnorm_K", "opnorm_V", "opnorm_O", "head_VQ", "head_VK", "R", "d_head", "kv_group", "n_tokens"): (
-        observables.observe_attention_weights
-    ),
+    (
+        *("opnorm_Q", "opnorm_K", "opnorm_V", "opnorm_VH", "opnorm_O", "head_VQ", "head_VK"),
+        *("R", "d_head", "kv_group", "n_tokens"),
+    ): observables.observe_attention_weights,
     ("logit_spread", "opnorm_P"): observables.observe_softmax,
     ("key_term", "query_term"): observables.observe_covariances,
-    ("opnorm_OV", "opnorm_P_mean", "opnorm_VH", "P_deviation", "key_blocks", "query_blocks"): (
-        attention_slopes.observe_blocks
-    ),
-    ("heads_OV", "opnorm_VH", "key_slope", "query_slope", "n_seen"): attention_slopes.observe_slopes,
+    ("opnorm_OV", "opnorm_P_mean", "P_deviation", "key_blocks", "query_blocks"): attention_slopes.observe_blocks,
+    ("heads_OV", "key_slope", "query_slope", "n_seen"): attention_slopes.observe_slopes,
 }
 ATTENTION_CHOICES = {
     "d_model": tuple(range(1, 7)), "n_tokens": tuple(range(1, 7)), "biases": (False, True), "norm": get_args(Norm),

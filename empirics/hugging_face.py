@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 from transformers import TrainerCallback
 
-from empirics.monitor import StabilityMonitor
+from empirics.monitor import StabilityMonitor, require_steps
 from theory.records import plain
 
 
@@ -21,8 +21,7 @@ class StabilityCallback(TrainerCallback):
     """
 
     def __init__(self, out: str | Path, *, every: int = 100) -> None:
-        if every < 1:
-            raise ValueError(f"every={every} is not a positive number of steps; use 1 to probe each step")
+        require_steps(every)  # before a run is set up around it
         self.out, self.every = Path(out), every
         self.monitor: StabilityMonitor | None = None
 

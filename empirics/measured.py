@@ -144,7 +144,7 @@ def _kind(block: Block, wired: Wiring) -> tuple[str | None, float | None, float 
     else:
         added = factor(near, x.flip(-1))
         added = None if added is None else added / alpha ** (crossed - 1)
-    entered = [_entering(block.run(scale * x), attention) for scale in (FAR, 2 * FAR)]
+    entered = [block.run(scale * x).entering(attention) for scale in (FAR, 2 * FAR)]
     before = close(entered[0], entered[1])
     if wired.post:
         name = "post-ln" if not before else None
@@ -153,12 +153,6 @@ def _kind(block: Block, wired: Wiring) -> tuple[str | None, float | None, float 
             (before, after), "none"
         )
     return name, alpha, added
-
-
-def _entering(run: Run, sublayer: SubLayer) -> Tensor:
-    entering = run.of(sublayer.enter).input
-    assert entering is not None
-    return entering
 
 
 # --- embedding and head ---------------------------------------------------------------------------------------------
@@ -216,7 +210,7 @@ def _matrices(block: Block, wired: Wiring) -> Iterator[tuple[str, float]]:
 
 def _leaves(run: Run, sublayer: SubLayer) -> tuple[list[nn.Module], list[nn.Module]]:
     """Linear modules that read a sub-layer's input, in order of their calls, and the others."""
-    entering, started = _entering(run, sublayer), run.of(sublayer.enter).child
+    entering, started = run.entering(sublayer), run.of(sublayer.enter).child
     ended = run.of(sublayer.leave).child
     children = list(dict.fromkeys(call.child for call in run.calls))
     within = children[children.index(started) : children.index(ended) + 1]

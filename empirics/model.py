@@ -197,7 +197,7 @@ class Attention(nn.Module):
         """Concatenated head outputs, (B, T, H*E)."""
         query, key, value = self.queries_keys_values(u_BTD)
         if self.softcap or not self.scale:  # no fused kernel has the one, and with the other they give NaN
-            mixed = self._softmax(query, key)[1] @ self._each_head(value)
+            mixed = self.softmax(query, key)[1] @ self._each_head(value)
         else:
             mask, grouped = self._mask(query), self.n_kv_heads != self.n_heads
             mixed = F.scaled_dot_product_attention(
@@ -208,7 +208,7 @@ class Attention(nn.Module):
     def probabilities(self, u_BTD: Tensor) -> tuple[Tensor, Tensor]:
         """Logits but for the mask, soft-capped and with ALiBi's bias, and their softmax, each (B, H, T, T)."""
         query, key, _ = self.queries_keys_values(u_BTD)
-        return self._softmax(query, key)
+        return self.softmax(query, key)
 
     def forward(self, u_BTD: Tensor) -> Tensor:
         return self.output(self.heads(u_BTD))
@@ -221,7 +221,8 @@ class Attention(nn.Module):
             return self.distance_bias(length, query).masked_fill(hidden, -math.inf)
         return self.seen(length, query.device) if 0 < self.window < length else None
 
-    def _softmax(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+    def softmax(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+        """`probabilities` of given queries (B, H, T, E) and keys (B, G, T, E)."""
         length = query.shape[-2]
         logits = softcap(query @ self._each_head(key).mT * self.scale, self.softcap)
         if self.alibi:

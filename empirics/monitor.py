@@ -109,6 +109,16 @@ class _Sums:
         return deviation, math.sqrt(sum(map(float, self.square))), sum(map(float, self.token_norms)) / tokens
 
 
+def require_steps(every: int) -> None:
+    """Refuse an interval that is none.
+
+    Raises:
+        ValueError: it is below 1.
+    """
+    if every < 1:
+        raise ValueError(f"every={every} is not a positive number of steps; use 1 to probe each step")
+
+
 class StabilityMonitor:
     """Measures a decoder's residual stream and gradient in the steps that it is asked to, and changes nothing.
 
@@ -125,8 +135,7 @@ class StabilityMonitor:
     """
 
     def __init__(self, model: nn.Module, *, every: int = 1, tokens: Tensor | None = None) -> None:
-        if every < 1:
-            raise ValueError(f"every={every} is not a positive number of steps; use 1 to probe each step")
+        require_steps(every)
         if hasattr(model, "_orig_mod"):
             raise ValueError("the model is compiled, and hooks on it are not called; give model._orig_mod")
         self.anatomy, _ = anatomy(model, tokens)

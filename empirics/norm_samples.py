@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
+from empirics.adversaries import normal
 from empirics.benches import small_architecture
 from empirics.model import Attention, FeedForward, make_norm
 from empirics.observables import opnorm, true_feedforward, true_half_layer
@@ -47,28 +47,22 @@ class Setting:
         return float(statement.evaluate(self.values))
 
 
-def normal(seed: int, *shape: int) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def _variant(statement: Statement) -> dict[str, Any]:
-    return {name: values[0] for name, values in statement.covers.items()}
-
-
 def matrices(statement: Statement) -> Iterator[Setting]:
     """Normal matrices, square and not."""
+    sigma = 0.7
     for rows, columns in ((16, 16), (64, 64), (64, 256), (256, 256), (512, 512)):
-        values = {"sigma": 0.7, "rows": rows, "columns": columns}
+        values = {"sigma": sigma, "rows": rows, "columns": columns}
 
         def draw(seed: int, rows: int = rows, columns: int = columns) -> float:
-            return opnorm(0.7 * normal(seed, rows, columns)).item()
+            return opnorm(sigma * normal(seed, rows, columns)).item()
 
         yield Setting(label=f"{rows} x {columns}", values=values, draw=draw, seeds=64)
 
 
-def feedforward(d: int, ratio: float, sigmas: Mapping[str, float], **variant: Any) -> FeedForward:
-    """A sub-layer to fill; sigmas are of `enter`, `leave` and `gate`, over 1/sqrt(d)."""
-    module = FeedForward(small_architecture({"d_model": d, "d_ffn": int(ratio * d), **variant})).double()
+def feedforward(statement: Statement, d: int, d_ffn: int) -> FeedForward:
+    """A sub-layer of the statement's variant, to fill."""
+    variant = {name: values[0] for name, values in statement.covers.items()}
+    module = FeedForward(small_architecture({"d_model": d, "d_ffn": d_ffn, **variant})).double()
     return module.requires_grad_(False)
 
 
@@ -80,13 +74,12 @@ def fill(module: Any, sigmas: Mapping[str, float], generator: torch.Generator) -
 
 def feedforwards(statement: Statement) -> Iterator[Setting]:
     """|d FFN / d u| at one normalised normal token."""
-    variant = _variant(statement)
     for d in WIDTHS:
-        for ratio in (1.0, 4.0) if d == 256 else (4.0,):
+        for ratio in (1, 4) if d == 256 else (4,):
             sigmas = {"enter": 0.8 / math.sqrt(d), "leave": 0.7 / math.sqrt(d)}
-            if variant.get("gated"):
+            module = feedforward(statement, d, ratio * d)
+            if module.gate is not None:
                 sigmas["gate"] = 0.9 / math.sqrt(d)
-            module = feedforward(d, ratio, sigmas, **variant)
 
             def draw(seed: int, d: int = d, module: FeedForward = module, sigmas: Any = sigmas) -> float:
                 fill(module, sigmas, torch.Generator().manual_seed(seed))
@@ -94,24 +87,22 @@ def feedforwards(statement: Statement) -> Iterator[Setting]:
                 return true_feedforward(module, u).item()
 
             values = {"sigma_1": sigmas["enter"], "sigma_2": sigmas["leave"], "sigma_3": sigmas.get("gate", 0.0)}
-            values |= {"d": d, "d_ffn": int(ratio * d)}
-            yield Setting(
-                label=f"d {d}, d_ffn {int(ratio * d)}", values=values, draw=draw, seeds=16 if d == 512 else 40
-            )
+            values |= {"d": d, "d_ffn": ratio * d}
+            yield Setting(label=f"d {d}, d_ffn {ratio * d}", values=values, draw=draw, seeds=16 if d == 512 else 40)
 
 
 def half_layers(statement: Statement) -> Iterator[Setting]:
     """|I + J| at one token of a pre-norm feed-forward half-layer, from weak branches to strong ones."""
-    variant, s = _variant(statement), 0.3
+    s = 0.3
     for d, strength in ((64, 0.1), (64, 1.0), (256, 0.02), (256, 0.1), (256, 0.5), (256, 3.0), (512, 0.5)):
         enter = 0.6 / math.sqrt(d)
         sigmas = {"enter": enter, "leave": strength * s / (enter * d)}
-        module = feedforward(d, 4.0, sigmas, **variant)
+        module = feedforward(statement, d, 4 * d)
         norm = make_norm(small_architecture({"d_model": d, "eps": 1e-12})).double().requires_grad_(False)
 
         def draw(seed: int, d: int = d, module: Any = module, sigmas: Any = sigmas, norm: Any = norm) -> float:
             fill(module, sigmas, torch.Generator().manual_seed(seed))
-            x = 0.3 * torch.nn.functional.layer_norm(normal(seed + 1000, 1, d), (d,))
+            x = s * torch.nn.functional.layer_norm(normal(seed + 1000, 1, d), (d,))
             return true_half_layer(module, norm, x).item()
 
         values = {"sigma_1": enter, "sigma_2": sigmas["leave"], "s": s, "d": d, "d_ffn": 4 * d}

@@ -20,11 +20,15 @@ import torch
 from torch import Tensor, nn
 from torch.func import jacrev, vmap
 
-from empirics.attention_slopes import logit_spread, opnorm
 from empirics.model import Attention, FeedForward, rotary_table, rotate
 from empirics.probes import PlainAttention
 
 Observed = dict[str, Any]
+
+
+def opnorm(matrix: Tensor) -> Tensor:
+    """Largest singular value, of each matrix of a stack."""
+    return torch.linalg.matrix_norm(matrix, ord=2)
 
 
 def jacobian(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
@@ -124,6 +128,7 @@ def observe_attention_weights(attention: Attention, u_TD: Tensor) -> Observed:
         "opnorm_K": opnorm(attention.key.weight),
         "opnorm_V": opnorm(attention.value.weight),
         "opnorm_O": opnorm(attention.output.weight),
+        "opnorm_VH": math.sqrt(group) * opnorm(attention.value.weight),  # a group's rows repeated for its heads
         "head_VQ": (value_H * query_H).max(),
         "head_VK": (value_H * key_H).max(),
         "R": radius,
@@ -140,9 +145,13 @@ def _over(bias: Tensor, radius: Tensor) -> Tensor:
 
 def observe_softmax(attention: Attention, u_TD: Tensor) -> Observed:
     """The largest spread of a row's logits, and the largest softmax matrix."""
+    logits, probabilities = attention.probabilities(u_TD[None])
+    hidden = ~attention.seen(u_TD.shape[0], u_TD.device)
+    highest = logits[0].masked_fill(hidden, -math.inf).amax(-1)
+    lowest = logits[0].masked_fill(hidden, math.inf).amin(-1)
     return {
-        "logit_spread": logit_spread(attention, u_TD),
-        "opnorm_P": opnorm(attention.probabilities(u_TD[None])[1][0]).max(),
+        "logit_spread": (highest - lowest).max(),
+        "opnorm_P": opnorm(probabilities[0]).max(),
         "n_tokens": u_TD.shape[0],
     }
 

@@ -79,6 +79,13 @@ class Plan:
         return {**plain(self), "fits": self.fits, "kind": "estimate", "share_of_peak": SHARE_OF_PEAK}
 
 
+def kept_numbers(architecture: Architecture) -> int:
+    """What one token's forward pass keeps for the backward pass: about 16 vectors of the width and 4 of the hidden
+    width a layer, and 4 of the vocabulary."""
+    a = architecture
+    return a.n_layers * (16 * a.d_model + 4 * a.d_ffn) + 4 * a.vocab_size
+
+
 def plan(
     architecture: Architecture,
     *,
@@ -108,7 +115,6 @@ def plan(
     attention = 6 * seq_len * a.n_heads * a.d_head * a.n_layers
     embeddings = 0 if a.tied else a.vocab_size * a.d_model  # looked up, not multiplied
     flops = tokens * (6.0 * (a.n_parameters - embeddings) + attention)
-    kept = a.n_layers * (16 * a.d_model + 4 * a.d_ffn) + 4 * a.vocab_size
     size = 2 if precision == "bfloat16" else 4
     peak = sheet.bfloat16 if precision == "bfloat16" else sheet.float32
     return Plan(
@@ -120,7 +126,9 @@ def plan(
         tokens=tokens,
         flops=flops,
         state_bytes=STATE_BYTES * a.n_parameters / devices,
-        activation_bytes=float(size * kept * seq_len * min(micro_batch or batch_size, batch_size // devices)),
+        activation_bytes=float(
+            size * kept_numbers(a) * seq_len * min(micro_batch or batch_size, batch_size // devices)
+        ),
         device_bytes=sheet.memory,
         hours=flops / (devices * peak * SHARE_OF_PEAK) / 3600,
     )
