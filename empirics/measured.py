@@ -14,22 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from empirics.anatomy import (
-    FAR,
-    Anatomy,
-    Block,
-    Run,
-    SubLayer,
-    Wiring,
-    anatomy,
-    capture,
-    close,
-    evaluating,
-    factor,
-    removed,
-    some_tokens,
-    token_table,
-)
+from empirics.anatomy import FAR, Anatomy, Block, Run, SubLayer, Wiring, anatomy, capture, some_tokens, token_table
+from empirics.running import close, evaluating, factor, removed
 
 CHUNK = 1024  # unit vectors sent through a linear module at once
 

@@ -11,8 +11,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from empirics.anatomy import Place, anatomy, evaluating, first_tensor, forward, some_tokens
+from empirics.anatomy import Place, anatomy, forward, some_tokens
 from empirics.measured import Measured, describe
+from empirics.running import evaluating, first_tensor
 from theory.architecture import Architecture
 from theory.growth import gradient_growth
 from theory.hf_config import UnknownArchitecture, parse_config

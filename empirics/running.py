@@ -1,0 +1,110 @@
+"""Tensors and hooks by which someone else's modules are run, edited and compared."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Every module in eval mode, and as it was afterwards; random states too."""
+    training = [(module, module.training) for module in model.modules()]
+    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
+    with torch.random.fork_rng(devices=devices):
+        try:
+            model.eval()
+            yield
+        finally:
+            for module, was in training:
+                module.training = was
+
+
+@contextmanager
+def removed(handle: Any) -> Iterator[None]:
+    """A hook, removed in the end."""
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def n_parameters(*modules: nn.Module) -> int:
+    return sum(p.numel() for module in modules for p in module.parameters())
+
+
+def has_matrix(module: nn.Module) -> bool:
+    return any(p.ndim > 1 for p in module.parameters())
+
+
+def first_tensor(values: Iterable[Any]) -> Tensor | None:
+    """The first floating tensor with a width; what a tuple or an output object holds counts in its place."""
+    for value in values:
+        if isinstance(value, Tensor) and value.is_floating_point() and value.ndim > 1:
+            return value
+        if isinstance(value, tuple | list):
+            found = first_tensor(value)
+            if found is not None:
+                return found
+    return None
+
+
+def stream_tensors(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Tensor | None, Tensor | None]:
+    """A module's input, and another tensor of its shape that it was given beside it."""
+    tensors = [v for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and v.is_floating_point() and v.ndim > 1]
+    if not tensors:
+        return None, None
+    others = [t for t in tensors[1:] if t.shape == tensors[0].shape and t is not tensors[0]]
+    return tensors[0], others[0] if others else None
+
+
+def with_first(output: Any, tensor: Tensor) -> Any:
+    """An output with its (first) tensor replaced."""
+    if isinstance(output, Tensor):
+        return tensor
+    return type(output)([tensor, *output[1:]])
+
+
+def replaced(
+    args: tuple[Any, ...], kwargs: Mapping[str, Any], old: Tensor, new: Tensor
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Arguments with one tensor in another's place."""
+    return (
+        tuple(new if arg is old else arg for arg in args),
+        {key: new if value is old else value for key, value in kwargs.items()},
+    )
+
+
+def require_stream(x: Tensor | None, module: nn.Module) -> Tensor:
+    if x is None:
+        raise ValueError(f"{type(module).__name__} neither takes nor gives a hidden state; give a plain decoder")
+    return x
+
+
+def tolerance(x: Tensor) -> float:
+    """Relative: what the arithmetic of one block leaves of two equal results."""
+    return max(1e-3, 8 * torch.finfo(x.dtype).eps)
+
+
+def close(a: Tensor, b: Tensor) -> bool:
+    """Equal up to rounding, in the norm."""
+    return a.shape == b.shape and float((a - b).norm()) <= tolerance(a) * float(b.norm())
+
+
+def is_multiple(a: Tensor | None, x: Tensor) -> bool:
+    """Whether `a` is a positive multiple of x, whatever its shape."""
+    found = None if a is None else factor(a, x)
+    return found is not None and found > 0
+
+
+def factor(a: Tensor, x: Tensor) -> float | None:
+    """By what `a` is a multiple of x, up to rounding; None if it is none."""
+    if a.numel() != x.numel() or a.shape[-1] != x.shape[-1]:
+        return None
+    flat, y = a.reshape_as(x).double(), x.double()
+    found = float((flat * y).sum() / y.square().sum())
+    return found if float((flat - found * y).norm()) <= tolerance(x) * float((found * y).norm()) else None
