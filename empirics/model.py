@@ -18,6 +18,7 @@ a the shortcut and r the residual multiplier:
 
     attention   W_O P V, P = softmax(cap(s Q K') - slope * distance), zero outside the window
     feedforward W_2 F(W_1 u)         gated: W_2 (F(W_1 u) * W_3 u)
+    experts     sum_e g_e f_e(u)     g softmax of the k largest of W_r u (among them, or among all); f_e feedforwards
 
 Initialisation: biases 0, gains 1, every matrix as below; N layers, n = 0, 1, ... a layer. The rules are those of
 `theory.initialisation`: small sqrt(2/(5D)), xavier sqrt(2/(fan_in + fan_out)), kaiming sqrt(2/fan_in), fan-in
@@ -25,7 +26,7 @@ Initialisation: biases 0, gains 1, every matrix as below; N layers, n = 0, 1, ..
 lower true one, which `Architecture.layer_stds` gives. An init of one's own may have a rule each for W_Q W_K, W_V and
 W_O W_2, and a gain on W_V W_O W_1 W_2 W_3.
 
-    init         E, positions  W_Q W_K W_V W_1 W_3  W_O W_2                W_head   drawn
+    init         E, positions  W_Q W_K W_V W_1 W_3  W_O W_2                W_head   drawn   (W_r as W_1)
     paper        small         small                small / sqrt(2N)       small    normal
     xavier       small         xavier               xavier                 small    normal
     small        small         small                small                  small    normal
@@ -252,6 +253,35 @@ class FeedForward(nn.Module):
         return self.leave(hidden)
 
 
+class Experts(nn.Module):
+    """Feed-forwards behind a router, a token going to those of its largest logits; no token is dropped."""
+
+    def __init__(self, architecture: Architecture) -> None:
+        super().__init__()
+        a = architecture
+        self.chosen, self.renormalised = a.experts_per_token, a.gates_renormalised
+        self.router = nn.Linear(a.d_model, a.n_experts, bias=False)
+        self.experts = nn.ModuleList(FeedForward(a) for _ in range(a.n_experts))
+
+    def gates(self, u_ND: Tensor) -> tuple[Tensor, Tensor]:
+        """Weights (N, k) of the chosen experts, in float32 or wider, and which they are, (N, k)."""
+        logits = self.router(u_ND)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        top, index = logits.topk(self.chosen)
+        total = (top if self.renormalised else logits).logsumexp(-1, keepdim=True)
+        return (top - total).exp(), index
+
+    def forward(self, u_BTD: Tensor) -> Tensor:
+        u_ND = u_BTD.flatten(0, -2)
+        gates, index = self.gates(u_ND)
+        total = torch.zeros_like(u_ND)
+        for e, expert in enumerate(self.experts):
+            token, place = torch.where(index == e)
+            weighted = gates[token, place, None] * expert(u_ND[token])
+            total = total.index_add(0, token, weighted.to(total.dtype))
+        return total.view_as(u_BTD)
+
+
 # --- the network ------------------------------------------------------------------------------------------------
 
 
@@ -274,7 +304,7 @@ class Layer(nn.Module):
         self.attention = Attention(a, layer)
         self.attention_out_norm = make_norm(a) if after else None
         self.feedforward_norm = make_norm(a) if before and not a.shared_norm else None
-        self.feedforward = FeedForward(a)
+        self.feedforward = Experts(a) if a.n_experts else FeedForward(a)
         self.feedforward_out_norm = make_norm(a) if after else None
 
     def attention_input(self, x_BTD: Tensor) -> Tensor:
@@ -304,6 +334,12 @@ class Layer(nn.Module):
     def parallel_update(self, x_BTD: Tensor) -> Tensor:
         """The residual stream after both sub-layers have read x."""
         return times(x_BTD, self.shortcut) + self.attention_branch(x_BTD) + self.feedforward_branch(x_BTD)
+
+    @property
+    def feedforwards(self) -> list[FeedForward]:
+        """The feed-forward sub-layer, or each of its experts."""
+        experts = self.feedforward.experts if isinstance(self.feedforward, Experts) else [self.feedforward]
+        return [expert for expert in experts if isinstance(expert, FeedForward)]
 
     @property
     def branches(self) -> tuple[Function, Function]:
@@ -391,16 +427,21 @@ class Transformer(nn.Module):
             _draw(self.positions.weight, a.stds.position, a.init, generator)
         for n, layer in enumerate(self.layers):
             assert isinstance(layer, Layer)
-            attention, feedforward, stds = layer.attention, layer.feedforward, a.layer_stds(n)
+            attention, stds = layer.attention, a.layer_stds(n)
             table: list[tuple[nn.Linear | None, float]] = [
                 (attention.query, stds.query),
                 (attention.key, stds.key),
                 (attention.value, stds.value),
                 (attention.output, stds.output),
-                (feedforward.enter, stds.ffn_in),
-                (feedforward.gate, stds.ffn_gate),
-                (feedforward.leave, stds.ffn_out),
             ]
+            if isinstance(layer.feedforward, Experts):
+                table.append((layer.feedforward.router, stds.router))
+            for feedforward in layer.feedforwards:
+                table += [
+                    (feedforward.enter, stds.ffn_in),
+                    (feedforward.gate, stds.ffn_gate),
+                    (feedforward.leave, stds.ffn_out),
+                ]
             for linear, std in table:
                 if linear is not None:
                     _draw(linear.weight, std, a.init, generator)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import jacrev, vmap
 
-from empirics.model import Attention, FeedForward, rotary_table, rotate
+from empirics.model import Attention, Experts, FeedForward, rotary_table, rotate
 from empirics.probes import PlainAttention
 
 Observed = dict[str, Any]
@@ -73,6 +73,22 @@ def observe_feedforward(feedforward: FeedForward, u_TD: Tensor) -> Observed:
         slope, active = _slope(feedforward.activation, z), feedforward.activation(z)
         values["gate_slope"] = (slope * feedforward.gate(u_TD)).hypot(active).max()
     return values
+
+
+def true_experts(experts: Experts, u_TD: Tensor) -> Tensor:
+    """Largest over tokens of |d Experts / d u|; one token after another, since each has a routing of its own."""
+    return torch.stack([true_opnorm(experts, u_D[None]) for u_D in u_TD]).max()
+
+
+def observe_experts(experts: Experts, u_TD: Tensor) -> Observed:
+    rows = experts.router.weight
+    every = [expert for expert in experts.experts if isinstance(expert, FeedForward)]
+    return {
+        "expert_jacobian": torch.stack([true_feedforward(expert, u_TD) for expert in every]).max(),
+        "expert_output": torch.stack([expert(u_TD).norm(dim=-1).max() for expert in every]).max(),
+        # Not torch.cdist, whose gradient at distance 0 is not a number.
+        "router_spread": (rows[:, None] - rows).square().sum(-1).max().sqrt(),
+    }
 
 
 def _slope(activation: Callable[[Tensor], Tensor], z: Tensor) -> Tensor:

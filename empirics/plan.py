@@ -37,7 +37,7 @@ class Plan:
     """A run on `devices` devices that share weights, gradients and optimiser state evenly (FSDP).
 
     Attributes:
-        flops: of the whole run: 6 a weight and token, and 6 T H E a layer and token for causal attention.
+        flops: of the whole run: 6 a weight and token that meet, and 6 T H E a layer and token for causal attention.
         state_bytes, activation_bytes: on one device; activations of a step, kept in the run's precision.
         hours: at `SHARE_OF_PEAK` of the device's peak.
     """
@@ -81,9 +81,10 @@ class Plan:
 
 def kept_numbers(architecture: Architecture) -> int:
     """What one token's forward pass keeps for the backward pass: about 16 vectors of the width and 4 of the hidden
-    width a layer, and 4 of the vocabulary."""
+    width (of each expert that it goes to) a layer, and 4 of the vocabulary."""
     a = architecture
-    return a.n_layers * (16 * a.d_model + 4 * a.d_ffn) + 4 * a.vocab_size
+    hidden = (a.experts_per_token if a.n_experts else 1) * a.d_ffn
+    return a.n_layers * (16 * a.d_model + 4 * hidden) + 4 * a.vocab_size
 
 
 def plan(
@@ -114,7 +115,7 @@ def plan(
     # A causal token sees half of the sequence; logits and mixing, forwards once and backwards twice.
     attention = 6 * seq_len * a.n_heads * a.d_head * a.n_layers
     embeddings = 0 if a.tied else a.vocab_size * a.d_model  # looked up, not multiplied
-    flops = tokens * (6.0 * (a.n_parameters - embeddings) + attention)
+    flops = tokens * (6.0 * (a.active_parameters - embeddings) + attention)
     size = 2 if precision == "bfloat16" else 4
     peak = sheet.bfloat16 if precision == "bfloat16" else sheet.float32
     return Plan(

@@ -153,8 +153,8 @@ def layer_norms(
     A layer's entry has the norm of its updates of the residual stream (`attention_half` and `feedforward_half`,
     post-ln's normalisation included; in a parallel layer `layer`, the whole), of the branches in the residual
     stream (`attention_branch`, `feedforward_branch`), of the concatenated heads in what attention reads (`J_Z`),
-    of the weight matrices, the standard deviation entering each update, and the smallest normaliser of each
-    normalisation: `s_attention` and `s_feedforward` before a sub-layer, `s_attention_out` and
+    of the weight matrices (experts': the largest), the standard deviation entering each update, and the smallest
+    normaliser of each normalisation: `s_attention` and `s_feedforward` before a sub-layer, `s_attention_out` and
     `s_feedforward_out` after it.
     """
     places: list[Tensor] = []
@@ -181,8 +181,8 @@ def layer_norms(
         row |= dict(zip(("sigma_x", "sigma_xp"), place_statistics(entering)[0], strict=False))
         row |= normalisers[n]
         row["opnorm_O"] = float(torch.linalg.matrix_norm(layer.attention.output.weight, ord=2))
-        row["opnorm_1"] = float(torch.linalg.matrix_norm(layer.feedforward.enter.weight, ord=2))
-        row["opnorm_2"] = float(torch.linalg.matrix_norm(layer.feedforward.leave.weight, ord=2))
+        row["opnorm_1"] = max(float(torch.linalg.matrix_norm(f.enter.weight, ord=2)) for f in layer.feedforwards)
+        row["opnorm_2"] = max(float(torch.linalg.matrix_norm(f.leave.weight, ord=2)) for f in layer.feedforwards)
         rows.append(row)
         if on_layer is not None:
             on_layer(n)

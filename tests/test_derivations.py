@@ -43,7 +43,7 @@ KINDS = {
     **dict.fromkeys(("ffn", "attention", "closed-form", "growth-conservation", "shortcut-scale"), "estimate"),
     **dict.fromkeys(("residual-scaling", "normalised-branch", "post-ln", "deepnorm"), "estimate"),
     **dict.fromkeys(("factor-two", "single-head"), "estimate"),  # bounds and sharp values, side by side
-    **dict.fromkeys(("attention-sharp", "activation-cost"), "sharp"),
+    **dict.fromkeys(("attention-sharp", "activation-cost", "routing"), "sharp"),
     "norm-backward-gain": "exact",
 }
 # Tails and a product of maxima that nothing attains: how far below the bound their checks may stay.

@@ -137,6 +137,14 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
         {"sliding_window": 5, "use_sliding_window": True, "layer_types": [SLIDING, FULL, SLIDING, FULL]},
         {"attention_bias": True, "pad_token_id": 3},
     ],
+    "mixtral": [{"sliding_window": 5}, {"num_experts_per_tok": 1}, {"num_experts_per_tok": 5}, {"rope_theta": 9.0}],
+    "olmoe": [{"norm_topk_prob": True}, {"num_experts_per_tok": 6}, {"attention_bias": True}, {"clip_qkv": 30.0}],
+    "qwen3_moe": [
+        {"norm_topk_prob": True},
+        {"use_sliding_window": True, "sliding_window": 5},
+        {"mlp_only_layers": []},
+        {"attention_bias": True},
+    ],
 }
 CASES = pytest.mark.parametrize(
     "config",
@@ -150,7 +158,7 @@ KINDS = pytest.mark.parametrize("kind", TINY)
 
 
 def test_every_known_class_is_held_to_the_real_one() -> None:
-    assert CLASSES.keys() - {"mixtral"} == TINY.keys() == REAL.keys() == VARIANTS.keys() == set(KNOWN.split(", "))
+    assert CLASSES.keys() == TINY.keys() == REAL.keys() == VARIANTS.keys() == set(KNOWN.split(", "))
 
 
 # --- what the class computes ----------------------------------------------------------------------------------------
@@ -199,6 +207,10 @@ def wrong_readings(a: Architecture) -> Iterator[tuple[str, Architecture]]:
     yield with_(embedding_norm=not a.embedding_norm)
     yield with_(norm="rmsnorm" if a.norm == "layernorm" else "layernorm")
     yield with_(activation="silu" if a.activation == "relu" else "relu")
+    if a.n_experts > 1:
+        yield with_(experts_per_token=a.experts_per_token + (1 if a.experts_per_token < a.n_experts else -1))
+        if a.experts_per_token < a.n_experts:  # over all of them both softmaxes are one
+            yield with_(gates_renormalised=not a.gates_renormalised)
     yield with_(qk_norm="none" if a.qk_norm != "none" else "head")
     if a.n_heads > 1 and a.qk_norm != "none":
         yield with_(qk_norm="head" if a.qk_norm == "full" else "full")
@@ -321,6 +333,7 @@ def test_every_matrix_starts_as_the_class_starts_it(kind: str) -> None:
         seen |= set(reference.matrices_in(name))
     absent = {"position"} if a.positions != "learned" else set[str]()
     absent |= ({"ffn_gate"} if not a.gated else set()) | ({"head"} if a.tied else set())
+    absent |= {"router"} if not a.n_experts else set()
     assert seen == set(a.stds._fields) - absent
 
 
@@ -351,7 +364,7 @@ def drawn(model: Any, a: Architecture) -> Iterator[tuple[str, Tensor]]:
     for name, parameter in model.named_parameters():
         if reference.matrices_in(name):
             matrix = parameter.detach()
-            yield name, matrix[matrix.abs().amax(dim=1) > 0] if a.padding_row else matrix
+            yield name, matrix[matrix.abs().amax(dim=-1) > 0] if a.padding_row else matrix
 
 
 @KINDS

@@ -238,7 +238,8 @@ def test_a_contradiction_is_refused_by_its_key(config: dict[str, Any], word: str
 FULL, SLIDING = "full_attention", "sliding_attention"
 UNKNOWN: dict[str, tuple[dict[str, Any], str]] = {
     "class": ({"model_type": "mamba"}, "model_type 'mamba'"),
-    "experts": ({"model_type": "mixtral", "hidden_size": 32}, "num_local_experts is 8"),
+    "experts in some layers": (TINY["qwen3_moe"] | {"mlp_only_layers": [0]}, "some layers have a single feed-forward"),
+    "noisy router": (TINY["mixtral"] | {"router_jitter_noise": 0.1}, "router_jitter_noise is 0.1"),
     "activation": (TINY["llama"] | {"hidden_act": "quick_gelu"}, "hidden_act is 'quick_gelu'"),
     "logit scale a layer": (
         TINY["gpt2"] | {"scale_attn_by_inverse_layer_idx": True},

@@ -230,4 +230,12 @@ def test_padding_row_is_zero() -> None:
 @pytest.mark.parametrize("tied", [False, True])
 def test_number_of_parameters(block: Any, tied: bool) -> None:
     a = architecture(**(MODERATE | {"block": block}), tied=tied)
-    assert a.n_parameters == sum(p.numel() for p in Transformer(a).parameters() if p.ndim == 2)
+    assert a.n_parameters == a.active_parameters == sum(p.numel() for p in Transformer(a).parameters() if p.ndim == 2)
+
+
+def test_number_of_parameters_with_experts() -> None:
+    a = architecture(**MODERATE, n_experts=5, experts_per_token=2)
+    model = Transformer(a)
+    assert a.n_parameters == sum(p.numel() for p in model.parameters() if p.ndim == 2)
+    expert = sum(p.numel() for p in model.layers[0].feedforward.experts[0].parameters() if p.ndim == 2)
+    assert a.active_parameters == a.n_parameters - a.n_layers * 3 * expert

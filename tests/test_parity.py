@@ -75,6 +75,8 @@ NEOX = {
 IN_A_LAYER: dict[str, Mapping[str, str | tuple[str, ...]]] = {
     "llama": LLAMA,
     "qwen3": LLAMA,
+    "mixtral": LLAMA | {"mlp.gate": "feedforward.router"},
+    "olmoe": LLAMA | {"mlp.gate": "feedforward.router"},
     "gemma": LLAMA,
     "granite": LLAMA,
     "cohere": LLAMA,
@@ -136,6 +138,12 @@ def renamed(kind: str, a: Architecture, tensors: Mapping[str, Tensor]) -> dict[s
             continue
         if kind in ("gpt2", "openai-gpt"):
             value = value.mT if value.ndim == 2 else value  # these keep matrices as (inputs, outputs)
+        if inside[2].endswith("experts"):  # (E, outputs, inputs), the activation's matrix and the gate's fused
+            fields, values = {"gate_up_proj": ("enter", "gate"), "down_proj": ("leave",)}[suffix], value.unbind()
+            for e, matrix in enumerate(values):
+                for ours, part in zip(fields, matrix.chunk(len(fields)), strict=True):
+                    found[f"layers.{inside[1]}.feedforward.experts.{e}.{ours}.weight"] = part
+            continue
         names = IN_A_LAYER[kind][inside[2]]
         if isinstance(names, str):
             if kind == "cohere" and names in ("attention.query", "attention.key"):
@@ -267,6 +275,18 @@ CASES: dict[str, Case] = {
     ),
     "arcee": llama_like("arcee", {"gated": False, "activation": "relu-squared"}, {"activation": "relu"}),
     "qwen3": llama_like("qwen3", {"qk_norm": "head"}, {"attention_scale": 1.0}),
+    "mixtral": llama_like(
+        "mixtral", {"n_experts": 4}, {"experts_per_token": 1}, {"gates_renormalised": False}, num_local_experts=4
+    ),
+    "olmoe": llama_like(
+        "olmoe",
+        {
+            "d_model": 36, "d_head": 6, "qk_norm": "full", "n_experts": 5, "experts_per_token": 3,
+            "gates_renormalised": False,
+        },
+        {"experts_per_token": 2}, {"gates_renormalised": True},
+        n_kv_heads=6, num_experts=5, num_experts_per_tok=3, hidden_size=36, head_dim=6,
+    ),
     "olmo2": llama_like("olmo2", {"block": "branch-ln", "qk_norm": "full"}, {"block": "post-ln"}),
     "gemma": llama_like(
         "gemma",
@@ -336,7 +356,8 @@ def real(case: Case, dtype: torch.dtype) -> Any:
         case.kind, vocab_size=VOCAB, pad_token_id=None, bos_token_id=0, eos_token_id=0, **case.config
     )
     torch.manual_seed(0)  # the class draws from the global generator
-    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=dtype).eval()
+    eager = {"attn_implementation": "eager", "experts_implementation": "eager"}
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype, **eager).eval()
     g = generator(1)
     for parameter in model.parameters():
         parameter.data += 0.3 * torch.randn(parameter.shape, generator=g).to(parameter)

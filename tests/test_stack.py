@@ -41,6 +41,8 @@ NETWORKS: dict[str, Architecture] = {
     "gated": small(activation="silu", gated=True, norm="rmsnorm").with_embedding("scaled-embed"),
     "grouped": small(n_kv_heads=2).with_embedding("embed-ln"),
     "learned": small(positions="learned", biases=True),
+    "experts": small(n_experts=4, gated=True, activation="silu").with_embedding("scaled-embed"),
+    "experts, all gates": small(n_experts=3, gates_renormalised=False).with_init("xavier"),
 }
 
 

@@ -29,7 +29,7 @@ from empirics import norm_samples, observables
 from empirics.attack import Observation, bound_of, evaluate, observe
 from empirics.bench_sublayers import EmbeddingTables, FullAttention
 from empirics.benches import Undefined, find_bench
-from empirics.model import ACTIVATIONS, Attention, FeedForward
+from empirics.model import ACTIVATIONS, Attention, Experts, FeedForward
 from empirics.spectral import explicit_jacobian
 from theory.activations import lipschitz
 from theory.architecture import Activation, preset
@@ -84,6 +84,15 @@ def gated_unit() -> Observation:
     return seen("ffn-gated-upper", module, vector(0.7, -1.3)[None])
 
 
+def opposite_experts(count: int) -> Experts:
+    """Experts of nothing but a bias, opposite in turn, at equal logits along the input, with rows of two kinds."""
+    module = Experts(architecture(d_model=3, d_ffn=3, biases=True, n_experts=count, experts_per_token=count))
+    signs = [(-1.0) ** place for place in range(count)]
+    rows = torch.tensor([[1.0, 2.0 * sign, 0.0] for sign in signs], dtype=torch.float64)
+    biases = {f"experts.{place}.leave.bias": vector(0.0, sign, 0.0) for place, sign in enumerate(signs)}
+    return filled(module, **{"router.weight": rows}, **biases)
+
+
 def uniform_attention(group: int = 1) -> Attention:
     """No logits: P is the causal average, and |J| = sqrt(g) |C_T| |W_O| |W_V| with aligned values and output."""
     return attention(d=2, heads=group, width=2, W_V=eye(2), W_O=torch.cat([eye(2)] * group, dim=1) / math.sqrt(group))
@@ -122,6 +131,9 @@ ATTAINED: dict[str, list[Callable[[], Observation]]] = {
     "softmax-jacobian": [lambda: seen("softmax-jacobian", torch.nn.Softmax(-1), vector(3.0, 3.0))],
     "ffn-upper": [lambda name=name: steepest(name) for name in ("identity", "relu", "gelu", "gelu-tanh", "silu")],
     "ffn-gated-upper": [gated_unit],
+    "experts-upper": [
+        lambda count=count: seen("experts-upper", opposite_experts(count), eye(1, 3)) for count in (2, 4)
+    ],
     "ffn-branch-upper": [
         lambda: seen("ffn-branch-upper", identity_branch(5), normal(0, 3, 5), activation="identity"),
     ],

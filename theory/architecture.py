@@ -46,6 +46,9 @@ class Architecture:
         d_model, n_layers, n_heads, n_kv_heads, d_head, d_ffn, vocab_size: sizes.
         context: the longest sequence it is meant for, in tokens.
         activation, gated: feed-forward `W_2 F(W_1 u)`, or gated `W_2 (F(W_1 u) * W_3 u)`.
+        n_experts: feed-forwards of a layer, each of width d_ffn, behind a router; 0 for a single one without router.
+        experts_per_token: a token goes to this many of them, those of the largest router logits.
+        gates_renormalised: their outputs are weighted by a softmax over the chosen; else over all experts.
         norm, eps: the normalisation before each sub-layer and before the head.
         block: where a layer normalises, as above.
         parallel: both sub-layers read the same x and add to it together. Whether they share a norm
@@ -85,6 +88,9 @@ class Architecture:
     context: int
     activation: Activation = "relu"
     gated: bool = False
+    n_experts: int = 0
+    experts_per_token: int = 2
+    gates_renormalised: bool = True
     norm: Norm = "layernorm"
     eps: float = 1e-5
     block: Block = "pre-ln"
@@ -118,8 +124,14 @@ class Architecture:
     def __post_init__(self) -> None:
         for field in ("d_model", "n_layers", "n_heads", "n_kv_heads", "d_head", "d_ffn", "vocab_size", "context"):
             _require_whole(field, getattr(self, field), lowest=1)
-        for field in ("window", "global_every", "nope_every"):
+        for field in ("window", "global_every", "nope_every", "n_experts"):
             _require_whole(field, getattr(self, field), lowest=0)
+        _require_whole("experts_per_token", self.experts_per_token, lowest=1)
+        if 0 < self.n_experts < self.experts_per_token:
+            raise ValueError(
+                f"experts_per_token={self.experts_per_token} exceeds n_experts={self.n_experts}; "
+                f"use at most {self.n_experts}"
+            )
         if self.n_heads % self.n_kv_heads:
             fits = [k for k in range(1, min(self.n_heads, 4096) + 1) if self.n_heads % k == 0]
             raise ValueError(
@@ -216,6 +228,7 @@ class Architecture:
             ffn_in=std(init.hidden, d, m) * gain,
             ffn_gate=std(init.hidden, d, m) * gain,
             ffn_out=std(writers, m, d) * depth * gain,
+            router=std(init.hidden, d, max(self.n_experts, 1)),
             head=embedding if self.tied else std(init.head, d, self.vocab_size),
         )
 
@@ -223,9 +236,20 @@ class Architecture:
     def n_parameters(self) -> int:
         """Number of trained numbers in the matrices (gains and biases are left out)."""
         heads, kv = self.n_heads * self.d_head, self.n_kv_heads * self.d_head
-        layer = self.d_model * (2 * heads + 2 * kv + (3 if self.gated else 2) * self.d_ffn)
+        router = self.n_experts * self.d_model
+        layer = self.d_model * (2 * heads + 2 * kv) + max(self.n_experts, 1) * self._feedforward_parameters + router
         tables = self.vocab_size * (1 if self.tied else 2) + (self.context if self.positions == "learned" else 0)
         return self.n_layers * layer + tables * self.d_model
+
+    @property
+    def active_parameters(self) -> int:
+        """Those of `n_parameters` that one token is multiplied with or looked up in: of the experts, its own."""
+        idle = max(self.n_experts - self.experts_per_token, 0)
+        return self.n_parameters - self.n_layers * idle * self._feedforward_parameters
+
+    @property
+    def _feedforward_parameters(self) -> int:
+        return self.d_model * (3 if self.gated else 2) * self.d_ffn
 
     def with_embedding(self, treatment: EmbeddingTreatment) -> Architecture:
         """This architecture with one of the paper's four embedding treatments.

@@ -41,6 +41,7 @@ DERIVATION_MODULES = (
     "derivations_attention",
     "derivations_attention_variants",
     "derivations_embedding",
+    "derivations_routing",
     "derivations_logits",
     "derivations_masks",
     "derivations_constants",

@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 from theory.architecture import Activation
 from theory.grams import Averaging, Gram
 from theory.kernels import activation_kernel
+from theory.routing import Routing
 from theory.softmax_moments import softmax_moments
 
 Array = NDArray[np.float64]
@@ -208,12 +209,14 @@ class FeedForwardMap:
 
     Attributes:
         enter, gate, leave: variance gains of W_1, W_3 (None without a gate) and W_2.
+        routing: what chooses between feed-forwards like this one; None for a single one.
     """
 
     activation: Activation
     enter: float
     leave: float
     gate: float | None = None
+    routing: Routing | None = None
 
     def at(self, kernel: Gram) -> Applied:
         """The sub-layer of an input with this Gram matrix; backwards, the derivative of the forward kernel."""
@@ -227,8 +230,12 @@ class FeedForwardMap:
 
         on, on_slope = entries(kernel.diag, kernel.diag, kernel.diag)
         off, off_slope = entries(kernel.off, kernel.diag[:, None], kernel.diag[None, :])
-        slopes = Gram(on_slope, off_slope)
-        return Applied(output=Gram(on, off), backward=lambda gradient: gradient * slopes)
+        output, slopes = Gram(on, off), Gram(on_slope, off_slope)
+        if self.routing is not None:
+            shared, through_router = self.routing.overlaps(kernel)
+            slopes = shared * slopes + through_router * output * self.routing.gain
+            output = shared * output
+        return Applied(output=output, backward=lambda gradient: gradient * slopes)
 
 
 MANY_PAIRS = 1024

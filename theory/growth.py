@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 from theory.architecture import Architecture
 from theory.gram_maps import Applied, AttentionMap, AttentionModel, FeedForwardMap, alibi_slopes, rotation_correlation
 from theory.grams import Blocks, Gram, causal
+from theory.routing import Routing
 from theory.softmax_moments import softmax_moments
 
 Array = NDArray[np.float64]
@@ -222,6 +223,18 @@ def feedforward_map(architecture: Architecture, layer: int) -> FeedForwardMap:
         enter=stds.ffn_in**2 * a.d_model,
         gate=stds.ffn_gate**2 * a.d_model if a.gated else None,
         leave=stds.ffn_out**2 * a.d_ffn,
+        routing=routing(a, layer) if a.n_experts else None,
+    )
+
+
+def routing(architecture: Architecture, layer: int) -> Routing:
+    """The router of one layer."""
+    a = architecture
+    return Routing(
+        experts=a.n_experts,
+        chosen=a.experts_per_token,
+        gain=a.layer_stds(layer).router ** 2 * a.d_model,
+        renormalised=a.gates_renormalised,
     )
 
 

@@ -1,6 +1,6 @@
 """Hugging Face `config.json` in, `Architecture` out.
 
-The key names, and what each class does that its config does not say, are in `hf_gpt` and `hf_llama`.
+The key names, and what each class does that its config does not say, are in `hf_gpt`, `hf_llama` and `hf_experts`.
 """
 
 from __future__ import annotations
@@ -10,8 +10,10 @@ import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from theory import hf_experts, hf_gpt
 from theory.architecture import Architecture
-from theory.hf_gpt import ALIASES, GPT_CLASSES
+from theory.hf_experts import EXPERT_CLASSES
+from theory.hf_gpt import GPT_CLASSES
 from theory.hf_llama import LLAMA_CLASSES
 from theory.hf_reader import Reader, UnknownArchitecture
 
@@ -25,9 +27,9 @@ class Config(NamedTuple):
     assumed: tuple[str, ...]
 
 
-CLASSES = GPT_CLASSES | LLAMA_CLASSES
-# Mixtral's function says why there is no prediction.
-KNOWN = ", ".join(sorted(CLASSES.keys() - {"mixtral"}))
+CLASSES = GPT_CLASSES | LLAMA_CLASSES | EXPERT_CLASSES
+ALIASES = hf_gpt.ALIASES | hf_experts.ALIASES
+KNOWN = ", ".join(sorted(CLASSES))
 
 
 def parse_config(data: Any) -> Config:

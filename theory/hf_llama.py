@@ -35,11 +35,6 @@ def mistral(reader: Reader) -> Architecture:
     return replace(base, window=reader.optional_integer("sliding_window", 4096) or 0)
 
 
-def mixtral(reader: Reader) -> Architecture:
-    experts = reader.integer("num_local_experts", 8, quiet=True)
-    raise UnknownArchitecture(f"num_local_experts is {experts}; predictions cover layers that route no tokens")
-
-
 def qwen2(reader: Reader) -> Architecture:
     return replace(_qwen(reader, "qwen2"), biases=True)
 
@@ -244,7 +239,7 @@ def _gemma(
 LLAMA_CLASSES: dict[str, Callable[[Reader], Architecture]] = {
     function.__name__: function
     for function in (
-        llama, mistral, mixtral, qwen2, qwen3, gemma, gemma2, gemma3_text, olmo, olmo2, granite, phi, phi3, cohere,
+        llama, mistral, qwen2, qwen3, gemma, gemma2, gemma3_text, olmo, olmo2, granite, phi, phi3, cohere,
         starcoder2, stablelm, smollm3,
     )
 }  # fmt: skip

@@ -115,11 +115,12 @@ def gated(
     eps: float | None = None,
     rope: Rope | None = None,
     spread: float | None = None,
+    hidden: str = "intermediate_size",
 ) -> Architecture:
     """RMSNorm before each sub-layer, grouped keys and values, no bias, a gated feed-forward: LLaMA's line.
 
     The sizes, `tied` and `pad` (the padding token) are the class's defaults; what follows has been read where it
-    is given, and is read as LLaMA reads it otherwise.
+    is given, and is read as LLaMA reads it otherwise; `hidden` is the key of the feed-forward's width.
     """
     sizes = Sizes.read(reader)
     d_model, n_layers, n_heads = sizes
@@ -140,7 +141,7 @@ def gated(
         n_heads=n_heads,
         n_kv_heads=groups,
         d_head=width,
-        d_ffn=reader.integer("intermediate_size", d_ffn),
+        d_ffn=reader.integer(hidden, d_ffn),
         vocab_size=vocabulary,
         context=reader.integer("max_position_embeddings", context),
         activation=reader.activation("hidden_act", "silu") if activation is None else activation,

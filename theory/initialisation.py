@@ -38,6 +38,7 @@ class Stds(NamedTuple):
     ffn_in: float
     ffn_gate: float
     ffn_out: float
+    router: float
     head: float
 
 

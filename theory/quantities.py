@@ -58,6 +58,12 @@ _ALL = (
         norm="spectral",
     ),
     Quantity(
+        name="experts_jacobian",
+        meaning="Jacobian of experts behind a router in their normalised input, largest over tokens",
+        axis="layer",
+        norm="spectral",
+    ),
+    Quantity(
         name="attention_jacobian",
         meaning="Jacobian of the attention sub-layer in its normalised input, over the whole sequence",
         axis="layer",

@@ -16,7 +16,8 @@ from theory.attention import attention_estimate
 from theory.attention_variants import attention_general_upper
 from theory.feedforward import ffn_estimate, ffn_gated_upper, ffn_upper
 from theory.gram_maps import steepest_alibi_slope
-from theory.growth import Growth, gradient_growth
+from theory.grams import Gram
+from theory.growth import Growth, gradient_growth, routing
 from theory.initialisation import Stds
 from theory.kernels import activation_kernel
 from theory.normalisation import norm_jacobian_upper
@@ -130,7 +131,7 @@ def paper_bound(architecture: Architecture, n_tokens: int, growth: Growth | None
         attention[layer] = attention_estimate().evaluate(
             {"sigma_O": stds.output, "sigma_x": scale[layer, 0], "d": d, "J_Z": averaging * values * group}
         )
-        feedforward[layer] = ffn_estimate().evaluate(
+        feedforward[layer] = _gate_size(a, layer) * ffn_estimate().evaluate(
             {
                 "sigma_1": effective_sigma_1(a, layer),
                 "sigma_2": stds.ffn_out,
@@ -148,9 +149,19 @@ def paper_bound(architecture: Architecture, n_tokens: int, growth: Growth | None
         before = (a.shortcut_multiplier * std[:-1]) ** 2 + (r * branch_std.reshape(-1)) ** 2
         after = 1 / np.sqrt(before + a.eps)
     assumptions = ("assumption 1 of the paper", "|J^Z| at uniform attention", "residual std from the recursion")
+    if a.n_experts:
+        assumptions = (*assumptions, "an expert's norm times the root of its gates' mean sum of squares")
     if a.block != "pre-ln":
         assumptions = (*assumptions, f"the paper's argument carried over to {a.block}")
     return _depth_bound("estimate", a, attention * r, feedforward * r, after, assumptions)
+
+
+def _gate_size(a: Architecture, layer: int) -> float:
+    """Root of the mean sum of squared gates of normalised tokens; 1 without experts."""
+    if not a.n_experts:
+        return 1.0
+    shared = routing(a, layer).overlaps(Gram(np.ones(1), np.ones((1, 1)))).shared
+    return math.sqrt(shared.diag[0])
 
 
 @dataclass(frozen=True, slots=True)
@@ -229,7 +240,8 @@ def _after(a: Architecture, layer: int, reach: _Reach, written: float, after: li
 
 def _deviation(a: Architecture, failure: float) -> float:
     """t of `gaussian-opnorm-upper`, jointly over every matrix and head with probability 1 - failure / 2."""
-    n_matrices = a.n_layers * (6 + (1 if a.gated else 0) + a.n_heads + 2 * a.n_kv_heads)
+    feedforward = (3 if a.gated else 2) * max(a.n_experts, 1) + (1 if a.n_experts else 0)
+    n_matrices = a.n_layers * (4 + feedforward + a.n_heads + 2 * a.n_kv_heads)
     return math.sqrt(2 * math.log(2 * n_matrices / failure))
 
 
@@ -283,7 +295,19 @@ def _attention_bound(
 
 @lru_cache(maxsize=256)
 def _feedforward_bound(a: Architecture, stds: Stds, radius: float, failure: float) -> tuple[float, float]:
-    """Bounds on the feed-forward sub-layer's Jacobian and on a token's output, for inputs at most `radius` long."""
+    """Bounds on the feed-forward sub-layer's Jacobian and on a token's output, for inputs at most `radius` long.
+
+    With experts, sum_e g_e J_e is at most the largest |J_e|, as gates sum to at most 1, and what runs through the
+    router is sum_e f_e g_e (w_e - sum_i p_i w_i)', with p the softmax that the gates are of: at most the largest |f_e|
+    times a standard deviation of the entries of W_r v over p, itself at most |W_r v| / sqrt(2).
+    """
+    jacobian, size = _single_feedforward_bound(a, stds, radius, failure)
+    if a.n_experts:
+        jacobian += size * _opnorm(a, failure, stds.router, a.n_experts, a.d_model) / math.sqrt(2)
+    return jacobian, size
+
+
+def _single_feedforward_bound(a: Architecture, stds: Stds, radius: float, failure: float) -> tuple[float, float]:
     d, m = a.d_model, a.d_ffn
     enter, leave = _opnorm(a, failure, stds.ffn_in, m, d), _opnorm(a, failure, stds.ffn_out, d, m)
     largest = enter * radius  # of any pre-activation: |z_i| <= |W_1 u|

@@ -190,6 +190,8 @@ def _assumptions(architecture: Architecture) -> tuple[str, ...]:
         assumed.append("eq. (15) extended to gates and squares by the root mean square slope")
     if architecture.block != "pre-ln" or architecture.parallel:
         assumed.append("the paper's bound, which is of Pre-LN layers in a row, carried over to this layout")
+    if architecture.n_experts:
+        assumed.append("the routing in expectation over the router's weights; no token is dropped, no expert is full")
     if architecture.padding_row:
         assumed.append("the padding token does not occur: its zero row has gradients of order 1/sqrt(eps)")
     return tuple(assumed)

@@ -65,6 +65,11 @@ _REAL: dict[str, dict[str, Any]] = {
     "starcoder2": _llama_sizes(252, 6, 6, 1000, 2),
     "stablelm": _llama_sizes(240, 6, 6, 660, 3),
     "smollm3": _llama_sizes(252, 6, 6, 680, 3) | {"pad_token_id": None},
+    "mixtral": _llama_sizes(252, 6, 6, 400, 3),
+    "olmoe": _llama_sizes(252, 6, 6, 200) | {"num_experts": 16, "num_experts_per_tok": 4},
+    "qwen3_moe": _llama_sizes(240, 6, 6, 660, 3) | {
+        "head_dim": 48, "moe_intermediate_size": 200, "num_experts": 12, "num_experts_per_tok": 3,
+    },
 }  # fmt: skip
 REAL = {kind: {"model_type": kind, "vocab_size": VOCAB} | config for kind, config in _REAL.items()}
 
@@ -109,6 +114,11 @@ _TINY: dict[str, dict[str, Any]] = {
     "starcoder2": _TINY_GROUPED,
     "stablelm": _TINY_GROUPED | {"num_attention_heads": 2, "num_key_value_heads": 1},
     "smollm3": _TINY_GROUPED | {"pad_token_id": None},
+    "mixtral": _TINY_GROUPED | {"num_local_experts": 5},
+    "olmoe": _TINY_GROUPED | {"num_experts": 6, "num_experts_per_tok": 3},
+    "qwen3_moe": _TINY_GROUPED | {
+        "head_dim": 10, "moe_intermediate_size": 20, "num_experts": 7, "num_experts_per_tok": 3,
+    },
 }  # fmt: skip
 TINY = {kind: {"model_type": kind, "vocab_size": 50} | config for kind, config in _TINY.items()}
 

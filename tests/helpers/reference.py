@@ -30,6 +30,7 @@ MATRICES: tuple[tuple[str, tuple[str, ...]], ...] = (
     (r"(attn\.c_proj|out_proj|o_proj|\.dense)", ("output",)),
     (r"(c_fc|fc_in|fc1|dense_h_to_4h|ffn\.up_proj|gate_proj)", ("ffn_in",)),
     (r"gate_up_proj", ("ffn_in", "ffn_gate")),
+    (r"mlp\.gate", ("router",)),
     (r"up_proj", ("ffn_gate",)),
     (r"(mlp\.c_proj|fc_out|fc2|dense_4h_to_h|down_proj)", ("ffn_out",)),
 )
@@ -37,7 +38,7 @@ MATRICES: tuple[tuple[str, tuple[str, ...]], ...] = (
 
 def matrices_in(name: str) -> tuple[str, ...]:
     """Fields of `Stds` that a parameter of this name holds; none for a gain or bias."""
-    return next((fields for ending, fields in MATRICES if re.search(rf"{ending}\.weight$", name)), ())
+    return next((fields for ending, fields in MATRICES if re.search(rf"{ending}(\.weight)?$", name)), ())
 
 
 def layer_of(name: str) -> int:
@@ -69,7 +70,7 @@ def weights(model: nn.Module, architecture: Architecture) -> list[dict[str, Tens
 
 def _split(matrix: Tensor, fields: tuple[str, ...], a: Architecture) -> tuple[Tensor, ...]:
     if len(fields) < 3:
-        return matrix.chunk(len(fields))
+        return matrix.chunk(len(fields), dim=-2)  # an expert's matrices are stacked along the first axis
     if a.name in ("gpt_neox", "bloom", "falcon"):  # groups of: the queries of a key head, the key, the value
         grouped = matrix.view(a.n_kv_heads, a.n_heads // a.n_kv_heads + 2, a.d_head, a.d_model)
         return tuple(part.flatten(0, 2) for part in (grouped[:, :-2], grouped[:, [-2]], grouped[:, [-1]]))
@@ -128,8 +129,18 @@ def feedforward(a: Architecture, w: dict[str, Tensor], u: Tensor) -> Tensor:
         "gelu-tanh": lambda z: z * (1 + torch.tanh(math.sqrt(2 / math.pi) * (z + 0.044715 * z**3))) / 2,
         "silu": lambda z: z * torch.sigmoid(z),
     }[a.activation]
-    hidden = act(u @ w["ffn_in"].T)
-    return (hidden * (u @ w["ffn_gate"].T) if a.gated else hidden) @ w["ffn_out"].T
+    u = u.unsqueeze(-3) if a.n_experts else u  # (B, 1, T, D) with the experts' (E, M, D)
+    hidden = act(u @ w["ffn_in"].mT)
+    out = (hidden * (u @ w["ffn_gate"].mT) if a.gated else hidden) @ w["ffn_out"].mT
+    return out if not a.n_experts else (out * gates(a, w, u.squeeze(-3)).mT.unsqueeze(-1)).sum(-3)
+
+
+def gates(a: Architecture, w: dict[str, Tensor], u: Tensor) -> Tensor:
+    """(B, T, E) weights of the experts, most of them 0."""
+    p = (u @ w["router"].T).softmax(-1)
+    smallest = p.topk(a.experts_per_token).values[..., -1:]
+    p = torch.where(p >= smallest, p, 0.0)
+    return p / p.sum(-1, keepdim=True) if a.gates_renormalised else p
 
 
 def attention(a: Architecture, n: int, w: dict[str, Tensor], u_BTD: Tensor) -> Tensor:
