@@ -85,6 +85,10 @@ def variants() -> list[Case]:
         **{f"activation {name}": replace(large, activation=name) for name in ("identity", "gelu", "gelu-tanh", "silu")},
         "activation relu-squared": replace(base, activation="relu-squared"),
         "SwiGLU": replace(large, activation="silu", gated=True),
+        "experts, 2 of 8": replace(large, n_experts=8),
+        "experts, 3 of 12, gates over all": replace(
+            large, n_experts=12, experts_per_token=3, gates_renormalised=False, d_ffn=BASE_WIDTH
+        ),
         "RMSNorm": replace(large, norm="rmsnorm"),
         "grouped heads": replace(large, n_kv_heads=1),
         **{f"positions {name}": replace(large, positions=name) for name in ("none", "learned", "alibi")},

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import warnings
 
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # read when numpy is imported
+
 import torch
 from hypothesis import HealthCheck, settings
 

@@ -174,7 +174,8 @@ def attention_sharp() -> Statement:
     .. math:: \|J_u\| \approx \|C_T\| \sqrt{27/4} \sqrt{c_V c_O}
 
     Holds: near-uniform softmax (logit variance at most 0.2), heads at most 64 wide, d >= 256; 3 % there. What two
-        tokens do to each other through a query grows like the root of d_head times the logit variance.
+        tokens do to each other through a query grows like the root of d_head times the logit variance; beyond,
+        `attention-simulated`.
     Why: with P near C_T the Jacobian is C_T (x) W_O W_V; sqrt(27/4) is the edge of a product of two square
         Gaussian matrices.
     """

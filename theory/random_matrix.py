@@ -230,7 +230,7 @@ def _normal_quantiles(count: int) -> Array:
     return ndtri((np.arange(count) + 0.5) / count)
 
 
-def _elementwise(name: str, one: Callable[..., float], *values: Any) -> Any:
+def elementwise(name: str, one: Callable[..., float], *values: Any) -> Any:
     """A function of numbers, evaluated one by one on arrays; a name among symbols."""
 
     def numeric(*numbers: Any) -> Any:
@@ -246,7 +246,7 @@ def feedforward_edge_opnorm(activation: Activation, d: Any, d_ffn: Any, sigma_1:
         units = min(int(hidden), MANY_UNITS)
         return feedforward_edge(activation, hidden / width, float(sigma**2 * width), units).opnorm(width)
 
-    return _elementwise(f"edge_{activation}", one, d, d_ffn, sigma_1)
+    return elementwise(f"edge_{activation}", one, d, d_ffn, sigma_1)
 
 
 def residual_edge_opnorm(activation: Activation, d: Any, d_ffn: Any, sigma_1: Any, sigma_2: Any, s: Any) -> Any:
@@ -256,7 +256,7 @@ def residual_edge_opnorm(activation: Activation, d: Any, d_ffn: Any, sigma_1: An
         slopes = _slopes(activation, float(enter**2 * width), min(int(hidden), MANY_UNITS))
         return residual_edge(*slopes, hidden / width, float(enter * leave * width / scale))
 
-    return _elementwise(f"residual_edge_{activation}", one, d, d_ffn, sigma_1, sigma_2, s)
+    return elementwise(f"residual_edge_{activation}", one, d, d_ffn, sigma_1, sigma_2, s)
 
 
 def gated_edge_opnorm(activation: Activation, d: Any, d_ffn: Any, sigma_1: Any, sigma_3: Any) -> Any:
@@ -266,7 +266,7 @@ def gated_edge_opnorm(activation: Activation, d: Any, d_ffn: Any, sigma_1: Any, 
         variances = float(enter**2 * width), float(gate**2 * width)
         return gated_edge(activation, hidden / width, *variances, min(int(hidden), MANY_UNITS)).opnorm(width)
 
-    return _elementwise(f"gated_edge_{activation}", one, d, d_ffn, sigma_1, sigma_3)
+    return elementwise(f"gated_edge_{activation}", one, d, d_ffn, sigma_1, sigma_3)
 
 
 @lru_cache(maxsize=256)
@@ -301,7 +301,7 @@ def cesaro_opnorm(n_tokens: Any) -> Any:
     1.0
     """
 
-    return _elementwise("cesaro_opnorm", lambda one: _cesaro_opnorm(int(one)), n_tokens)
+    return elementwise("cesaro_opnorm", lambda one: _cesaro_opnorm(int(one)), n_tokens)
 
 
 def harmonic_number(count: Any) -> Any:
@@ -311,4 +311,4 @@ def harmonic_number(count: Any) -> Any:
     1.833333333
     """
 
-    return _elementwise("harmonic_number", lambda n: float(np.sum(1 / np.arange(1, int(n) + 1))), count)
+    return elementwise("harmonic_number", lambda n: float(np.sum(1 / np.arange(1, int(n) + 1))), count)

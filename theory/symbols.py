@@ -45,6 +45,9 @@ _ALL = (
     SymbolEntry(name="sigma_2", latex=r"\sigma_2", meaning="std of W_2", known="config"),
     SymbolEntry(name="sigma_3", latex=r"\sigma_3", meaning="std of the gate's W_3", known="config"),
     SymbolEntry(name="sigma_O", latex=r"\sigma_O", meaning="std of W_O", known="config"),
+    SymbolEntry(
+        name="logit_variance", latex="a", meaning="variance of a logit between normalised tokens", known="config"
+    ),
     SymbolEntry(name="c_VO", latex=r"c_V c_O", meaning="variance gain of W_V and W_O together", known="config"),
     SymbolEntry(name="J_Z", latex=r"\|J^Z\|", meaning="norm of the concatenated heads' Jacobian", known="measured"),
     SymbolEntry(name="sigma", latex=r"\sigma", meaning="std of a matrix's entries", known="config"),
