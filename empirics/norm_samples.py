@@ -16,7 +16,7 @@ import torch
 from empirics.adversaries import normal
 from empirics.benches import small_architecture
 from empirics.model import Attention, FeedForward, make_norm
-from empirics.observables import opnorm, true_feedforward, true_half_layer
+from empirics.observables import opnorm, true_feedforward, true_half_layer, true_tokenwise
 from empirics.probes import PlainAttention
 from empirics.spectral import lanczos_opnorm
 from theory.statements import Statement, catalogue
@@ -131,11 +131,39 @@ def attentions(statement: Statement) -> Iterator[Setting]:
         yield Setting(label=label, values=values, draw=draw, seeds=6 if a < 0.5 else 64)
 
 
+def embeddings(statement: Statement) -> Iterator[Setting]:
+    """Normalised tables, with and without positions, small and large beside eps; one sequence repeats its tokens."""
+    for d, length, std, positions, repeats in ((64, 16, 0.02, 0.0, 1), (64, 128, 1.0, 1.0, 1), (256, 64, 0.02, 1.0, 1),
+                                               (128, 64, 0.002, 0.0, 1), (64, 16, 0.02, 0.0, 4)):  # fmt: skip
+        module = make_norm(small_architecture({"d_model": d})).double().requires_grad_(False)
+
+        def draw(
+            seed: int, d: int = d, length: int = length, std: float = std, positions: float = positions,
+            repeats: int = repeats, norm: Any = module,
+        ) -> float:  # fmt: skip
+            tables = std * normal(seed, length // repeats, d).repeat(repeats, 1)
+            if positions:
+                tables = tables + std * normal(seed + 1000, length, d)
+            # Places of different tokens have rows of their own: each group is a block by itself.
+            slopes = torch.stack([true_tokenwise(norm, x[None]) for x in tables]).square().view(repeats, -1)
+            return math.sqrt(float(slopes.sum(0).max() + positions * slopes.max()))
+
+        values = {"embedding_gradient": 1.0, "multiplier": 1.0, "position_rows": positions, "d": d, "n_tokens": length}
+        values |= {"sigma_e": std * math.sqrt(1 + positions), "eps": 1e-5, "largest_count": float(repeats)}
+        label = (
+            f"d {d}, T {length}, std {std:g}"
+            + (", positions" if positions else "")
+            + (", every token four times" if repeats > 1 else "")
+        )
+        yield Setting(label=label, values=values, draw=draw, seeds=32)
+
+
 SAMPLERS: dict[str, Callable[[Statement], Iterator[Setting]]] = {
     "matrix_opnorm": matrices,
     "ffn_jacobian": feedforwards,
     "half_layer_jacobian": half_layers,
     "attention_jacobian": attentions,
+    "embedding_jacobian": embeddings,
 }
 
 
