@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from empirics import attention_slopes, observables
 from empirics.benches import Bench, Choices, add_bench, small_architecture
-from empirics.model import ACTIVATIONS, Attention, Experts, FeedForward, make_norm
+from empirics.model import ACTIVATIONS, Attention, FeedForward, make_norm
 from theory.architecture import Activation, Norm
 
 # Relative rounding of a sum of a few dozen terms, 64 of them at 2.2e-16.
@@ -269,36 +269,6 @@ add_bench(
         truth=observables.true_feedforward,
         symbols={FEEDFORWARD_SYMBOLS: observables.observe_feedforward, ("lipschitz",): slope_in_reach},
         rounding=feedforward_rounding,
-    )
-)
-
-
-def experts_rounding(experts: Any, u_TD: Tensor) -> float:
-    values = observables.observe_experts(experts, u_TD)
-    single = sum(feedforward_rounding(expert, u_TD) for expert in experts.experts)
-    logits = experts.router(u_TD).abs().max().item()
-    return single + UNIT * (1 + logits) * float(
-        values["expert_jacobian"] + values["expert_output"] * values["router_spread"]
-    )
-
-
-add_bench(
-    Bench(
-        quantity="experts_jacobian",
-        choices={
-            "d_model": WIDTHS[:6],
-            "n_tokens": (1, 2, 3),
-            "biases": (False, True),
-            **FEEDFORWARDS,
-            "n_experts": (3, 4, 5),
-            "experts_per_token": (1, 2, 3),
-            "gates_renormalised": (True, False),
-        },
-        module=lambda choices: Experts(small_architecture(choices)),
-        shape=sequence,
-        truth=observables.true_experts,
-        symbols={("expert_jacobian", "expert_output", "router_spread"): observables.observe_experts},
-        rounding=experts_rounding,
     )
 )
 

@@ -165,7 +165,7 @@ def replay(witness: Any) -> Case:
 
 
 # Modules that add benches; a new file is added here or calls `add_bench` itself.
-BENCH_MODULES = ("bench_sublayers",)
+BENCH_MODULES = ("bench_sublayers", "bench_experts")
 BENCHES: dict[str, Bench] = {}
 
 
