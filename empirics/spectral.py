@@ -226,10 +226,10 @@ def _refuted(norm: np.ndarray, cycles: list[Cycle], unlucky: float) -> np.ndarra
         inner = np.linalg.solve(np.eye(square.shape[1]) - transposed @ square, transposed @ last)
         rights = np.concatenate([inner, np.ones((len(norm), 1, 1))], axis=1)
         lefts = scaled @ rights
-        with np.errstate(divide="ignore"):  # an exhausted basis, which knows all there is
-            component = component / np.abs(rights[:, first, 0])
         largest = np.maximum(np.linalg.norm(rights, axis=(1, 2)), np.linalg.norm(lefts, axis=(1, 2)))
-        refuted |= component * largest > 1
+        with np.errstate(divide="ignore", over="ignore"):  # an exhausted basis, which knows all there is
+            component = component / np.abs(rights[:, first, 0])
+            refuted |= component * largest > 1
     return refuted
 
 
