@@ -139,7 +139,9 @@ def lanczos_opnorms(
             if done[n] or iteration == limit:
                 found[n] = NormEstimate(
                     value=float(value[n]),
-                    likely_upper=_likely_upper(value[n], [(m[n : n + 1], k) for m, k in cycles], unlucky, rounding),
+                    likely_upper=_likely_upper(
+                        value[n], [(m[n : n + 1], k) for m, k in cycles], unlucky, tolerance, rounding
+                    ),
                     iterations=iteration,
                     residual=float(residual[n]),
                     direction=(torch.from_numpy(vt[n, 0]).to(x) @ rights[n, : j + 1]).view_as(x[n]),
@@ -188,7 +190,7 @@ def _orthonormal(vectors: Tensor, bases: Tensor, floor: np.ndarray) -> tuple[Ten
     for _ in range(2):  # enough for rounding
         vectors = vectors - (vectors @ bases.mT) @ bases
     vectors = vectors[:, 0]
-    length = vectors.norm(dim=-1).double().cpu().numpy()
+    length = torch.linalg.vector_norm(vectors, dim=-1, dtype=torch.float64).cpu().numpy()
     if not np.isfinite(length).all():
         raise ValueError("a product with the Jacobian is not finite; take a point where function and derivative are")
     length[length <= floor] = 0.0
@@ -233,15 +235,23 @@ def _refuted(norm: np.ndarray, cycles: list[Cycle], unlucky: float) -> np.ndarra
     return refuted
 
 
-def _likely_upper(value: float, cycles: list[Cycle], unlucky: float, rounding: float) -> float:
-    """The smallest refuted norm, a few per cent of its distance from the value too large; infinite if there is none."""
-    low, high = math.log(rounding), math.log(1 / rounding)
-    if not _refuted(np.array([value * (1 + math.exp(high))]), cycles, unlucky)[0]:
-        return math.inf
+def _likely_upper(value: float, cycles: list[Cycle], unlucky: float, tolerance: float, rounding: float) -> float:
+    """The smallest refuted norm, a few per cent of its distance from the value too large; infinite if there is none.
+
+    Not above (1 + tolerance) value if that is refuted.
+    """
+
+    def refuted(log_distance: float) -> bool:
+        return bool(_refuted(np.array([value * (1 + math.exp(log_distance))]), cycles, unlucky)[0])
+
+    low, high = math.log(rounding), math.log(tolerance)
+    if not refuted(high):
+        low, high = high, math.log(1 / rounding)
+        if not refuted(high):
+            return math.inf
     while high - low > 0.02:
         middle = (low + high) / 2
-        refuted = _refuted(np.array([value * (1 + math.exp(middle))]), cycles, unlucky)[0]
-        low, high = (low, middle) if refuted else (middle, high)
+        low, high = (low, middle) if refuted(middle) else (middle, high)
     return float(value * (1 + math.exp(high)))
 
 
