@@ -64,7 +64,7 @@ class Scale:
 SCALES = {
     "full": Scale(
         d_model=256, n_tokens=128, layers=(0, 4), dense_tokens=(16, 32),
-        together=((32, 16), (64, 16), (64, 64), (128, 32), (128, 128), (256, 128)), repeats=5,
+        together=((32, 16), (64, 16), (64, 64), (128, 32), (128, 128), (256, 128)), repeats=10,
     ),
     "tiny": Scale(d_model=16, n_tokens=12, layers=(1,), dense_tokens=(3, 6), together=((8, 4),), repeats=1),
 }  # fmt: skip
@@ -197,7 +197,7 @@ def pair(own: bool) -> Callable[[Scale, int], Outcome]:
                 adjoint(v)
                 return 1, 0.0
 
-            return outcome(run, 4 * scale.repeats)
+            return outcome(run, scale.repeats)
 
     return task
 
