@@ -12,20 +12,19 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import platform
-import subprocess
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[0] = str(ROOT)  # this file is called theory too: its own folder must not be searched
+sys.path[0] = str(
+    Path(__file__).resolve().parents[1]
+)  # this file is called theory too: its own folder must not be searched
 
 import numpy as np  # noqa: E402
 
+from benchmarks.timing import Cost, best_of, measure, one_core, writable  # noqa: E402
 from theory.architecture import preset  # noqa: E402
 from theory.evaluate import closed_form  # noqa: E402
 from theory.growth import gradient_growth  # noqa: E402
@@ -142,15 +141,6 @@ TASKS: dict[str, Callable[[Scale], Callable[[], object]]] = {
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Cost:
-    """Seconds on the wall and on the processor, and peak memory in MB."""
-
-    seconds: float
-    cpu_seconds: float
-    megabytes: float
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
     """One line of the table.
 
@@ -172,39 +162,10 @@ class Row:
         return self.peer_cost.cpu_seconds * self.peer_factor / self.cost.cpu_seconds
 
 
-def measure(command: list[str]) -> tuple[Cost, str]:
-    """Run a command on one core: its wall time, its peak memory, and what it printed."""
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
-    start = time.perf_counter()
-    process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    output = process.stdout.read()
-    _, status, usage = os.wait4(process.pid, 0)
-    seconds = time.perf_counter() - start
-    process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode not in (0, 1):  # 1 is a verdict: at risk
-        raise ValueError(f"{' '.join(command)} failed; run it by itself to see why")
-    unit = 2**20 if sys.platform == "darwin" else 2**10  # of ru_maxrss: bytes there, kilobytes elsewhere
-    busy = usage.ru_utime + usage.ru_stime
-    return Cost(seconds=seconds, cpu_seconds=busy, megabytes=usage.ru_maxrss / unit), output
-
-
 def cost_of(task: str, scale: str) -> Cost:
     outer, output = measure([sys.executable, str(Path(__file__).resolve()), "--scale", scale, "--task", task])
     seconds, cpu_seconds = json.loads(output)
     return replace(outer, seconds=seconds, cpu_seconds=cpu_seconds)
-
-
-def run_task(name: str, scale: Scale) -> list[float]:
-    """Best wall and processor time of a task in this process, in seconds."""
-    run = TASKS[name](scale)
-    best = [math.inf, math.inf]
-    for _ in range(scale.repeats):
-        before = time.perf_counter(), time.process_time()
-        run()
-        after = time.perf_counter(), time.process_time()
-        best = [min(b, end - start) for b, start, end in zip(best, before, after, strict=True)]
-    return best
 
 
 def rows(name: str) -> list[Row]:
@@ -257,14 +218,6 @@ def table(found: list[Row]) -> str:
     return "\n".join(lines)
 
 
-def writable(folder: Path) -> None:
-    """Make the folder before a minute of measuring, not after it."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"cannot write to {folder}: {error.strerror}; choose another --out") from None
-
-
 def main(arguments: list[str] | None = None) -> int:
     """Exit status: 0 measured, 2 bad input."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
@@ -273,10 +226,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--task", choices=tuple(TASKS), help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.task:
-        print(run_task(options.task, SCALES[options.scale]))
+        scale = SCALES[options.scale]
+        print(best_of(TASKS[options.task](scale), scale.repeats))
         return 0
-    if hasattr(os, "sched_setaffinity"):  # children inherit it
-        os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+    one_core()
     try:
         if options.out:
             writable(options.out.parent)

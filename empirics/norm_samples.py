@@ -23,7 +23,7 @@ from theory.statements import Statement, catalogue
 
 WIDTHS = (64, 128, 256, 512)
 HEADS = 4
-PRECISE = 1e-3  # of Lanczos, in its residual: its value is closer still
+PRECISE = 1e-3  # of Lanczos, as what it makes likely: its value is closer still
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -14,11 +14,11 @@ import numpy as np
 import torch
 from scipy.special import ndtr
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from empirics.data import Batch
 from empirics.model import Attention, Layer, Transformer, build
-from empirics.spectral import lanczos_opnorm
+from empirics.spectral import lanczos_opnorms
+from empirics.stacked import batches, stacked
 from theory.architecture import Architecture
 from theory.records import Measurement
 
@@ -161,31 +161,39 @@ def layer_norms(
     with torch.no_grad(), _normalisers(model) as normalisers:
         model(tokens, places)
     model.requires_grad_(False)  # weights are constants here; the products differentiate in x alone
-    rows: list[dict[str, float]] = []
-    for n, layer in enumerate(model.layers):
-        assert isinstance(layer, Layer)
-        entering = places[n * len(layer.updates) :][: len(layer.updates)]
-        x, middle = entering[0].detach(), entering[-1].detach()
-        functions: dict[str, tuple[Callable[[Tensor], Tensor], Tensor]] = {
-            "attention_branch": (layer.attention_branch, x),
-            "J_Z": (layer.attention.heads, layer.attention_input(x)),
-            "feedforward_branch": (layer.feedforward_branch, middle),
-        }
-        if layer.parallel:
-            functions["layer"] = (layer.parallel_update, x)
-        else:
-            functions["attention_half"] = (layer.attention_update, x)
-            functions["feedforward_half"] = (layer.feedforward_update, middle)
-        with sdpa_kernel(SDPBackend.MATH):  # forward-mode products need elementary operations
-            row = {name: lanczos_opnorm(f, at, tolerance=tolerance).value for name, (f, at) in functions.items()}
-        row |= dict(zip(("sigma_x", "sigma_xp"), place_statistics(entering)[0], strict=False))
-        row |= normalisers[n]
-        row["opnorm_O"] = float(torch.linalg.matrix_norm(layer.attention.output.weight, ord=2))
-        row["opnorm_1"] = max(float(torch.linalg.matrix_norm(f.enter.weight, ord=2)) for f in layer.feedforwards)
-        row["opnorm_2"] = max(float(torch.linalg.matrix_norm(f.leave.weight, ord=2)) for f in layer.feedforwards)
-        rows.append(row)
-        if on_layer is not None:
-            on_layer(n)
+    layers = [layer for layer in model.layers if isinstance(layer, Layer)]
+    each = len(layers[0].updates)
+    entering = [places[n * each : (n + 1) * each] for n in range(len(layers))]
+    xs, middles = ([x[k].detach() for x in entering] for k in (0, -1))
+    read = [layer.attention_input(x) for layer, x in zip(layers, xs, strict=True)]
+    functions: dict[str, tuple[Callable[[Layer, Tensor], Tensor], list[Tensor]]] = {
+        "attention_branch": (Layer.attention_branch, xs),
+        "J_Z": (lambda layer, u: layer.attention.heads(u), read),
+        "feedforward_branch": (Layer.feedforward_branch, middles),
+    }
+    if layers[0].parallel:
+        functions["layer"] = (Layer.parallel_update, xs)
+    else:
+        functions["attention_half"] = (Layer.attention_update, xs)
+        functions["feedforward_half"] = (Layer.feedforward_update, middles)
+    rows: list[dict[str, float]] = [{} for _ in layers]
+    # Which tokens an expert gets depends on the numbers, and only one layer at a time can look at them.
+    together = batches(layers, xs[0].numel()) if not model.architecture.n_experts else [[n] for n in range(len(layers))]
+    for batch in together:
+        for name, (call, at) in functions.items():
+            function = stacked([layers[n] for n in batch], call)
+            estimates = lanczos_opnorms(function, torch.stack([at[n] for n in batch]), tolerance=tolerance)
+            for n, estimate in zip(batch, estimates, strict=True):
+                rows[n][name] = estimate.value
+        for n in batch:
+            layer, row = layers[n], rows[n]
+            row |= dict(zip(("sigma_x", "sigma_xp"), place_statistics(entering[n])[0], strict=False))
+            row |= normalisers[n]
+            row["opnorm_O"] = float(torch.linalg.matrix_norm(layer.attention.output.weight, ord=2))
+            row["opnorm_1"] = max(float(torch.linalg.matrix_norm(f.enter.weight, ord=2)) for f in layer.feedforwards)
+            row["opnorm_2"] = max(float(torch.linalg.matrix_norm(f.leave.weight, ord=2)) for f in layer.feedforwards)
+            if on_layer is not None:
+                on_layer(n)
     model.requires_grad_(True)
     return rows
 

@@ -10,8 +10,6 @@ import numpy as np
 import pytest
 import torch
 from helpers.weights import architecture, generator, normal
-from hypothesis import given
-from hypothesis import strategies as st
 from scipy import stats
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -29,85 +27,12 @@ from empirics.probes import (
     measure_growth,
     place_statistics,
 )
-from empirics.spectral import explicit_jacobian, explicit_opnorm, lanczos_opnorm
+from empirics.spectral import explicit_jacobian, explicit_opnorm
 from theory.architecture import Architecture, preset
 
 
 def svd_norm(matrix: Tensor) -> float:
     return float(torch.linalg.svdvals(matrix.detach())[0])
-
-
-# --- spectral norms ---------------------------------------------------------------------------------------------
-
-
-@given(
-    rows=st.integers(1, 30),
-    columns=st.integers(1, 30),
-    seed=st.integers(0, 10_000),
-    # Equal or apart: what stops at a residual of 1e-9 may stop at any of several values as close as that.
-    decay=st.just(0.0) | st.floats(0.01, 3),
-    scale=st.floats(-8, 8),
-)
-def test_lanczos_is_the_norm_of_a_matrix_and_never_above(
-    rows: int, columns: int, seed: int, decay: float, scale: float
-) -> None:
-    """All spectra, up to the last vector: with as many steps as dimensions it is exact, to float64 rounding."""
-    n = min(rows, columns)
-    left, _ = torch.linalg.qr(normal(seed, rows, n))
-    right, _ = torch.linalg.qr(normal(seed + 1, columns, n))
-    values = 10**scale * torch.arange(1, n + 1, dtype=torch.float64) ** -decay
-    matrix = left @ torch.diag(values) @ right.T
-    estimate = lanczos_opnorm(lambda x: matrix @ x, torch.zeros(columns, dtype=torch.float64), tolerance=1e-9)
-    truth = svd_norm(matrix)
-    assert estimate.value <= truth * (1 + 1e-12)
-    assert estimate.value == pytest.approx(truth, rel=1e-9)
-    assert estimate.iterations <= n + 1
-
-
-@pytest.mark.parametrize("tolerance", [1e-1, 1e-2, 1e-4])
-def test_lanczos_keeps_its_tolerance_on_a_network(tolerance: float) -> None:
-    """The residual bounds the distance to a singular value, and on these gaps to the largest."""
-    model = build(architecture(d_model=12, n_heads=2, n_kv_heads=2, d_head=6, d_ffn=30), seed=0, dtype=torch.float64)
-    layer, x = model.layers[0], normal(3, 1, 7, 12)
-    plain = PlainAttention(layer.attention)
-
-    def half(v: Tensor) -> Tensor:
-        return v + plain(layer.attention_norm(v))
-
-    truth = explicit_opnorm(half, x)
-    estimate = lanczos_opnorm(half, x, tolerance=tolerance)
-    assert truth * (1 - tolerance) <= estimate.value <= truth * (1 + 1e-12)
-    assert estimate.residual < tolerance
-
-
-def test_lanczos_stops_at_its_limit_with_a_lower_estimate() -> None:
-    matrix = torch.diag(torch.linspace(1, 2, 200, dtype=torch.float64))
-    estimate = lanczos_opnorm(lambda x: matrix @ x, torch.zeros(200, dtype=torch.float64), tolerance=1e-12, limit=5)
-    assert estimate.iterations == 5
-    assert 1.5 < estimate.value < 2
-    assert estimate.residual > 1e-12
-
-
-def test_lanczos_of_zero_is_zero() -> None:
-    for weight in (torch.zeros(3, 4), torch.zeros(3, 4, dtype=torch.float64)):
-        estimate = lanczos_opnorm(lambda x, weight=weight: weight @ x, torch.ones(4, dtype=weight.dtype))
-        assert estimate.value == 0.0
-
-
-def test_lanczos_does_not_depend_on_who_drew_before() -> None:
-    matrix = normal(0, 20, 20)
-    torch.manual_seed(1)
-    first = lanczos_opnorm(lambda x: matrix @ x, torch.zeros(20, dtype=torch.float64), limit=3)
-    torch.manual_seed(2)
-    assert first == lanczos_opnorm(lambda x: matrix @ x, torch.zeros(20, dtype=torch.float64), limit=3)
-
-
-def test_explicit_jacobian_of_a_known_map() -> None:
-    x = normal(0, 2, 3)
-    jacobian = explicit_jacobian(lambda v: v.square().sum(0), x)
-    expected = torch.cat([torch.diag(2 * x[0]), torch.diag(2 * x[1])], dim=1)
-    assert torch.equal(jacobian, expected)
-    assert explicit_opnorm(lambda v: 3 * v, x) == pytest.approx(3, rel=1e-14)
 
 
 # --- a layer's norms --------------------------------------------------------------------------------------------
