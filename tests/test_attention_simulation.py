@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -10,51 +12,91 @@ from helpers.weights import architecture
 from empirics.model import Attention
 from empirics.probes import PlainAttention
 from empirics.spectral import explicit_jacobian, explicit_opnorm
-from theory.attention_simulation import DRAWS, LARGEST_INPUT, _Attention, simulated_norms
+from theory.architecture import Architecture
+from theory.attention_simulation import DRAWS, LARGEST_INPUT, SimulatedAttention, _plain, simulated_norms
+from theory.initialisation import flat
 from theory.statements import find
 
-WIDTH, HEADS, LENGTH = 12, 3, 5
+LENGTH = 5
+SIZES: dict[str, Any] = {
+    "d_model": 12, "n_heads": 4, "n_kv_heads": 4, "d_head": 4, "norm": "layernorm", "eps": 0.01, "init": flat(0.4),
+}  # fmt: skip
+VARIANTS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "RMSNorm": {"norm": "rmsnorm"},
+    "grouped": {"n_kv_heads": 2},
+    "RoPE": {"positions": "rope", "rope_base": 3.0},
+    "half of RoPE, grouped": {"positions": "rope", "rope_fraction": 0.5, "n_kv_heads": 1},
+    "ALiBi": {"positions": "alibi"},
+    "window": {"window": 2},
+    "window, and all in this layer": {"window": 2, "global_every": 1},
+    "scale": {"attention_scale": 2.0},
+    "soft-cap": {"attention_softcap": 0.7},
+    "QK-norm a head": {"qk_norm": "head", "positions": "rope", "norm": "rmsnorm"},
+    "QK-norm, full, grouped": {"qk_norm": "full", "n_kv_heads": 2},
+    "all at once": {
+        "qk_norm": "full", "n_kv_heads": 2, "positions": "rope", "window": 3, "attention_softcap": 0.5,
+        "norm": "rmsnorm",
+    },
+}  # fmt: skip
 
 
-def both(seed: int, logit_variance: float) -> tuple[_Attention, PlainAttention, torch.Tensor]:
-    """A draw, the model's attention with its weights, and its input, which the draw keeps as queries and keys."""
-    drawn = _Attention(np.random.default_rng(seed), WIDTH, HEADS, WIDTH // HEADS, LENGTH, logit_variance)
-    a = architecture(d_model=WIDTH, n_heads=HEADS, n_kv_heads=HEADS, d_head=WIDTH // HEADS, attention_scale=1.0)
+def model_of(drawn: SimulatedAttention) -> tuple[PlainAttention, torch.Tensor]:
+    """The model's attention with a draw's weights, and its input."""
+    a = drawn.architecture
     module = Attention(a).double().requires_grad_(False)
-    for linear, weight in ((module.query, drawn.W_Q), (module.key, drawn.W_K), (module.value, drawn.W_V)):
-        linear.weight.copy_(torch.from_numpy(weight.reshape(-1, WIDTH)))
-    module.output.weight.copy_(torch.from_numpy(drawn.W_O.reshape(-1, WIDTH).T.copy()))
-    # The tokens follow from their values: W_V of all heads is square and invertible.
-    values = np.concatenate(list(drawn.v), axis=1)
-    u = torch.from_numpy(np.linalg.solve(drawn.W_V.reshape(-1, WIDTH), values.T).T.copy())
-    return drawn, PlainAttention(module), u[None]
+    for name in ("query", "key", "value"):
+        getattr(module, name).weight.copy_(torch.from_numpy(drawn.weights[name].reshape(-1, a.d_model)))
+    module.output.weight.copy_(torch.from_numpy(drawn.weights["output"].reshape(-1, a.d_model).T.copy()))
+    return PlainAttention(module), torch.from_numpy(drawn.u)[None]
 
 
-@pytest.mark.parametrize("logit_variance", [0.1, 1.0, 4.0])
-def test_a_draws_jacobian_is_the_models(logit_variance: float) -> None:
+def draw(a: Architecture, seed: int) -> SimulatedAttention:
+    return SimulatedAttention(a, LENGTH, np.random.default_rng(seed))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_draws_jacobian_is_the_models(variant: str) -> None:
     """Forwards and backwards, column by column, against automatic differentiation in float64."""
-    drawn, module, u = both(3, logit_variance)
-    assert float(u.square().mean(-1).sub(1).abs().max()) < 1e-9  # tokens as a LayerNorm leaves them
-    assert float(u.mean(-1).abs().max()) < 1e-9
+    drawn = draw(architecture(**(SIZES | VARIANTS[variant])), 3)
+    module, u = model_of(drawn)
+    assert float(u.square().mean(-1).sub(1).abs().max()) < 1e-9  # tokens as a norm leaves them
     expected = explicit_jacobian(module, u).numpy()
-    basis = np.eye(WIDTH * LENGTH)
+    basis = np.eye(expected.shape[0])
     forward = np.stack([drawn.forward(column) for column in basis], axis=1)
     backward = np.stack([drawn.backward(row) for row in basis], axis=0)
     np.testing.assert_allclose(forward, expected, rtol=0, atol=1e-9 * np.abs(expected).max())
     np.testing.assert_allclose(backward, expected, rtol=0, atol=1e-9 * np.abs(expected).max())
 
 
+@pytest.mark.parametrize(
+    "variant", [name for name in VARIANTS if name not in ("plain", "window, and all in this layer")]
+)
+def test_each_variant_is_another_jacobian(variant: str) -> None:
+    """Control: the same draw without the variant's one setting is far off."""
+    a = architecture(**(SIZES | VARIANTS[variant]))
+    module, u = model_of(draw(a, 3))
+    expected = explicit_opnorm(module, u)
+    plain = draw(architecture(**(SIZES | {"n_heads": a.n_heads, "n_kv_heads": a.n_heads, "norm": a.norm})), 3)
+    if variant == "RMSNorm":
+        plain = draw(architecture(**SIZES), 3)
+    module, u = model_of(plain)
+    assert abs(explicit_opnorm(module, u) / expected - 1) > 1e-3
+
+
 def test_norms_are_those_of_the_draws() -> None:
-    norms = simulated_norms(WIDTH, HEADS, WIDTH // HEADS, LENGTH, 1.0)
+    a = architecture(**SIZES)
+    norms = simulated_norms(a, LENGTH)
     assert norms.shape == (DRAWS,)
     for seed in (0, 7):
-        _, module, u = both(seed, 1.0)
+        module, u = model_of(draw(a, seed))
         assert norms[seed] == pytest.approx(explicit_opnorm(module, u), rel=1e-3)
 
 
 def test_logits_have_the_variance_that_is_asked_for() -> None:
-    draws = [_Attention(np.random.default_rng(seed), 64, 4, 16, 16, 2.5) for seed in range(40)]
-    logits = np.stack([(d.q @ d.k.mT)[:, ~np.eye(16, dtype=bool)] for d in draws])
+    a = _plain(64, 4, 16, 16, 2.5)
+    draws = [SimulatedAttention(a, 16, np.random.default_rng(seed)) for seed in range(40)]
+    logits = np.stack([(d.query @ d.key.mT / 4)[:, ~np.eye(16, dtype=bool)] for d in draws])
     assert np.mean(logits**2) == pytest.approx(2.5, rel=0.1)
 
 
@@ -70,6 +112,6 @@ def test_where_the_closed_form_ends() -> None:
 
 def test_what_is_too_large_is_refused() -> None:
     with pytest.raises(ValueError, match=f"at most {LARGEST_INPUT} numbers"):
-        simulated_norms(1024, 8, 128, 64, 1.0)
+        simulated_norms(architecture(d_model=1024), 64)
     with pytest.raises(ValueError, match="use a width of 2 or more"):
-        simulated_norms(1, 1, 4, 4, 1.0)
+        simulated_norms(architecture(d_model=1), 4)

@@ -4,17 +4,24 @@ Where logits spread, no product of a few matrices has the norm any more: a few e
 other through query and key, stand out from the rest, differently in every draw. The mean over draws is then what a
 configuration decides, and it is found by drawing: weights and tokens from the law that the configuration states, the
 Jacobian's action written out, its largest singular value by a Krylov method. Nothing is measured on a model.
+
+`simulated_norms` takes any `Architecture`: grouped heads, rotary positions, ALiBi, windows, QK-norm, soft-caps and any
+scale. The statement is of plain attention, in symbols.
 """
 
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from theory.architecture import Architecture
+from theory.gram_maps import alibi_slopes
+from theory.initialisation import flat
 from theory.quantities import quantity
 from theory.random_matrix import elementwise
 from theory.sources import Source
@@ -27,55 +34,136 @@ TOLERANCE = 5e-3  # of the Krylov method; a norm itself is far closer
 LARGEST_INPUT = 2**15  # numbers in an input: seconds for all draws together
 
 
-class _Attention:
-    """One draw of causal attention on T normal tokens, normalised by a LayerNorm.
+class SimulatedAttention:
+    """One draw of a layer's causal attention on T normal tokens as its norm leaves them.
 
-    Shapes: T tokens, D width, H heads, E head width. A logit between two tokens has variance a; c_V = c_O = 1.
+    Shapes: T tokens, D width, H query heads, G key and value heads, E head width. Weights are normal with the
+    architecture's standard deviations, whatever its distribution; biases are zero and gains one.
     """
 
-    def __init__(
-        self, rng: np.random.Generator, width: int, heads: int, d_head: int, length: int, logit_variance: float
-    ) -> None:
-        x = rng.standard_normal((length, width))
-        x -= x.mean(axis=1, keepdims=True)
-        u = x / np.sqrt(np.mean(x * x, axis=1, keepdims=True))
-        shape = (heads, d_head, width)
-        self.W_Q, self.W_K, self.W_V = rng.standard_normal((3, *shape)) / math.sqrt(width)
-        self.W_O = rng.standard_normal(shape) / math.sqrt(heads * d_head)
-        scale = math.sqrt(logit_variance / d_head)
-        self.W_Q = scale * self.W_Q  # so that a logit is a plain product of a query and a key
-        self.q, self.k, self.v = (self._project(W, u) for W in (self.W_Q, self.W_K, self.W_V))
-        logits = np.where(np.tri(length, dtype=bool), self.q @ self.k.mT, -np.inf)
+    def __init__(self, architecture: Architecture, n_tokens: int, rng: np.random.Generator, layer: int = 0) -> None:
+        a = self.architecture = architecture
+        stds = a.layer_stds(layer)
+        x = rng.standard_normal((n_tokens, a.d_model))
+        self.u = _normalised(a, x, 0.0)[0]
+        shapes = {"query": a.n_heads, "key": a.n_kv_heads, "value": a.n_kv_heads, "output": a.n_heads}
+        self.weights: dict[str, Array] = {
+            name: getattr(stds, name) * rng.standard_normal((heads, a.d_head, a.d_model))
+            for name, heads in shapes.items()
+        }
+        base = a.rope_base_at(layer)
+        self.angles = None if base is None or a.rope_width == 0 else _angles(n_tokens, a.rope_width, base)
+        self.query, self.query_scale = self._finished(self._project("query", self.u))
+        self.key, self.key_scale = self._finished(self._project("key", self.u))
+        self.value = self._each_head(self._project("value", self.u))
+        logits = a.logit_scale * self._turned(self.query) @ self._each_head(self._turned(self.key)).mT
+        self.slope = np.full(logits.shape, a.logit_scale)
+        if a.attention_softcap:
+            capped = np.tanh(logits / a.attention_softcap)
+            logits, self.slope = a.attention_softcap * capped, self.slope * (1 - capped**2)
+        distance = np.arange(n_tokens)[:, None] - np.arange(n_tokens)
+        if a.positions == "alibi":
+            slopes = sorted(alibi_slopes(a.n_heads, limit=a.n_heads), reverse=True)
+            logits = logits - np.array(slopes)[:, None, None] * distance
+        seen = (distance >= 0) & (distance < (a.window_at(layer) or n_tokens))
+        logits = np.where(seen, logits, -np.inf)
         weights = np.exp(logits - logits.max(axis=2, keepdims=True))
         self.p = weights / weights.sum(axis=2, keepdims=True)
 
-    @staticmethod
-    def _project(W_HED: Array, x_TD: Array) -> Array:
-        return x_TD @ W_HED.mT
+    def forward(self, change: Array) -> Array:
+        """J w, flattened like w, (T D,)."""
+        w_TD = change.reshape(self.u.shape)
+        dq = self._turned(self._through_norm(self._project("query", w_TD), self.query, self.query_scale))
+        dk = self._turned(self._through_norm(self._project("key", w_TD), self.key, self.key_scale))
+        dl = dq @ self._each_head(self._turned(self.key)).mT + self._turned(self.query) @ self._each_head(dk).mT
+        mixed = (
+            self.p @ self._each_head(self._project("value", w_TD)) + self._through_softmax(self.slope * dl) @ self.value
+        )
+        return (mixed @ self.weights["output"]).sum(axis=0).ravel()
+
+    def backward(self, cotangent: Array) -> Array:
+        """J' g."""
+        g_HTE = cotangent.reshape(self.u.shape) @ self.weights["output"].mT
+        dl = self.slope * self._through_softmax(g_HTE @ self.value.mT)
+        dq = self._turned(dl @ self._each_head(self._turned(self.key)), back=True)
+        dk = self._turned(self._each_group(dl.mT @ self._turned(self.query)), back=True)
+        parts = (
+            self._through_norm(dq, self.query, self.query_scale) @ self.weights["query"],
+            self._through_norm(dk, self.key, self.key_scale) @ self.weights["key"],
+            self._each_group(self.p.mT @ g_HTE) @ self.weights["value"],
+        )
+        return sum((part.sum(axis=0) for part in parts), start=np.zeros(self.u.shape)).ravel()
+
+    def _project(self, name: str, x_TD: Array) -> Array:
+        return x_TD @ self.weights[name].mT
+
+    def _each_head(self, x_GTE: Array) -> Array:
+        return np.repeat(x_GTE, self.architecture.n_heads // self.architecture.n_kv_heads, axis=0)
+
+    def _each_group(self, x_HTE: Array) -> Array:
+        """The transpose of `_each_head`: sums over a group's heads."""
+        return x_HTE.reshape(self.architecture.n_kv_heads, -1, *x_HTE.shape[1:]).sum(axis=1)
+
+    def _finished(self, x: Array) -> tuple[Array, Array]:
+        """Queries or keys after QK-norm, and what it divided by."""
+        a = self.architecture
+        if a.qk_norm == "none":
+            return x, np.ones(1)
+        found, scale = _normalised(a, self._as_normed(x), a.eps)
+        return self._as_heads(found), scale
+
+    def _through_norm(self, change: Array, normed: Array, scale: Array) -> Array:
+        """The Jacobian of QK-norm, its own transpose: mean (of a LayerNorm) and radius taken out, over the scale."""
+        a = self.architecture
+        if a.qk_norm == "none":
+            return change
+        change, normed = self._as_normed(change), self._as_normed(normed)
+        if a.norm == "layernorm":
+            change = change - change.mean(axis=-1, keepdims=True)
+        return self._as_heads((change - normed * np.mean(normed * change, axis=-1, keepdims=True)) / scale)
+
+    def _as_normed(self, x_HTE: Array) -> Array:
+        """In the rows that QK-norm normalises: a head's, or all heads' of a token."""
+        if self.architecture.qk_norm != "full":
+            return x_HTE
+        return x_HTE.transpose(1, 0, 2).reshape(x_HTE.shape[1], -1)
+
+    def _as_heads(self, x: Array) -> Array:
+        if self.architecture.qk_norm != "full":
+            return x
+        return x.reshape(x.shape[0], -1, self.architecture.d_head).transpose(1, 0, 2)
+
+    def _turned(self, x: Array, *, back: bool = False) -> Array:
+        """Rotary positions, the two halves paired; `back` turns the other way."""
+        if self.angles is None:
+            return x
+        half = self.angles.shape[1]
+        cosine, sine = np.cos(self.angles), (-1 if back else 1) * np.sin(self.angles)
+        first, second, still = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
+        return np.concatenate([first * cosine - second * sine, second * cosine + first * sine, still], axis=-1)
 
     def _through_softmax(self, change_HTT: Array) -> Array:
         """(diag(p) - p p') of each row; its own transpose."""
         moved = self.p * change_HTT
         return moved - self.p * moved.sum(axis=2, keepdims=True)
 
-    def forward(self, change: Array) -> Array:
-        """J w, flattened like w, (T D,)."""
-        w_TD = change.reshape(-1, self.W_V.shape[2])
-        dq, dk, dv = (self._project(W, w_TD) for W in (self.W_Q, self.W_K, self.W_V))
-        dp = self._through_softmax(dq @ self.k.mT + self.q @ dk.mT)
-        return ((self.p @ dv + dp @ self.v) @ self.W_O).sum(axis=0).ravel()
 
-    def backward(self, cotangent: Array) -> Array:
-        """J' g."""
-        g_HTE = self._project(self.W_O, cotangent.reshape(-1, self.W_V.shape[2]))
-        dl = self._through_softmax(g_HTE @ self.v.mT)
-        parts = self.p.mT @ g_HTE @ self.W_V + dl @ self.k @ self.W_Q + dl.mT @ self.q @ self.W_K
-        return parts.sum(axis=0).ravel()
+def _normalised(a: Architecture, x: Array, eps: float) -> tuple[Array, Array]:
+    """LayerNorm or RMSNorm of the last axis, and what it divides by."""
+    if a.norm == "layernorm":
+        x = x - x.mean(axis=-1, keepdims=True)
+    scale = np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + eps)
+    return x / scale, scale
+
+
+def _angles(n_tokens: int, width: int, base: float) -> Array:
+    """(T, width/2) angles of rotary positions."""
+    return np.outer(np.arange(n_tokens), base ** (-np.arange(0, width, 2) / width))
 
 
 @lru_cache(maxsize=64)
-def simulated_norms(width: int, heads: int, d_head: int, length: int, logit_variance: float) -> Array:
-    """(DRAWS,) norms of attention's Jacobian for c_V c_O = 1, by a fixed seed.
+def simulated_norms(architecture: Architecture, n_tokens: int, layer: int = 0) -> Array:
+    """(DRAWS,) norms of a layer's attention Jacobian in its normalised input, by a fixed seed.
 
     Raises:
         ValueError: an input is too large to draw many; the message says how large.
@@ -83,21 +171,32 @@ def simulated_norms(width: int, heads: int, d_head: int, length: int, logit_vari
     from scipy.sparse import linalg
 
     krylov: Any = linalg  # untyped in part
-    size = width * length
+    width, size = architecture.d_model, architecture.d_model * n_tokens
     if width < 2 or size > LARGEST_INPUT:
         raise ValueError(
-            f"{length} tokens of width {width} are not simulated; use a width of 2 or more and at most "
+            f"{n_tokens} tokens of width {width} are not simulated; use a width of 2 or more and at most "
             f"{LARGEST_INPUT} numbers"
         )
     norms: list[float] = []
     for seed in range(DRAWS):
         rng = np.random.default_rng(seed)
-        drawn = _Attention(rng, width, heads, d_head, length, logit_variance)
+        drawn = SimulatedAttention(architecture, n_tokens, rng, layer)
         operator = krylov.LinearOperator((size, size), matvec=drawn.forward, rmatvec=drawn.backward, dtype=np.float64)
         start = rng.standard_normal(size)
         found = krylov.svds(operator, k=1, tol=TOLERANCE, v0=start, return_singular_vectors=False)
         norms.append(float(found[0]))
     return np.array(norms)
+
+
+def _plain(width: int, heads: int, d_head: int, n_tokens: int, logit_variance: float) -> Architecture:
+    """Attention without positions, c_V c_O = 1, logits of this variance."""
+    init = replace(
+        flat(width**-0.5), query_key=width**-0.5 * logit_variance**0.25, writers=(heads * d_head) ** -0.5
+    )  # fmt: skip
+    return Architecture(
+        name="plain", d_model=width, n_layers=1, n_heads=heads, n_kv_heads=heads, d_head=d_head, d_ffn=1, vocab_size=1,
+        context=n_tokens, positions="none", init=init,
+    )  # fmt: skip
 
 
 @register
@@ -113,9 +212,9 @@ def attention_simulated() -> Statement:
     """
 
     def formula(c_VO: Any, d: Any, n_heads: Any, d_head: Any, n_tokens: Any, logit_variance: Any) -> Any:
-        def one(gain: Any, *sizes_and_variance: Any) -> float:
-            *sizes, variance = sizes_and_variance
-            return math.sqrt(gain) * float(simulated_norms(*map(int, sizes), float(variance)).mean())
+        def one(gain: Any, width: Any, heads: Any, width_of_head: Any, length: Any, variance: Any) -> float:
+            a = _plain(int(width), int(heads), int(width_of_head), int(length), float(variance))
+            return math.sqrt(gain) * float(simulated_norms(a, a.context).mean())
 
         return elementwise("simulated_attention", one, c_VO, d, n_heads, d_head, n_tokens, logit_variance)
 
