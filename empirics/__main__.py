@@ -16,7 +16,7 @@ from tqdm import tqdm
 from empirics.data import Batch, batch, load_corpus, random_tokens
 from empirics.plan import DEVICES, kept_numbers, plan
 from empirics.probes import measure_growth
-from empirics.run import record_path, run
+from empirics.run import model_path, record_path, run
 from empirics.spike_definitions import DEFINITIONS
 from empirics.train import RunSpec
 from theory.__main__ import EXIT_UNKNOWN, Parser, add_architecture_options, chosen, emit, natural, run_command, whole
@@ -161,7 +161,9 @@ def _train(arguments: argparse.Namespace) -> int:
         probe_every=arguments.probe_every,
     )
     out = Path(arguments.out)
-    record = run(spec, out, progress=True, checkpoint_every=arguments.checkpoint_every)
+    record = run(
+        spec, out, progress=True, checkpoint_every=arguments.checkpoint_every, keep_model=arguments.keep_checkpoint
+    )
     losses = "".join(
         json.dumps({"step": step, "loss": loss}) + "\n" for step, loss in enumerate(record["series"]["loss"])
     )
@@ -174,6 +176,8 @@ def _train(arguments: argparse.Namespace) -> int:
     else:
         print(f"held-out loss {final['heldout_loss']:.4f} nats a token after {spec.steps} steps")
     print(f"record {record_path(spec, out)}\nlosses {out / 'losses.jsonl'}")
+    if arguments.keep_checkpoint:
+        print(f"model {model_path(spec, out)}")
     return 0
 
 
@@ -256,7 +260,8 @@ def parser() -> argparse.ArgumentParser:
     train = commands.add_parser(
         "train",
         help="one training run",
-        description="Train once; a killed run resumes, a finished one is not trained again.",
+        description="Train once; a killed run resumes, a finished one is not trained again. Ctrl-C or SIGTERM keeps a "
+        "checkpoint and ends with status 130; a second one ends at once.",
     )
     add_architecture_options(train)
     train.add_argument("--steps", type=whole, default=300, help="default 300")
@@ -278,6 +283,10 @@ def parser() -> argparse.ArgumentParser:
     train.add_argument("--tokenizer", choices=("bpe", "bytes"), default="bpe", help="default bpe")
     train.add_argument("--probe-every", type=whole, default=20, help="steps between probes (default 20)")
     train.add_argument("--checkpoint-every", type=whole, default=100, help="steps between checkpoints (default 100)")
+    train.add_argument(
+        "--keep-checkpoint", action="store_true",
+        help="keep the final model in the folder: models/RUN/model.safetensors and architecture.json",
+    )  # fmt: skip
     train.add_argument("--out", metavar="DIR", help="folder for the record and losses.jsonl; needed but for --plan")
     train.add_argument(
         "--plan", metavar="GPU",

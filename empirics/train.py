@@ -6,11 +6,8 @@ embeddings do not decay. Warm-up is linear, then the rate is constant or falls t
 
 from __future__ import annotations
 
-import io
-import json
 import math
 import platform
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,11 +17,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from empirics.checkpoints import Checkpoints, keep_model
 from empirics.data import Corpus, TokenizerKind, batch, heldout_batches
 from empirics.model import Transformer, build
 from empirics.probes import distributions, place_statistics
 from theory.architecture import Architecture
-from theory.records import fingerprint, plain, slug, write_bytes
+from theory.records import fingerprint, plain, slug
 
 HELDOUT_BATCHES = 8
 COSINE_FLOOR = 0.1
@@ -127,41 +125,52 @@ def environment(device: str) -> dict[str, Any]:
     }
 
 
+class Stopped(KeyboardInterrupt):
+    """Training was asked to stop, and did so between two steps."""
+
+
 def train(
     spec: RunSpec,
     corpus: Corpus,
     *,
-    checkpoint: Path | None = None,
+    checkpoints: Checkpoints | None = None,
     checkpoint_every: int = 100,
+    keep: Path | None = None,
+    stop: Callable[[], bool] = lambda: False,
     on_step: Callable[[int, float], None] | None = None,
 ) -> dict[str, Any]:
     """Train, and return the record's body.
 
     Args:
-        checkpoint: where to keep the state; an existing whole one is resumed, and it is removed at the end.
+        checkpoints: where the state is kept; the last whole one is resumed. They stay: they may go once the record
+            is written.
+        keep: folder for the final weights and the architecture.
+        stop: asked after every step; if true, the state is kept and training ends with `Stopped`.
         on_step: called with the step and its loss after every step.
     """
     model = build(spec.architecture, seed=spec.seed, device=spec.device)
     optimizer = _optimizer(model, spec)
-    series, start = Series(), 0
-    if checkpoint is not None and checkpoint.exists():
-        series, start = _resume(checkpoint, model, optimizer)
+    found = None if checkpoints is None else checkpoints.load(model, optimizer)
+    step, series = (0, Series()) if found is None else (found[0], Series(**found[1]))
     loss_function = torch.compile(model.loss) if spec.compile else model.loss
     groups = _parameter_groups(model)
-    step = start
     while step < spec.steps and series.diverged_at is None:
         _train_step(spec, corpus, model, loss_function, optimizer, groups, series, step)
         if on_step is not None:
             on_step(step, series.loss[-1])
         step += 1
-        if checkpoint is not None and step < spec.steps and step % checkpoint_every == 0:
-            _save(checkpoint, model, optimizer, series, step)
+        stopping = stop()
+        if checkpoints is not None and (stopping or (step < spec.steps and step % checkpoint_every == 0)):
+            checkpoints.save(step, model, optimizer, plain(series))
+        if stopping:
+            saved = "" if checkpoints is None else " and saved"
+            raise Stopped(f"stopped{saved} after {step} of {spec.steps} steps")
     final = _heldout_loss(spec, corpus, model) if series.diverged_at is None else math.nan
     if series.diverged_at is None:
         tokens, _ = _to_tensors(batch(corpus, seed=spec.seed, step=0, **_shape(spec)), spec.device)
         series.distributions["end"] = distributions(model, tokens[: spec.micro_batch])
-    if checkpoint is not None:
-        checkpoint.unlink(missing_ok=True)
+    if keep is not None:
+        keep_model(keep, model)
     return {
         "id": spec.identity,
         "spec": plain(spec),
@@ -293,27 +302,3 @@ def _heldout_loss(spec: RunSpec, corpus: Corpus, model: Transformer) -> float:
     batches = heldout_batches(corpus, count=HELDOUT_BATCHES, batch_size=size, seq_len=spec.seq_len)
     losses = [float(model.loss(*_to_tensors(pair, spec.device))) for pair in batches]
     return float(np.mean(losses))
-
-
-def _save(path: Path, model: Transformer, optimizer: torch.optim.Optimizer, series: Series, step: int) -> None:
-    buffer = io.BytesIO()
-    state = {
-        "model": model.state_dict(),
-        "optimizer": optimizer.state_dict(),
-        "series": json.dumps(plain(series)),
-        "step": step,
-    }
-    torch.save(state, buffer)
-    write_bytes(path, buffer.getvalue())
-
-
-def _resume(path: Path, model: Transformer, optimizer: torch.optim.Optimizer) -> tuple[Series, int]:
-    try:
-        state = torch.load(path, weights_only=True)
-    except Exception:  # any damage: the zip layer, the pickle layer and torch each raise their own types
-        print(f"checkpoint {path} is damaged; this run starts again from step 0", file=sys.stderr)
-        path.unlink()
-        return Series(), 0
-    model.load_state_dict(state["model"])
-    optimizer.load_state_dict(state["optimizer"])
-    return Series(**json.loads(state["series"])), int(state["step"])
