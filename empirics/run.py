@@ -6,7 +6,7 @@ import multiprocessing
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -19,7 +19,8 @@ from tqdm import tqdm
 from empirics.checkpoints import Checkpoints
 from empirics.data import Corpus, load_corpus
 from empirics.initialisation import InitialisationSpec, initialisation
-from empirics.train import RunSpec, train
+from empirics.run_spec import RunSpec
+from empirics.train import OnStep, train
 from theory.records import read_record, write_record
 
 Spec = RunSpec | InitialisationSpec
@@ -54,11 +55,20 @@ def model_path(spec: RunSpec, out: Path) -> Path:
 
 
 def run(
-    spec: Spec, out: Path, *, progress: bool = False, checkpoint_every: int = 100, keep_model: bool = False
+    spec: Spec,
+    out: Path,
+    *,
+    progress: bool = False,
+    checkpoint_every: int = 100,
+    keep_model: bool = False,
+    sink: OnStep | None = None,
 ) -> dict[str, Any]:
     """One record: read if it is there, otherwise computed (a training from its last checkpoint) and written.
 
     A record that is not whole is named on standard error, and made again.
+
+    Args:
+        sink: is given the numbers of every step that is taken, beside the record.
 
     Raises:
         ValueError: bad input; or the run is finished and its model, which is to be kept, is not there.
@@ -72,7 +82,7 @@ def run(
             kind = "initialisation" if spec.seeds else "prediction"
             write_record(path, kind=kind, body=initialisation(spec, out / "data"))
         else:
-            write_record(path, kind="training", body=_train(spec, out, progress, checkpoint_every, keep_model))
+            write_record(path, kind="training", body=_train(spec, out, progress, checkpoint_every, keep_model, sink))
         record = read_record(path)
         assert record is not None
     elif keep_model and isinstance(spec, RunSpec) and not model_path(spec, out).exists():
@@ -82,15 +92,19 @@ def run(
     return record
 
 
-def _train(spec: RunSpec, out: Path, progress: bool, checkpoint_every: int, keep_model: bool) -> dict[str, Any]:
+def _train(
+    spec: RunSpec, out: Path, progress: bool, checkpoint_every: int, keep_model: bool, sink: OnStep | None
+) -> dict[str, Any]:
     corpus = corpus_of(spec, out)  # before the bar: an unreadable text is one line
     with tqdm(total=spec.steps, disable=not progress, desc=spec.label, unit="step") as bar, stop_signals() as stop:
 
-        def on_step(step: int, loss: float) -> None:
+        def on_step(step: int, values: Mapping[str, float]) -> None:
             if bar.n == 0:
                 bar.initial = bar.n = step  # the estimate is of this process's steps
-            bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)
+            bar.set_postfix_str(f"loss {values['loss']:.3f}", refresh=False)
             bar.update()
+            if sink is not None:
+                sink(step, values)
 
         return train(
             spec,

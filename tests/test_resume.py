@@ -107,7 +107,7 @@ def test_a_signal_stops_between_two_steps(
     honest = empirics.run.train
 
     def signalled(*arguments: Any, on_step: Any, **options: Any) -> Any:
-        def send(step: int, loss: float) -> None:
+        def send(step: int, loss: Any) -> None:
             on_step(step, loss)
             if step == 4:
                 os.kill(os.getpid(), number)

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from empirics.run import checkpoints_of, corpus_of, record_path
-from empirics.train import RunSpec, train
+from empirics.run_spec import RunSpec
+from empirics.train import train
 from helpers.weights import architecture
 
 
@@ -64,7 +65,7 @@ def train_until(spec: RunSpec, out: Path, last: int, *, every: int = 1) -> Path:
     """Start a run and break it off after step `last`; returns the folder of its checkpoints."""
     checkpoints = checkpoints_of(spec, out)
 
-    def stop(step: int, loss: float) -> None:
+    def stop(step: int, values: object) -> None:
         if step == last:
             raise Interrupted
 
