@@ -48,9 +48,17 @@ def steps_of(folder: Path) -> list[str]:
 RUNS: dict[str, dict[str, Any]] = {
     "cosine": {},
     "constant": {"schedule": "constant"},
+    "linear": {"schedule": "linear"},
+    "wsd": {"schedule": "wsd", "decay_fraction": 0.4},
+    "bfloat16, accumulation": {"precision": "bfloat16", "batch_size": 4, "micro_batch": 2},
+    "z-loss, deterministic": {"z_loss": 1e-2, "deterministic": True},
     "bfloat16": {"precision": "bfloat16"},
     "accumulation": {"batch_size": 4, "micro_batch": 1},
-    "decay, tied": {"weight_decay": 0.1, "architecture": {"tied": True, "positions": "learned"}},
+    "decay, tied": {
+        "weight_decay": 0.1,
+        "decay_embeddings": True,
+        "architecture": {"tied": True, "positions": "learned"},
+    },
 }
 
 
