@@ -40,7 +40,7 @@ class Step:
 
 
 def _training(architecture: Architecture, label: str, experiment: str, seed: int, rate: float, **changes: Any) -> Any:
-    from empirics.train import RunSpec
+    from empirics.run_spec import RunSpec
 
     base: dict[str, Any] = {
         "steps": 90,
@@ -305,7 +305,7 @@ def table(claims: Sequence[dict[str, Any]]) -> str:
 
 
 def _require(device: str, scale: str) -> None:
-    from empirics.__main__ import check_device
+    from empirics.command_line import check_device
 
     try:
         check_device(device)

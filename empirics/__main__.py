@@ -5,55 +5,25 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from tqdm import tqdm
 
+from empirics.command_line import check_device, check_memory, positive
 from empirics.data import Batch, batch, load_corpus, random_tokens
-from empirics.plan import DEVICES, kept_numbers, plan
 from empirics.probes import measure_growth
-from empirics.run import record_path, run
 from empirics.spike_definitions import DEFINITIONS
-from empirics.train import RunSpec
+from empirics.train_command import add_command as add_train
 from theory.__main__ import EXIT_UNKNOWN, Parser, add_architecture_options, chosen, emit, natural, run_command, whole
 from theory.architecture import Architecture
 from theory.growth import gradient_growth
 from theory.hf_config import UnknownArchitecture
-from theory.records import plain, write_bytes
+from theory.records import plain
 
 LARGEST_SEEDS = 100_000
 MEASURE_SEQ_LEN = 128  # default where the context is longer: activations of the whole batch are kept
-
-
-def check_device(device: str) -> str:
-    """The device, if torch can reach it.
-
-    Raises:
-        ValueError: it cannot.
-    """
-    try:
-        torch.zeros(1, device=device).item()  # the meta device makes tensors and holds no numbers
-    except (RuntimeError, AssertionError):
-        raise ValueError(f"device {device!r} is not available here; use --device cpu") from None
-    return device
-
-
-def check_memory(architecture: Architecture, n_tokens: int) -> None:
-    """Refuse a network and batch that cannot fit in this machine's memory.
-
-    Counted in float32: weights and gradients, and what one pass over n_tokens tokens keeps for the backward pass.
-    """
-    needed = 8 * architecture.n_parameters + 4 * n_tokens * kept_numbers(architecture)
-    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if needed > 0.9 * total:
-        raise ValueError(
-            f"{architecture.name} with {n_tokens} tokens at once needs {needed / 1e9:.3g} GB and this machine has "
-            f"{total / 1e9:.3g} GB; use a smaller --batch or --seq-len, fewer --layers or a smaller preset"
-        )
 
 
 def batches_of(
@@ -126,57 +96,6 @@ def _measure(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _train(arguments: argparse.Namespace) -> int:
-    architecture, longest, _ = chosen(arguments)
-    seq_len = arguments.seq_len or longest
-    if arguments.plan is not None:
-        planned = plan(
-            architecture, device=arguments.plan, devices=arguments.devices, steps=arguments.steps,
-            batch_size=arguments.batch, seq_len=seq_len, precision=arguments.precision,
-            micro_batch=arguments.micro_batch,
-        )  # fmt: skip
-        emit(json.dumps(planned.record(), indent=2) if arguments.json else str(planned), None)
-        return 0
-    if arguments.out is None:
-        raise ValueError("nowhere to write the run; use --out DIR")
-    check_memory(architecture, (arguments.micro_batch or arguments.batch) * seq_len)
-    spec = RunSpec(
-        architecture=architecture,
-        label=architecture.name,
-        experiment="train",
-        seed=arguments.seed,
-        steps=arguments.steps,
-        batch_size=arguments.batch,
-        seq_len=seq_len,
-        learning_rate=arguments.lr,
-        warmup=min(arguments.warmup, arguments.steps),
-        schedule=arguments.schedule,
-        weight_decay=arguments.weight_decay,
-        precision=arguments.precision,
-        device=check_device(arguments.device),
-        compile=arguments.compile,
-        micro_batch=arguments.micro_batch,
-        data=arguments.data,
-        tokenizer=arguments.tokenizer,
-        probe_every=arguments.probe_every,
-    )
-    out = Path(arguments.out)
-    record = run(spec, out, progress=True, checkpoint_every=arguments.checkpoint_every)
-    losses = "".join(
-        json.dumps({"step": step, "loss": loss}) + "\n" for step, loss in enumerate(record["series"]["loss"])
-    )
-    write_bytes(out / "losses.jsonl", losses.encode())
-    final = record["final"]
-    if final["diverged_at"] is not None:
-        print(f"diverged: the loss or its gradient was not finite at step {final['diverged_at']}")
-    elif final["heldout_loss"] is None:
-        print(f"diverged: the held-out loss is not finite after {spec.steps} steps")
-    else:
-        print(f"held-out loss {final['heldout_loss']:.4f} nats a token after {spec.steps} steps")
-    print(f"record {record_path(spec, out)}\nlosses {out / 'losses.jsonl'}")
-    return 0
-
-
 def _accuracy(arguments: argparse.Namespace) -> int:
     from empirics.accuracy import cases, markdown, norm_rows
     from empirics.norm_samples import sharp_statements
@@ -213,22 +132,6 @@ def _spikes(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def positive(text: str) -> float:
-    """A positive finite number for argparse."""
-    try:
-        value = float(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number; write for example 0.001") from None
-    if not (math.isfinite(value) and value > 0):
-        raise argparse.ArgumentTypeError(f"{text} is not a positive finite number")
-    return value
-
-
-def not_negative(text: str) -> float:
-    """0 or a positive finite number for argparse."""
-    return 0.0 if text.strip() in ("0", "0.0") else positive(text)
-
-
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     top = Parser(
@@ -253,39 +156,7 @@ def parser() -> argparse.ArgumentParser:
     measure.add_argument("--out", metavar="FILE", help="write to a file instead of standard output")
     measure.set_defaults(run=_measure)
 
-    train = commands.add_parser(
-        "train",
-        help="one training run",
-        description="Train once; a killed run resumes, a finished one is not trained again.",
-    )
-    add_architecture_options(train)
-    train.add_argument("--steps", type=whole, default=300, help="default 300")
-    train.add_argument("--seed", type=natural, default=0, help="default 0")
-    train.add_argument("--batch", type=whole, default=8, help="sequences a step (default 8)")
-    train.add_argument(
-        "--micro-batch",
-        type=whole,
-        metavar="N",
-        help="sequences at once, gradients accumulated (default all of --batch)",
-    )
-    train.add_argument("--lr", type=positive, default=1e-3, help="peak learning rate (default 1e-3)")
-    train.add_argument("--warmup", type=natural, default=20, help="steps of warm-up (default 20)")
-    train.add_argument("--schedule", choices=("cosine", "constant"), default="cosine", help="default cosine")
-    train.add_argument("--weight-decay", type=not_negative, default=0.0, help="on matrices, not embeddings (default 0)")
-    train.add_argument("--precision", choices=("float32", "bfloat16"), default="float32", help="default float32")
-    train.add_argument("--compile", action="store_true", help="torch.compile the loss")
-    train.add_argument("--data", default="sympy", metavar="TEXT", help="sympy (default), a file, or hf:NAME")
-    train.add_argument("--tokenizer", choices=("bpe", "bytes"), default="bpe", help="default bpe")
-    train.add_argument("--probe-every", type=whole, default=20, help="steps between probes (default 20)")
-    train.add_argument("--checkpoint-every", type=whole, default=100, help="steps between checkpoints (default 100)")
-    train.add_argument("--out", metavar="DIR", help="folder for the record and losses.jsonl; needed but for --plan")
-    train.add_argument(
-        "--plan", metavar="GPU",
-        help=f"train nothing: print parameters, FLOPs, memory and hours on {', '.join(DEVICES)}",
-    )  # fmt: skip
-    train.add_argument("--devices", type=whole, default=1, help="devices that --plan shares the run over (default 1)")
-    train.add_argument("--json", action="store_true", help="the plan as JSON")
-    train.set_defaults(run=_train)
+    train = add_train(commands)
 
     accuracy = commands.add_parser(
         "accuracy",

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import multiprocessing
-from collections.abc import Sequence
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
+from empirics.checkpoints import Checkpoints
 from empirics.data import Corpus, load_corpus
 from empirics.initialisation import InitialisationSpec, initialisation
-from empirics.train import RunSpec, train
+from empirics.run_spec import RunSpec
+from empirics.train import OnStep, train
 from theory.records import read_record, write_record
 
 Spec = RunSpec | InitialisationSpec
@@ -38,37 +44,102 @@ def record_path(spec: Spec, out: Path) -> Path:
     return out / "records" / f"{spec.identity}.json"
 
 
-def run(spec: Spec, out: Path, *, progress: bool = False, checkpoint_every: int = 100) -> dict[str, Any]:
-    """One record: read if it is there, otherwise computed (a training from its last checkpoint) and written."""
+def checkpoints_of(spec: RunSpec, out: Path) -> Checkpoints:
+    """The run's checkpoints, as long as it has no record."""
+    return Checkpoints(out / "checkpoints" / spec.identity, spec.identity)
+
+
+def model_path(spec: RunSpec, out: Path) -> Path:
+    """Folder of the model that the run leaves, if it is told to."""
+    return out / "models" / spec.identity
+
+
+def run(
+    spec: Spec,
+    out: Path,
+    *,
+    progress: bool = False,
+    checkpoint_every: int = 100,
+    keep_model: bool = False,
+    sink: OnStep | None = None,
+) -> dict[str, Any]:
+    """One record: read if it is there, otherwise computed (a training from its last checkpoint) and written.
+
+    A record that is not whole is named on standard error, and made again.
+
+    Args:
+        sink: is given the numbers of every step that is taken, beside the record.
+
+    Raises:
+        ValueError: bad input; or the run is finished and its model, which is to be kept, is not there.
+    """
     path = record_path(spec, out)
     record = read_record(path)
-    if record is not None:
-        return record
-    if isinstance(spec, InitialisationSpec):
-        kind = "initialisation" if spec.seeds else "prediction"
-        write_record(path, kind=kind, body=initialisation(spec, out / "data"))
-    else:
-        write_record(path, kind="training", body=_train(spec, out, progress, checkpoint_every))
-    written = read_record(path)
-    assert written is not None
-    return written
+    if record is None:
+        if path.exists():
+            print(f"record {path} is damaged; it is made again", file=sys.stderr)
+        if isinstance(spec, InitialisationSpec):
+            kind = "initialisation" if spec.seeds else "prediction"
+            write_record(path, kind=kind, body=initialisation(spec, out / "data"))
+        else:
+            write_record(path, kind="training", body=_train(spec, out, progress, checkpoint_every, keep_model, sink))
+        record = read_record(path)
+        assert record is not None
+    elif keep_model and isinstance(spec, RunSpec) and not model_path(spec, out).exists():
+        raise ValueError(f"the run is finished and its model was not kept; delete {path} and run again to train anew")
+    if isinstance(spec, RunSpec):  # not before the record is there: a kill between would lose the run
+        checkpoints_of(spec, out).remove()
+    return record
 
 
-def _train(spec: RunSpec, out: Path, progress: bool, checkpoint_every: int) -> dict[str, Any]:
+def _train(
+    spec: RunSpec, out: Path, progress: bool, checkpoint_every: int, keep_model: bool, sink: OnStep | None
+) -> dict[str, Any]:
     corpus = corpus_of(spec, out)  # before the bar: an unreadable text is one line
-    with tqdm(total=spec.steps, disable=not progress, desc=spec.label, unit="step") as bar:
+    with tqdm(total=spec.steps, disable=not progress, desc=spec.label, unit="step") as bar, stop_signals() as stop:
 
-        def on_step(step: int, loss: float) -> None:
-            bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)
-            bar.update(step + 1 - bar.n)
+        def on_step(step: int, values: Mapping[str, float]) -> None:
+            if bar.n == 0:
+                bar.initial = bar.n = step  # the estimate is of this process's steps
+            bar.set_postfix_str(f"loss {values['loss']:.3f}", refresh=False)
+            bar.update()
+            if sink is not None:
+                sink(step, values)
 
         return train(
             spec,
             corpus,
-            checkpoint=out / "checkpoints" / f"{spec.identity}.pt",
+            checkpoints=checkpoints_of(spec, out),
             checkpoint_every=checkpoint_every,
+            keep=model_path(spec, out) if keep_model else None,
+            stop=stop,
             on_step=on_step,
         )
+
+
+@contextmanager
+def stop_signals() -> Iterator[Callable[[], bool]]:
+    """Whether Ctrl-C or SIGTERM has come; a second one interrupts at once.
+
+    Signals reach the main thread alone: in another one the answer stays no.
+    """
+    received: list[int] = []
+
+    def note(number: int, _: object) -> None:
+        if received:
+            raise KeyboardInterrupt
+        received.append(number)
+
+    numbers = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
+    # What a shell has told a background job to ignore stays ignored.
+    before = {n: signal.getsignal(n) for n in numbers if signal.getsignal(n) not in (signal.SIG_IGN, None)}
+    for number in before:
+        signal.signal(number, note)
+    try:
+        yield lambda: bool(received)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _worker(spec: Spec, out: Path) -> None:
@@ -91,7 +162,8 @@ def run_all(specs: Sequence[Spec], out: Path, *, processes: int = 2, title: str 
 
     Every run is single-threaded, so that its numbers depend neither on `processes` nor on the machine's cores.
     """
-    missing = [spec for spec in specs if read_record(record_path(spec, out)) is None]
+    named = {spec.identity: spec for spec in specs}  # a run that is asked for twice is computed once
+    missing = [spec for spec in named.values() if read_record(record_path(spec, out)) is None]
     if missing:
         prepare_texts(missing, out)
         total = sum(cost(spec) for spec in missing)

@@ -1,110 +1,53 @@
 """The training loop: a pure function of its `RunSpec`, resumable at any step.
 
-Adam with decoupled weight decay on the matrices inside the layers and the head; gains, biases and
-embeddings do not decay. Warm-up is linear, then the rate is constant or falls to a tenth by a cosine.
+What decays is said in `optimization`, the schedules in `run_spec`.
 """
 
 from __future__ import annotations
 
-import io
-import json
 import math
+import os
 import platform
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+import torch.nn.functional as F
+from torch import Tensor
 
-from empirics.data import Corpus, TokenizerKind, batch, heldout_batches
+from empirics.checkpoints import Checkpoints, keep_model
+from empirics.data import Corpus, batch, heldout_batches
 from empirics.model import Transformer, build
+from empirics.optimization import Stepper, adamw, decay_table, total_norm
 from empirics.probes import distributions, place_statistics
-from theory.architecture import Architecture
-from theory.records import fingerprint, plain, slug, write_bytes
+from empirics.run_spec import RunSpec
+from theory.records import plain
 
 HELDOUT_BATCHES = 8
-COSINE_FLOOR = 0.1
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RunSpec:
-    """Everything that decides a training run's numbers.
-
-    Attributes:
-        label: the method's name in figures.
-        experiment: which question the run belongs to.
-        probe_every: steps between probes of the residual stream; probes change no number of the run.
-        data_bytes: how much of the text is read; the reader's own limit if None.
-        micro_batch: sequences that go through the network at once, gradients being accumulated; all if None.
-        clip: gradient norms above this are scaled down to it; infinite for none.
-    """
-
-    architecture: Architecture
-    label: str
-    experiment: str
-    seed: int
-    steps: int
-    batch_size: int
-    seq_len: int
-    learning_rate: float
-    warmup: int
-    schedule: Literal["cosine", "constant"]
-    clip: float = 1.0
-    beta_1: float = 0.9
-    beta_2: float = 0.95
-    weight_decay: float = 0.0
-    precision: Literal["float32", "bfloat16"] = "float32"
-    device: str = "cpu"
-    compile: bool = False
-    micro_batch: int | None = None
-    data: str = "sympy"
-    data_bytes: int | None = None
-    tokenizer: TokenizerKind = "bpe"
-    probe_every: int = 20
-
-    def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "seq_len", "probe_every"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name}={value!r} is not a positive whole number; use 1 or more")
-        if self.micro_batch is not None and (self.micro_batch < 1 or self.batch_size % self.micro_batch):
-            raise ValueError(
-                f"micro_batch={self.micro_batch} does not divide batch_size={self.batch_size}; use a divisor of it"
-            )
-        for name in ("learning_rate", "clip"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name}={getattr(self, name)!r} is not positive; use a number above 0")
-        if self.seq_len > self.architecture.context and self.architecture.positions == "learned":
-            raise ValueError(
-                f"seq_len={self.seq_len} exceeds the {self.architecture.context} learned positions; use fewer tokens"
-            )
-
-    @property
-    def identity(self) -> str:
-        """Name of the run's record: readable parts and a fingerprint of every field."""
-        return f"{self.experiment}-{slug(self.label)}-lr{self.learning_rate:g}-seed{self.seed}-{fingerprint(self)}"
-
-    def rate(self, step: int) -> float:
-        """Learning rate of a step, counted from 0."""
-        if step < self.warmup:
-            return self.learning_rate * (step + 1) / self.warmup
-        if self.schedule == "constant":
-            return self.learning_rate
-        progress = (step - self.warmup) / max(1, self.steps - self.warmup)
-        return self.learning_rate * (COSINE_FLOOR + (1 - COSINE_FLOOR) * 0.5 * (1 + math.cos(math.pi * progress)))
+Objective = Callable[..., tuple[Tensor, Tensor]]
+OnStep = Callable[[int, Mapping[str, float]], None]
 
 
 @dataclass(slots=True)
 class Series:
-    """What is written down a step; all lists are plain numbers, so that a checkpoint can hold them as JSON."""
+    """What is written down a step; all lists are plain numbers, so that a checkpoint can hold them as JSON.
+
+    Attributes:
+        loss: cross entropy in nats a token; the z-loss is not in it.
+        z_loss: what is added to the loss; empty without.
+        gradient_norm, clipped_gradient_norm: of the whole gradient, before and after clipping.
+    """
 
     loss: list[float] = field(default_factory=list)
+    z_loss: list[float] = field(default_factory=list)
     learning_rate: list[float] = field(default_factory=list)
     gradient_norm: list[float] = field(default_factory=list)
+    clipped_gradient_norm: list[float] = field(default_factory=list)
     update_norm: list[float] = field(default_factory=list)
     embedding_gradient: list[float] = field(default_factory=list)
     layer_gradient: list[list[float]] = field(default_factory=list)
@@ -114,6 +57,15 @@ class Series:
     place_gradient: list[list[float]] = field(default_factory=list)
     distributions: dict[str, Any] = field(default_factory=dict)
     diverged_at: int | None = None
+
+    def latest(self) -> dict[str, float]:
+        """The last step's numbers, by name; where it diverged, those that there are."""
+        names = ("loss", "z_loss", "learning_rate", "gradient_norm", "clipped_gradient_norm", "update_norm")
+        return {name: getattr(self, name)[-1] for name in names if len(getattr(self, name)) == len(self.loss)}
+
+
+class Stopped(KeyboardInterrupt):
+    """Training was asked to stop, and did so between two steps."""
 
 
 def environment(device: str) -> dict[str, Any]:
@@ -131,45 +83,80 @@ def train(
     spec: RunSpec,
     corpus: Corpus,
     *,
-    checkpoint: Path | None = None,
+    checkpoints: Checkpoints | None = None,
     checkpoint_every: int = 100,
-    on_step: Callable[[int, float], None] | None = None,
+    keep: Path | None = None,
+    stop: Callable[[], bool] = lambda: False,
+    on_step: OnStep = lambda step, values: None,
 ) -> dict[str, Any]:
     """Train, and return the record's body.
 
     Args:
-        checkpoint: where to keep the state; an existing whole one is resumed, and it is removed at the end.
-        on_step: called with the step and its loss after every step.
+        checkpoints: where the state is kept; the last whole one is resumed. They stay: they may go once the record
+            is written.
+        keep: folder for the final weights and the architecture.
+        stop: asked after every step; if true, the state is kept and training ends with `Stopped`.
+        on_step: called after every step with its number and `Series.latest`.
+
+    Raises:
+        ValueError: a deterministic run needs an operation that has no deterministic form.
     """
-    model = build(spec.architecture, seed=spec.seed, device=spec.device)
-    optimizer = _optimizer(model, spec)
-    series, start = Series(), 0
-    if checkpoint is not None and checkpoint.exists():
-        series, start = _resume(checkpoint, model, optimizer)
-    loss_function = torch.compile(model.loss) if spec.compile else model.loss
-    groups = _parameter_groups(model)
-    step = start
-    while step < spec.steps and series.diverged_at is None:
-        _train_step(spec, corpus, model, loss_function, optimizer, groups, series, step)
-        if on_step is not None:
-            on_step(step, series.loss[-1])
-        step += 1
-        if checkpoint is not None and step < spec.steps and step % checkpoint_every == 0:
-            _save(checkpoint, model, optimizer, series, step)
-    final = _heldout_loss(spec, corpus, model) if series.diverged_at is None else math.nan
-    if series.diverged_at is None:
-        tokens, _ = _to_tensors(batch(corpus, seed=spec.seed, step=0, **_shape(spec)), spec.device)
-        series.distributions["end"] = distributions(model, tokens[: spec.micro_batch])
-    if checkpoint is not None:
-        checkpoint.unlink(missing_ok=True)
+    with _deterministic(spec.deterministic):
+        model = build(spec.architecture, seed=spec.seed, device=spec.device)
+        optimizer = adamw(model, spec)
+        found = None if checkpoints is None else checkpoints.load(model, optimizer)
+        step, series = (0, Series()) if found is None else (found[0], Series(**found[1]))
+
+        def plain_objective(tokens: Tensor, targets: Tensor, places: list[Tensor] | None = None) -> Any:
+            return objective(model, spec.z_loss, tokens, targets, places)
+
+        fast = torch.compile(plain_objective) if spec.compile else plain_objective
+        stepper = Stepper(model, optimizer)
+        while step < spec.steps and series.diverged_at is None:
+            probing = step % spec.probe_every == 0
+            # A probed step runs the same arithmetic uncompiled, since a compiled graph has no places to keep.
+            _train_step(spec, corpus, model, plain_objective if probing else fast, stepper, series, step)
+            on_step(step, series.latest())
+            step += 1
+            stopping = stop()
+            if checkpoints is not None and (stopping or (step < spec.steps and step % checkpoint_every == 0)):
+                checkpoints.save(step, model, optimizer, plain(series))
+            if stopping:
+                saved = "" if checkpoints is None else " and saved"
+                raise Stopped(f"stopped{saved} after {step} of {spec.steps} steps")
+        final = _heldout_loss(spec, corpus, model) if series.diverged_at is None else math.nan
+        if series.diverged_at is None:
+            tokens, _ = _to_tensors(batch(corpus, seed=spec.seed, step=0, **_shape(spec)), spec.device)
+            series.distributions["end"] = distributions(model, tokens[: spec.micro_batch])
+        if keep is not None:
+            keep_model(keep, model)
     return {
         "id": spec.identity,
         "spec": plain(spec),
         "environment": environment(spec.device),
         "data": {"source": corpus.description, "digest": corpus.digest, "vocab_size": corpus.vocab_size},
+        "weight_decay": decay_table(model, spec),
         "series": plain(series),
         "final": {"heldout_loss": plain(final), "diverged_at": series.diverged_at},
     }
+
+
+def objective(
+    model: Transformer, z_loss: float, tokens_BT: Tensor, targets_BT: Tensor, places: list[Tensor] | None = None
+) -> tuple[Tensor, Tensor]:
+    """What is minimised, and the cross entropy in it, in nats a token.
+
+    With Z the normalisation of a token's softmax, z_loss * (log Z)^2 is added, averaged over tokens: logits that drift
+    together leave the cross entropy as it is.
+
+    Source: Chowdhery et al. 2022 (PaLM), section 5.
+    """
+    if not z_loss:
+        loss = model.loss(tokens_BT, targets_BT, places)
+        return loss, loss
+    logits = model(tokens_BT, places).float()
+    cross_entropy = F.cross_entropy(logits.flatten(0, 1), targets_BT.flatten())
+    return cross_entropy + z_loss * logits.logsumexp(-1).square().mean(), cross_entropy
 
 
 def _shape(spec: RunSpec) -> dict[str, int]:
@@ -180,9 +167,8 @@ def _train_step(
     spec: RunSpec,
     corpus: Corpus,
     model: Transformer,
-    loss_function: Callable[..., Tensor],
-    optimizer: torch.optim.Optimizer,
-    groups: dict[str, list[nn.Parameter]],
+    loss_function: Objective,
+    stepper: Stepper,
     series: Series,
     step: int,
 ) -> None:
@@ -190,9 +176,11 @@ def _train_step(
     probing = step % spec.probe_every == 0
     if step == 0:
         series.distributions["start"] = distributions(model, tokens[: spec.micro_batch])
-    optimizer.zero_grad(set_to_none=True)
-    value, residual_std, gradient = _accumulate(spec, model, None if probing else loss_function, tokens, targets)
-    series.loss.append(value)
+    stepper.optimizer.zero_grad(set_to_none=True)
+    value, entropy, residual_std, gradient = _accumulate(spec, loss_function, tokens, targets, probing=probing)
+    series.loss.append(entropy)
+    if spec.z_loss:
+        series.z_loss.append(value - entropy)
     if not math.isfinite(value):
         series.diverged_at = step
         return
@@ -201,85 +189,49 @@ def _train_step(
         series.residual_std.append(residual_std)
         series.place_gradient.append(gradient)
 
-    parameters = [parameter for group in groups.values() for parameter in group]
-    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    assert len(gradients) == len(parameters)  # every parameter takes part in the loss
-    norms = _group_norms(gradients, groups)
-    total = math.sqrt(sum(norm * norm for norm in norms.values()))
+    norms = stepper.gradient_norms()
+    total = total_norm(norms)
     series.gradient_norm.append(total)
     series.embedding_gradient.append(norms["embedding"])
     series.layer_gradient.append([norm for name, norm in norms.items() if name.startswith("layer")])
     if not math.isfinite(total):
         series.diverged_at = step
         return
-    if total > spec.clip:
-        for one in gradients:
-            one.mul_(spec.clip / total)
-    for group in optimizer.param_groups:
-        group["lr"] = spec.rate(step)
-    before = [parameter.detach().clone() for parameter in parameters]
-    optimizer.step()
-    changes = [parameter.detach() - old for parameter, old in zip(parameters, before, strict=True)]
-    updates = _group_norms(changes, groups)
+    scale = spec.clip / total if total > spec.clip else 1.0
+    series.clipped_gradient_norm.append(min(total, spec.clip))
     series.learning_rate.append(spec.rate(step))
-    series.update_norm.append(math.sqrt(sum(norm * norm for norm in updates.values())))
+    updates = stepper.step(rate=spec.rate(step), scale=scale)
+    series.update_norm.append(total_norm(updates))
     series.layer_update.append([norm for name, norm in updates.items() if name.startswith("layer")])
 
 
 def _accumulate(
-    spec: RunSpec, model: Transformer, loss_function: Callable[..., Tensor] | None, tokens: Tensor, targets: Tensor
-) -> tuple[float, list[float], list[float]]:
-    """Add the batch's gradient; its loss, and with `loss_function` None the residual stream's statistics.
-
-    A probed step runs the same arithmetic uncompiled, since a compiled graph has no places to keep.
-    """
+    spec: RunSpec, loss_function: Objective, tokens: Tensor, targets: Tensor, *, probing: bool
+) -> tuple[float, float, list[float], list[float]]:
+    """Add the batch's gradient; its loss, the cross entropy in it, and if probing the residual stream's statistics."""
     parts = tokens.shape[0] // (spec.micro_batch or tokens.shape[0])
-    value, deviations, gradients = 0.0, [], []
+    value, entropy, deviations, gradients = 0.0, 0.0, [], []
     for part_tokens, part_targets in zip(tokens.chunk(parts), targets.chunk(parts), strict=True):
-        places: list[Tensor] | None = [] if loss_function is None else None
+        places: list[Tensor] = []
         with torch.autocast(spec.device.split(":")[0], torch.bfloat16, enabled=spec.precision == "bfloat16"):
-            if loss_function is None:
-                loss = model.loss(part_tokens, part_targets, places)
-            else:
-                loss = loss_function(part_tokens, part_targets)
-        loss = loss / parts if parts > 1 else loss
+            loss, cross_entropy = loss_function(part_tokens, part_targets, *([places] if probing else []))
+        if parts > 1:
+            loss, cross_entropy = loss / parts, cross_entropy / parts
         value += float(loss.detach())
+        entropy += float(cross_entropy.detach())
         if not math.isfinite(value):
             break
         loss.backward()
-        if places is not None:
+        if probing:
             deviation, gradient = place_statistics(places)
             deviations.append(deviation)
             gradients.append(gradient)
     if not deviations:
-        return value, [], []
+        return value, entropy, [], []
     # Sequences are independent before the loss: squared norms add over micro-batches, variances average.
     std = np.sqrt(np.mean(np.square(deviations), axis=0)) if parts > 1 else np.array(deviations[0])
     norm = np.sqrt(np.sum(np.square(gradients), axis=0)) if parts > 1 else np.array(gradients[0])
-    return value, std.tolist(), norm.tolist()
-
-
-def _optimizer(model: Transformer, spec: RunSpec) -> torch.optim.Optimizer:
-    decays = [p for name, p in model.named_parameters() if p.ndim == 2 and name.startswith(("layers", "head"))]
-    rest = [p for name, p in model.named_parameters() if not (p.ndim == 2 and name.startswith(("layers", "head")))]
-    groups = [{"params": decays, "weight_decay": spec.weight_decay}, {"params": rest, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=spec.learning_rate, betas=(spec.beta_1, spec.beta_2), fused=True)
-
-
-def _parameter_groups(model: Transformer) -> dict[str, list[nn.Parameter]]:
-    """Parameters by where they sit: embedding, layer 0..N-1, head."""
-    layers = {f"layer {n}": list(layer.parameters()) for n, layer in enumerate(model.layers)}
-    owned = {id(parameter) for group in layers.values() for parameter in group}
-    embedding = [p for name, p in model.named_parameters() if name.startswith(("tokens", "positions", "embedding"))]
-    owned |= {id(parameter) for parameter in embedding}
-    head = [parameter for parameter in model.parameters() if id(parameter) not in owned]
-    return {"embedding": embedding, **layers, "head": head}
-
-
-def _group_norms(tensors: list[Tensor], groups: dict[str, list[nn.Parameter]]) -> dict[str, float]:
-    squares = torch.stack([tensor.norm() for tensor in tensors]).double().square().tolist()
-    values: Iterator[float] = iter(squares)
-    return {name: math.sqrt(sum(next(values) for _ in group)) for name, group in groups.items()}
+    return value, entropy, std.tolist(), norm.tolist()
 
 
 def _to_tensors(pair: tuple[Any, Any], device: str) -> tuple[Tensor, Tensor]:
@@ -295,25 +247,20 @@ def _heldout_loss(spec: RunSpec, corpus: Corpus, model: Transformer) -> float:
     return float(np.mean(losses))
 
 
-def _save(path: Path, model: Transformer, optimizer: torch.optim.Optimizer, series: Series, step: int) -> None:
-    buffer = io.BytesIO()
-    state = {
-        "model": model.state_dict(),
-        "optimizer": optimizer.state_dict(),
-        "series": json.dumps(plain(series)),
-        "step": step,
-    }
-    torch.save(state, buffer)
-    write_bytes(path, buffer.getvalue())
-
-
-def _resume(path: Path, model: Transformer, optimizer: torch.optim.Optimizer) -> tuple[Series, int]:
+@contextmanager
+def _deterministic(wanted: bool) -> Iterator[None]:
+    """If wanted, torch's deterministic algorithms alone; afterwards as before."""
+    if not wanted:
+        yield
+        return
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it at its first product
+    before = torch.get_deterministic_debug_mode()
+    torch.use_deterministic_algorithms(True)
     try:
-        state = torch.load(path, weights_only=True)
-    except Exception:  # any damage: the zip layer, the pickle layer and torch each raise their own types
-        print(f"checkpoint {path} is damaged; this run starts again from step 0", file=sys.stderr)
-        path.unlink()
-        return Series(), 0
-    model.load_state_dict(state["model"])
-    optimizer.load_state_dict(state["optimizer"])
-    return Series(**json.loads(state["series"])), int(state["step"])
+        yield
+    except RuntimeError as error:
+        if "deterministic" not in str(error):
+            raise
+        raise ValueError(f"{str(error).split('.')[0]}; run without --deterministic") from None
+    finally:
+        torch.set_deterministic_debug_mode(before)

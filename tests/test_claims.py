@@ -12,7 +12,8 @@ import torch
 
 from empirics.data import Corpus, load_corpus
 from empirics.model import Transformer, _keep, _ScaleGradient
-from empirics.train import RunSpec, train
+from empirics.run_spec import RunSpec
+from empirics.train import train
 from figures.claims import CLAIMS, NOT_REPRODUCED, NOT_TESTED, REPRODUCED, judge_all
 from theory.architecture import METHODS, method, preset
 from theory.records import plain

@@ -16,6 +16,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 import empirics.__main__
+import empirics.command_line
 import paper_repro
 import theory.__main__
 from theory.verdict import unknown
@@ -390,6 +391,20 @@ TRAIN: dict[str, list[str]] = {
     "unknown precision": ["--precision", "float16"],
     **{f"rate {rate}": ["--lr", rate] for rate in ("nan", "inf", "-1", "0", "fast")},
     **{f"weight decay {decay}": ["--weight-decay", decay] for decay in ("nan", "inf", "-1", "some")},
+    "unknown schedule": ["--schedule", "cubic"],
+    **{f"clip {clip}": ["--clip", clip] for clip in ("0", "-1", "nan", "inf", "on")},
+    **{f"beta {beta}": ["--beta2", beta] for beta in ("1", "1.5", "-0.1", "nan", "high")},
+    "first beta": ["--beta1", "1"],
+    **{f"z-loss {weight}": ["--z-loss", weight] for weight in ("nan", "inf", "-1", "some")},
+    **{f"decay fraction {share}": ["--schedule", "wsd", "--decay-fraction", share] for share in ("0", "1.1", "nan")},
+    "decay fraction without wsd": ["--decay-fraction", "0.2"],
+    "warm-up and decay too long": ["--schedule", "wsd", "--decay-fraction", "0.9", "--warmup", "40"],
+    "embedding decay without decay": ["--decay-embeddings"],
+    "micro-batch that does not divide": ["--micro-batch", "3"],
+    "no step between checkpoints": ["--checkpoint-every", "0"],
+    "tensorboard nowhere": ["--tensorboard", "/proc/none"],
+    "JSON without a plan": ["--json"],
+    "file without a plan": ["--plan-out", "plan.txt"],
     "no steps": ["--steps", "0"],
     "negative seed": ["--seed", "-1"],
     "absurd sequence": ["--seq-len", "1000001"],
@@ -411,6 +426,31 @@ def test_training_that_cannot_be_written(out: str, tmp_path: Path, capsys: pytes
 
 def test_training_needs_a_folder(capsys: pytest.CaptureFixture[str]) -> None:
     assert_refused(call(empirics.__main__.main, ["train", "tiny"], capsys), "--out")
+
+
+SHORT = ["--layers", "1", "--seq-len", "8", "--batch", "1", "--steps", "2", "--tokenizer", "bytes"]
+
+
+def test_a_folder_holds_one_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A second one would write over the first one's losses.jsonl."""
+    text, out = tmp_path / "text.txt", tmp_path / "run"
+    text.write_text("the quick brown fox jumps over the lazy dog\n" * 200)
+    argv = ["train", "tiny", *SHORT, "--data", str(text), "--out", str(out)]
+    assert call(empirics.__main__.main, argv, capsys)[0] == 0
+    before = (out / "losses.jsonl").read_bytes()
+    assert_refused(call(empirics.__main__.main, [*argv, "--lr", "1e-2"], capsys), "holds another run", "another --out")
+    assert (out / "losses.jsonl").read_bytes() == before
+    assert call(empirics.__main__.main, argv, capsys)[0] == 0
+
+
+def test_tensorboard_that_is_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("tensorboard", "torch.utils.tensorboard"):
+        monkeypatch.setitem(sys.modules, name, None)
+    argv = ["train", "tiny", *SHORT, "--out", str(tmp_path / "run"), "--tensorboard", str(tmp_path / "board")]
+    assert_refused(call(empirics.__main__.main, argv, capsys), "tensorboard", "pip install 'spikecheck[tensorboard]'")
+    assert not any(tmp_path.iterdir())
 
 
 def test_training_that_diverges_is_an_answer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -455,7 +495,7 @@ def test_paper_sizes_need_a_gpu(
     def absent(device: str) -> str:
         raise ValueError("absent")
 
-    monkeypatch.setattr(empirics.__main__, "check_device", absent)
+    monkeypatch.setattr(empirics.command_line, "check_device", absent)
     assert_refused(call(paper_repro.main, ["--scale", size, "--out", str(tmp_path)], capsys), "cuda", "--scale cpu")
 
 

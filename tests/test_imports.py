@@ -19,7 +19,7 @@ MODULES = [path for package in PACKAGES for path in sorted((ROOT / package).rglo
 TYPES = {"theory.architecture", "theory.initialisation", "theory.records", "theory.quantities", "theory.sources"}
 # The doors: these put a prediction, or a bound, beside a measurement.
 DOORS = {"empirics.__main__", "empirics.initialisation", "empirics.run", "empirics.monitor"}
-DOORS |= {"empirics.attack", "empirics.falsify", "empirics.accuracy", "empirics.norm_samples"}
+DOORS |= {"empirics.train_command", "empirics.attack", "empirics.falsify", "empirics.accuracy", "empirics.norm_samples"}
 
 
 def name_of(path: Path) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -64,6 +65,13 @@ def test_command(capsys: pytest.CaptureFixture[str]) -> None:
     record = json.loads(capsys.readouterr().out)
     assert record["kind"] == "estimate"
     assert record["tokens"] == 10 * 128 * preset("13b").context
+
+
+def test_command_writes_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "new" / "plan.txt"
+    assert main(["train", "13b", "--plan", "h100", "--plan-out", str(out)]) == 0
+    assert capsys.readouterr().out == ""
+    assert "13b on 1 x h100" in out.read_text()
 
 
 @pytest.mark.parametrize(

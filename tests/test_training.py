@@ -1,11 +1,9 @@
-"""Training is a pure function of its specification: interrupted, killed, resumed or run in parallel, byte for byte."""
+"""Training is a pure function of its specification, alone or in parallel: what it writes, divergence, bad input."""
 
 from __future__ import annotations
 
 import json
 import math
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,69 +11,21 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers.training import record_bytes, specification, write_text
 from helpers.weights import architecture
 
 from empirics import run as run_module
 from empirics import train as train_module
-from empirics.data import load_corpus
+from empirics.data import batch, load_corpus
 from empirics.model import build
 from empirics.run import corpus_of, record_path, run, run_all
-from empirics.train import RunSpec, train
 from theory.architecture import method
 from theory.records import read_record, read_records
-
-ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(scope="session")
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Thirty thousand characters that have something to learn."""
-    path = tmp_path_factory.mktemp("text") / "text.txt"
-    path.write_text("".join(f"{n} plus {n % 7} is {n + n % 7}\n" for n in range(1500)))
-    return path
-
-
-def specification(text: Path, **changes: Any) -> RunSpec:
-    fields: dict[str, Any] = {
-        "architecture": architecture(
-            d_model=16, n_layers=2, n_heads=2, n_kv_heads=2, d_head=8, d_ffn=32, vocab_size=257, context=32,
-            positions="rope",
-        ),
-        "label": "Vanilla",
-        "experiment": "test",
-        "seed": 0,
-        "steps": 9,
-        "batch_size": 2,
-        "seq_len": 16,
-        "learning_rate": 3e-3,
-        "warmup": 2,
-        "schedule": "cosine",
-        "data": str(text),
-        "tokenizer": "bytes",
-        "probe_every": 3,
-    }  # fmt: skip
-    return RunSpec(**(fields | changes))
-
-
-def record_bytes(spec: RunSpec, out: Path) -> bytes:
-    return record_path(spec, out).read_bytes()
-
-
-class Interrupted(Exception):
-    pass
-
-
-def train_until(spec: RunSpec, out: Path, last: int, *, every: int = 1) -> Path:
-    """Start a run and break it off after step `last`; returns the checkpoint's path."""
-    checkpoint = out / "checkpoints" / f"{spec.identity}.pt"
-
-    def stop(step: int, loss: float) -> None:
-        if step == last:
-            raise Interrupted
-
-    with pytest.raises(Interrupted):
-        train(spec, corpus_of(spec, out), checkpoint=checkpoint, checkpoint_every=every, on_step=stop)
-    return checkpoint
+    return write_text(tmp_path_factory.mktemp("text"))
 
 
 # --- what a run writes ------------------------------------------------------------------------------------------
@@ -113,8 +63,6 @@ def test_first_step_is_adams_by_hand(text: Path, tmp_path: Path) -> None:
     spec = specification(text, steps=1, warmup=0, schedule="constant", clip=math.inf)
     series = run(spec, tmp_path)["series"]
     model = build(spec.architecture, seed=0)
-    from empirics.data import batch
-
     tokens, targets = map(torch.from_numpy, batch(corpus_of(spec, tmp_path), seed=0, step=0, batch_size=2, seq_len=16))
     model.loss(tokens, targets).backward()
     gradients = torch.cat([p.grad.double().flatten() for p in model.parameters()])
@@ -122,14 +70,6 @@ def test_first_step_is_adams_by_hand(text: Path, tmp_path: Path) -> None:
     update = spec.learning_rate * gradients / (gradients.abs() + 1e-8)
     # An entry of size 0.1 moves by 0.003 and is rounded to 6e-9: 1e-5 in the norm of thousands of them.
     assert series["update_norm"][0] == pytest.approx(float(update.norm()), rel=1e-4)
-
-
-def test_clipping_bounds_the_gradient_that_is_used(text: Path, tmp_path: Path) -> None:
-    """Adam ignores a common factor, but for eps: clipped and unclipped first steps agree, later ones do not."""
-    free = run(specification(text, clip=math.inf), tmp_path)["series"]
-    clipped = run(specification(text, clip=1e-2), tmp_path)["series"]
-    assert clipped["gradient_norm"][0] == free["gradient_norm"][0] > 1e-2  # recorded before clipping
-    assert clipped["loss"][1] == pytest.approx(free["loss"][1], rel=1e-3)
 
 
 def test_micro_batches_add_up(text: Path, tmp_path: Path) -> None:
@@ -159,95 +99,7 @@ def test_methods_see_the_same_batches(text: Path, tmp_path: Path) -> None:
     assert one["loss"][1:] != other["loss"][1:]
 
 
-# --- interruption -----------------------------------------------------------------------------------------------
-
-
-def test_resumed_at_every_checkpoint_is_the_same_file(text: Path, tmp_path: Path) -> None:
-    spec = specification(text)
-    run(spec, tmp_path / "undisturbed")
-    expected = record_bytes(spec, tmp_path / "undisturbed")
-    for last in range(1, spec.steps):
-        out = tmp_path / f"stopped-{last}"
-        checkpoint = train_until(spec, out, last)
-        assert torch.load(checkpoint, weights_only=True)["step"] == last
-        run(spec, out)
-        assert record_bytes(spec, out) == expected
-        assert not checkpoint.exists()
-
-
-def test_interrupted_many_times_between_checkpoints(text: Path, tmp_path: Path) -> None:
-    spec = specification(text, steps=12)
-    run(spec, tmp_path / "undisturbed")
-    for last in (3, 4, 6, 9, 11):
-        train_until(spec, tmp_path, last, every=2)
-    run(spec, tmp_path, checkpoint_every=2)
-    assert record_bytes(spec, tmp_path) == record_bytes(spec, tmp_path / "undisturbed")
-
-
-KILLER = """
-import os, random, signal, sys, time
-from pathlib import Path
-import torch
-from empirics.run import record_path, run
-sys.path.insert(0, "tests")
-from test_training import specification
-
-torch.set_num_threads(1)
-text, out, steps = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
-spec = specification(text, steps=steps)
-moments, kills, mean = random.Random(0), 0, 0.15
-while True:
-    child = os.fork()
-    if child == 0:
-        run(spec, out, checkpoint_every=2)
-        os._exit(0)
-    time.sleep(moments.uniform(0.2, 1.8) * mean)
-    finished, _ = os.waitpid(child, os.WNOHANG)
-    if finished:
-        break
-    os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
-    kills += 1
-    mean = 0.15 if kills < 6 else mean * 1.5
-print(kills)
-"""
-
-
-def test_killed_at_random_moments_is_the_same_file(text: Path, tmp_path: Path) -> None:
-    """A real SIGKILL, again and again, until one attempt gets to the end."""
-    spec = specification(text, steps=24)
-    run(spec, tmp_path / "undisturbed")
-    command = [sys.executable, "-c", KILLER, str(text), str(tmp_path / "killed"), "24"]
-    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    print(f"killed {done.stdout.strip()} times")
-    assert int(done.stdout) >= 3
-    assert record_bytes(spec, tmp_path / "killed") == record_bytes(spec, tmp_path / "undisturbed")
-
-
-def environment() -> dict[str, str]:
-    import os
-
-    return os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-
-
-@pytest.mark.parametrize("damage", ["truncated", "empty", "garbage", "flipped"])
-def test_damaged_checkpoint_is_discarded(text: Path, tmp_path: Path, damage: str) -> None:
-    spec = specification(text)
-    run(spec, tmp_path / "undisturbed")
-    checkpoint = train_until(spec, tmp_path, 5)
-    whole = checkpoint.read_bytes()
-    middle = len(whole) // 2
-    checkpoint.write_bytes(
-        {
-            "truncated": whole[:middle],
-            "empty": b"",
-            "garbage": b"no checkpoint" * 100,
-            "flipped": whole[:40] + bytes(byte ^ 0xFF for byte in whole[40:middle]) + whole[middle:],
-        }[damage]
-    )
-    run(spec, tmp_path)
-    assert record_bytes(spec, tmp_path) == record_bytes(spec, tmp_path / "undisturbed")
+# --- a batch of runs -----------------------------------------------------------------------------------------------
 
 
 def test_finished_run_trains_nothing(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -263,14 +115,10 @@ def test_finished_run_trains_nothing(text: Path, tmp_path: Path, monkeypatch: py
     assert run_all([spec, spec], tmp_path) == [record, record]
 
 
-@pytest.mark.parametrize("content", [b"", b'{"schema":1', b"[]", b'{"schema":0}'])
-def test_damaged_record_is_made_again(text: Path, tmp_path: Path, content: bytes) -> None:
+def test_a_run_that_is_asked_for_twice_is_computed_once(text: Path, tmp_path: Path) -> None:
     spec = specification(text, steps=2)
-    run(spec, tmp_path)
-    expected = record_bytes(spec, tmp_path)
-    record_path(spec, tmp_path).write_bytes(content)
-    run(spec, tmp_path)
-    assert record_bytes(spec, tmp_path) == expected
+    one, other = run_all([spec, spec], tmp_path, processes=2)
+    assert one == other == run(spec, tmp_path)
 
 
 def test_two_processes_are_one(text: Path, tmp_path: Path) -> None:
@@ -354,6 +202,16 @@ def test_compiled_run(text: Path, tmp_path: Path) -> None:
         ({"learning_rate": 0.0}, "learning_rate=0.0 is not positive"),
         ({"learning_rate": math.nan}, "learning_rate=nan is not positive"),
         ({"clip": 0}, "clip=0 is not positive"),
+        ({"schedule": "cubic"}, "unknown schedule 'cubic'; use one of cosine, linear, constant, wsd"),
+        ({"schedule": "wsd", "decay_fraction": 0.0}, "decay_fraction=0.0 is out of range"),
+        ({"schedule": "wsd", "decay_fraction": math.nan}, "decay_fraction=nan is out of range"),
+        ({"decay_fraction": 0.2}, "decay_fraction is of no use to the schedule cosine; use --schedule wsd"),
+        ({"schedule": "wsd", "decay_fraction": 0.9}, "2 steps of warm-up and 8 of decay do not fit into 9"),
+        ({"beta_1": 1.0}, "beta_1=1.0 is out of range"),
+        ({"beta_2": math.nan}, "beta_2=nan is out of range"),
+        ({"weight_decay": -0.1}, "weight_decay=-0.1 is negative"),
+        ({"z_loss": math.inf}, "z_loss=inf is negative or not finite"),
+        ({"decay_embeddings": True}, "decay_embeddings does nothing at weight_decay=0"),
         ({"batch_size": 4, "micro_batch": 3}, "micro_batch=3 does not divide batch_size=4"),
         ({"architecture": architecture(positions="learned", context=8)}, "seq_len=16 exceeds the 8 learned positions"),
     ],
@@ -377,18 +235,6 @@ def test_identity_tells_every_field_apart(text: Path) -> None:
     identities = {base.identity, *(replace(base, **{name: value}).identity for name, value in changes.items())}
     assert len(identities) == 1 + len(changes)
     assert base.identity == specification(text).identity
-
-
-def test_learning_rate_schedule(text: Path) -> None:
-    spec = specification(text, steps=110, warmup=10)
-    assert spec.rate(0) == pytest.approx(spec.learning_rate / 10)
-    assert spec.rate(9) == spec.rate(10) == spec.learning_rate
-    assert spec.rate(60) == pytest.approx(spec.learning_rate * 0.55)
-    assert spec.rate(110) == pytest.approx(spec.learning_rate * 0.1)
-    rates = [spec.rate(step) for step in range(10, 111)]
-    assert rates == sorted(rates, reverse=True)
-    assert specification(text, schedule="constant", steps=110, warmup=10).rate(100) == spec.learning_rate
-    assert specification(text, warmup=0).rate(0) == spec.learning_rate
 
 
 def test_output_that_cannot_be_written(text: Path, tmp_path: Path) -> None:

@@ -264,7 +264,10 @@ def parser() -> argparse.ArgumentParser:
 
 
 def run_command(top: argparse.ArgumentParser, argv: Sequence[str] | None) -> int:
-    """Parse and run; bad input is one line on standard error and status 2, a broken pipe is silent."""
+    """Parse and run; bad input is one line on standard error and status 2, a broken pipe is silent.
+
+    What an interruption says of itself is printed.
+    """
     arguments = top.parse_args(argv)
     try:
         return int(arguments.run(arguments))
@@ -280,8 +283,8 @@ def run_command(top: argparse.ArgumentParser, argv: Sequence[str] | None) -> int
             raise
         print(f"{top.prog}: out of memory; use a smaller batch, sequence or architecture", file=sys.stderr)
         return EXIT_BAD_INPUT
-    except KeyboardInterrupt:
-        print(f"{top.prog}: interrupted; run the same command again to go on", file=sys.stderr)
+    except KeyboardInterrupt as stop:
+        print(f"{top.prog}: {stop or 'interrupted'}; run the same command again to go on", file=sys.stderr)
         return 130
     except BrokenPipeError:
         sys.stderr.close()

@@ -1,0 +1,60 @@
+"""What the commands share: numbers from the command line, and refusals before any work is begun."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+
+import torch
+
+from empirics.plan import kept_numbers
+from theory.architecture import Architecture
+
+
+def positive(text: str) -> float:
+    """A positive finite number for argparse."""
+    try:
+        value = float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number; write for example 0.001") from None
+    if not (math.isfinite(value) and value > 0):
+        raise argparse.ArgumentTypeError(f"{text} is not a positive finite number")
+    return value
+
+
+def not_negative(text: str) -> float:
+    """0 or a positive finite number for argparse."""
+    return 0.0 if text.strip() in ("0", "0.0") else positive(text)
+
+
+def positive_or_off(text: str) -> float:
+    """A positive finite number, or infinity for `off`, for argparse."""
+    return math.inf if text.strip() == "off" else positive(text)
+
+
+def check_device(device: str) -> str:
+    """The device, if torch can reach it.
+
+    Raises:
+        ValueError: it cannot.
+    """
+    try:
+        torch.zeros(1, device=device).item()  # the meta device makes tensors and holds no numbers
+    except (RuntimeError, AssertionError):
+        raise ValueError(f"device {device!r} is not available here; use --device cpu") from None
+    return device
+
+
+def check_memory(architecture: Architecture, n_tokens: int) -> None:
+    """Refuse a network and batch that cannot fit in this machine's memory.
+
+    Counted in float32: weights and gradients, and what one pass over n_tokens tokens keeps for the backward pass.
+    """
+    needed = 8 * architecture.n_parameters + 4 * n_tokens * kept_numbers(architecture)
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > 0.9 * total:
+        raise ValueError(
+            f"{architecture.name} with {n_tokens} tokens at once needs {needed / 1e9:.3g} GB and this machine has "
+            f"{total / 1e9:.3g} GB; use a smaller --batch or --seq-len, fewer --layers or a smaller preset"
+        )

@@ -1,0 +1,100 @@
+"""What a step does with the gradient: parameter groups, clipping, AdamW, and the norms that are written down.
+
+Weight decay is decoupled (AdamW) and acts on the matrices inside the layers and on the head. Gains and biases never
+decay. Token and position tables decay with `decay_embeddings` only; a tied head is the token table and follows it.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from empirics.model import Transformer
+from empirics.run_spec import RunSpec
+
+EMBEDDINGS = ("tokens", "positions")
+
+
+def decays(name: str, parameter: Tensor, spec: RunSpec) -> bool:
+    """Whether weight decay acts on a parameter."""
+    places = ("layers", "head", *EMBEDDINGS) if spec.decay_embeddings else ("layers", "head")
+    return parameter.ndim == 2 and name.startswith(places)
+
+
+def decay_table(model: Transformer, spec: RunSpec) -> dict[str, list[str]]:
+    """Names of the parameters that decay and that do not, layers by a star; for the record."""
+    table: dict[str, set[str]] = {"decaying": set(), "not_decaying": set()}
+    for name, parameter in model.named_parameters():
+        decaying = spec.weight_decay > 0 and decays(name, parameter, spec)
+        table["decaying" if decaying else "not_decaying"].add(re.sub(r"\.\d+\.", ".*.", name))
+    return {kind: sorted(names) for kind, names in table.items()}
+
+
+def adamw(model: Transformer, spec: RunSpec) -> torch.optim.Optimizer:
+    """AdamW with two groups: what decays, and the rest."""
+    named = list(model.named_parameters())
+    decaying = [p for name, p in named if decays(name, p, spec)]
+    rest = [p for name, p in named if not decays(name, p, spec)]
+    groups = [{"params": decaying, "weight_decay": spec.weight_decay}, {"params": rest, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=spec.learning_rate, betas=(spec.beta_1, spec.beta_2), fused=True)
+
+
+class Stepper:
+    """One optimizer's steps, with the norms of what it is given and of what it does.
+
+    Norms are by where parameters sit: embedding, layer 0..N-1, head; gains belong to where they are.
+    """
+
+    def __init__(self, model: Transformer, optimizer: torch.optim.Optimizer) -> None:
+        self.optimizer = optimizer
+        self.groups = parameter_groups(model)
+        self.parameters = [parameter for group in self.groups.values() for parameter in group]
+        self._before = [torch.empty_like(parameter, requires_grad=False) for parameter in self.parameters]
+
+    def gradient_norms(self) -> dict[str, float]:
+        """Norm of the gradient, group by group."""
+        return _group_norms(self._gradients(), self.groups)
+
+    def step(self, *, rate: float, scale: float) -> dict[str, float]:
+        """Scale the gradient, step, and return the norm of the parameters' change, group by group."""
+        if scale != 1.0:
+            for gradient in self._gradients():
+                gradient.mul_(scale)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        for old, parameter in zip(self._before, self.parameters, strict=True):
+            old.copy_(parameter.detach())
+        self.optimizer.step()
+        for old, parameter in zip(self._before, self.parameters, strict=True):
+            old.sub_(parameter.detach())
+        return _group_norms(self._before, self.groups)
+
+    def _gradients(self) -> list[Tensor]:
+        gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
+        assert len(gradients) == len(self.parameters)  # every parameter takes part in the loss
+        return gradients
+
+
+def total_norm(norms: dict[str, float]) -> float:
+    """Norm over all groups."""
+    return math.sqrt(sum(norm * norm for norm in norms.values()))
+
+
+def parameter_groups(model: Transformer) -> dict[str, list[nn.Parameter]]:
+    """Parameters by where they sit: embedding, layer 0..N-1, head."""
+    layers = {f"layer {n}": list(layer.parameters()) for n, layer in enumerate(model.layers)}
+    owned = {id(parameter) for group in layers.values() for parameter in group}
+    embedding = [p for name, p in model.named_parameters() if name.startswith((*EMBEDDINGS, "embedding"))]
+    owned |= {id(parameter) for parameter in embedding}
+    head = [parameter for parameter in model.parameters() if id(parameter) not in owned]
+    return {"embedding": embedding, **layers, "head": head}
+
+
+def _group_norms(tensors: list[Tensor], groups: dict[str, list[nn.Parameter]]) -> dict[str, float]:
+    squares = torch.stack([tensor.norm() for tensor in tensors]).double().square().tolist()
+    values: Iterator[float] = iter(squares)
+    return {name: math.sqrt(sum(next(values) for _ in group)) for name, group in groups.items()}

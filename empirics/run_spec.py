@@ -1,0 +1,141 @@
+"""Everything that decides a training run's numbers, and the learning rate of its every step."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+from typing import Literal, get_args
+
+from empirics.data import TokenizerKind
+from theory.architecture import Architecture
+from theory.records import fingerprint, plain, slug
+
+Schedule = Literal["cosine", "linear", "constant", "wsd"]
+SCHEDULES: tuple[Schedule, ...] = get_args(Schedule)
+COSINE_FLOOR = 0.1
+# Fields younger than the first records: left out of the fingerprint where they are not used, so that those stay valid.
+LATER = ("decay_fraction", "decay_embeddings", "z_loss", "deterministic")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunSpec:
+    """Everything that decides a training run's numbers.
+
+    Attributes:
+        label: the method's name in figures.
+        experiment: which question the run belongs to.
+        warmup: steps of linear warm-up, before any schedule.
+        schedule: after it, the rate is constant; or falls to a tenth by a cosine; or linearly to 0; or is constant and
+            falls linearly to 0 over the last steps (wsd: warm-up, stable, decay).
+        decay_fraction: of all steps, the share over which wsd falls.
+        clip: gradient norms above this are scaled down to it; infinite for none.
+        weight_decay: what a step takes off a decaying number is the rate times this times the number.
+        decay_embeddings: token and position tables decay too. A decaying table's entries shrink, and with them the
+            shortcut that a remedy made large.
+        z_loss: weight of the mean squared log of the softmax's normalisation, which is added to the loss.
+        deterministic: only algorithms of torch that give the same bits every time; an error where there is none.
+        probe_every: steps between probes of the residual stream; probes change no number of the run.
+        data_bytes: how much of the text is read; the reader's own limit if None.
+        micro_batch: sequences that go through the network at once, gradients being accumulated; all if None.
+
+    Raises:
+        ValueError: a field is out of range, or of no use with the others; the message names the remedy.
+    """
+
+    architecture: Architecture
+    label: str
+    experiment: str
+    seed: int
+    steps: int
+    batch_size: int
+    seq_len: int
+    learning_rate: float
+    warmup: int
+    schedule: Schedule
+    decay_fraction: float = 0.1
+    clip: float = 1.0
+    beta_1: float = 0.9
+    beta_2: float = 0.95
+    weight_decay: float = 0.0
+    decay_embeddings: bool = False
+    z_loss: float = 0.0
+    precision: Literal["float32", "bfloat16"] = "float32"
+    device: str = "cpu"
+    compile: bool = False
+    deterministic: bool = False
+    micro_batch: int | None = None
+    data: str = "sympy"
+    data_bytes: int | None = None
+    tokenizer: TokenizerKind = "bpe"
+    probe_every: int = 20
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "seq_len", "probe_every"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name}={value!r} is not a positive whole number; use 1 or more")
+        if self.micro_batch is not None and (self.micro_batch < 1 or self.batch_size % self.micro_batch):
+            raise ValueError(
+                f"micro_batch={self.micro_batch} does not divide batch_size={self.batch_size}; use a divisor of it"
+            )
+        for name in ("learning_rate", "clip"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name}={getattr(self, name)!r} is not positive; use a number above 0")
+        for name in ("weight_decay", "z_loss"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name}={getattr(self, name)!r} is negative or not finite; use 0 or more")
+        for name in ("beta_1", "beta_2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)!r} is out of range; use 0 or more, and less than 1")
+        if self.decay_embeddings and not self.weight_decay:
+            raise ValueError("decay_embeddings does nothing at weight_decay=0; add a weight decay (--weight-decay)")
+        if self.seq_len > self.architecture.context and self.architecture.positions == "learned":
+            raise ValueError(
+                f"seq_len={self.seq_len} exceeds the {self.architecture.context} learned positions; use fewer tokens"
+            )
+        self._check_schedule()
+
+    def _check_schedule(self) -> None:
+        if self.schedule not in SCHEDULES:
+            raise ValueError(f"unknown schedule {self.schedule!r}; use one of {', '.join(SCHEDULES)}")
+        if not 0 < self.decay_fraction <= 1:
+            raise ValueError(f"decay_fraction={self.decay_fraction!r} is out of range; use more than 0, at most 1")
+        if self.schedule != "wsd":
+            if self.decay_fraction != _default("decay_fraction"):
+                raise ValueError(f"decay_fraction is of no use to the schedule {self.schedule}; use --schedule wsd")
+        elif self.warmup + self.decay_steps > self.steps:
+            raise ValueError(
+                f"{self.warmup} steps of warm-up and {self.decay_steps} of decay do not fit into {self.steps}; use a "
+                "shorter --warmup, a smaller --decay-fraction or more --steps"
+            )
+
+    @property
+    def identity(self) -> str:
+        """Name of the run's record: readable parts and a fingerprint of every field."""
+        parts = plain(self)
+        for name in LATER:
+            if parts[name] == _default(name):
+                del parts[name]
+        return f"{self.experiment}-{slug(self.label)}-lr{self.learning_rate:g}-seed{self.seed}-{fingerprint(parts)}"
+
+    @property
+    def decay_steps(self) -> int:
+        """Steps over which wsd falls: the nearest whole number, at least 1."""
+        return max(1, round(self.decay_fraction * self.steps))
+
+    def rate(self, step: int) -> float:
+        """Learning rate of a step, counted from 0; a rate that falls to 0 would be 0 at the step after the last."""
+        if step < self.warmup:
+            return self.learning_rate * (step + 1) / self.warmup
+        if self.schedule == "constant":
+            return self.learning_rate
+        if self.schedule == "wsd":
+            return self.learning_rate * min(1.0, (self.steps - step) / self.decay_steps)
+        progress = (step - self.warmup) / max(1, self.steps - self.warmup)
+        if self.schedule == "linear":
+            return self.learning_rate * (1 - progress)
+        return self.learning_rate * (COSINE_FLOOR + (1 - COSINE_FLOOR) * 0.5 * (1 + math.cos(math.pi * progress)))
+
+
+def _default(name: str) -> object:
+    return next(field.default for field in fields(RunSpec) if field.name == name)

@@ -1,0 +1,192 @@
+"""`python -m empirics train`: one training from the command line, or the plan of one."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from empirics.command_line import check_device, check_memory, not_negative, positive, positive_or_off
+from empirics.plan import DEVICES, plan
+from empirics.run import model_path, record_path, run
+from empirics.run_spec import SCHEDULES, RunSpec
+from empirics.tensorboard import TensorBoard
+from theory.__main__ import add_architecture_options, chosen, emit, natural, whole
+from theory.architecture import Architecture
+from theory.records import write_bytes
+
+EXPERIMENT = "train"
+
+
+def add_command(commands: Any) -> argparse.ArgumentParser:
+    """Add `train` to the commands of a parser."""
+    train = commands.add_parser(
+        "train",
+        help="one training run",
+        description="Train once; a killed run resumes, a finished one is not trained again. Ctrl-C or SIGTERM keeps a "
+        "checkpoint and ends with status 130; a second one ends at once. A folder holds one run.",
+    )
+    add_architecture_options(train)
+    train.add_argument("--steps", type=whole, default=300, help="default 300")
+    train.add_argument("--seed", type=natural, default=0, help="default 0")
+    train.add_argument("--batch", type=whole, default=8, help="sequences a step (default 8)")
+    train.add_argument(
+        "--micro-batch", type=whole, metavar="N",
+        help="sequences at once, gradients accumulated (default all of --batch)",
+    )  # fmt: skip
+    train.add_argument("--data", default="sympy", metavar="TEXT", help="sympy (default), a file, or hf:NAME")
+    train.add_argument("--tokenizer", choices=("bpe", "bytes"), default="bpe", help="default bpe")
+    _add_optimization(train)
+    _add_execution(train)
+    train.add_argument("--out", metavar="DIR", help="folder for the record and losses.jsonl; needed but for --plan")
+    train.add_argument(
+        "--plan", metavar="GPU",
+        help=f"train nothing: print parameters, FLOPs, memory and hours on {', '.join(DEVICES)}",
+    )  # fmt: skip
+    train.add_argument("--devices", type=whole, default=1, help="devices that --plan shares the run over (default 1)")
+    train.add_argument("--json", action="store_true", help="the plan as JSON")
+    train.add_argument("--plan-out", metavar="FILE", help="write the plan to a file instead of standard output")
+    train.set_defaults(run=command)
+    return train
+
+
+def _add_optimization(train: argparse.ArgumentParser) -> None:
+    group = train.add_argument_group(
+        "optimization",
+        "AdamW. Weight decay acts on the matrices inside the layers and on the head, never on gains and biases, and "
+        "on token and position tables only with --decay-embeddings; a tied head is the token table.",
+    )
+    group.add_argument("--lr", type=positive, default=1e-3, help="peak learning rate (default 1e-3)")
+    group.add_argument("--warmup", type=natural, default=20, help="steps of linear warm-up (default 20)")
+    group.add_argument(
+        "--schedule", choices=SCHEDULES, default="cosine",
+        help="after the warm-up: cosine (default) falls to a tenth, linear to 0, wsd is constant and then falls to 0",
+    )  # fmt: skip
+    group.add_argument(
+        "--decay-fraction", type=positive, metavar="F", help="share of the steps over which wsd falls (default 0.1)"
+    )
+    group.add_argument(
+        "--clip", type=positive_or_off, default=1.0, metavar="NORM",
+        help="largest gradient norm (default 1), or off; the norms before and after are recorded",
+    )  # fmt: skip
+    group.add_argument("--beta1", type=not_negative, default=0.9, metavar="B", help="default 0.9")
+    group.add_argument("--beta2", type=not_negative, default=0.95, metavar="B", help="default 0.95")
+    group.add_argument("--weight-decay", type=not_negative, default=0.0, metavar="W", help="default 0")
+    group.add_argument(
+        "--decay-embeddings", action="store_true", help="decay the tables too; this can undo a scaled embedding"
+    )
+    group.add_argument(
+        "--z-loss", type=not_negative, default=0.0, metavar="Z",
+        help="weight of the mean (log Z)^2 that is added to the loss (default 0; PaLM 1e-4); recorded apart",
+    )  # fmt: skip
+
+
+def _add_execution(train: argparse.ArgumentParser) -> None:
+    group = train.add_argument_group("execution")
+    group.add_argument("--precision", choices=("float32", "bfloat16"), default="float32", help="default float32")
+    group.add_argument("--compile", action="store_true", help="torch.compile the loss")
+    group.add_argument(
+        "--deterministic", action="store_true",
+        help="only algorithms that give the same bits every time (torch.use_deterministic_algorithms): slower on a "
+        "GPU, an error where there is none; one thread on a CPU is repeatable without",
+    )  # fmt: skip
+    group.add_argument("--probe-every", type=whole, default=20, help="steps between probes (default 20)")
+    group.add_argument("--checkpoint-every", type=whole, default=100, help="steps between checkpoints (default 100)")
+    group.add_argument(
+        "--keep-checkpoint", action="store_true",
+        help="keep the final model in the folder: models/RUN/model.safetensors and architecture.json",
+    )  # fmt: skip
+    group.add_argument(
+        "--tensorboard", type=Path, metavar="DIR", help="write every step's numbers there too (extra tensorboard)"
+    )
+
+
+def command(arguments: argparse.Namespace) -> int:
+    """Run `train`.
+
+    Raises:
+        ValueError: bad input, in one line.
+    """
+    architecture, longest, _ = chosen(arguments)
+    seq_len = arguments.seq_len or longest
+    if arguments.plan is not None:
+        planned = plan(
+            architecture, device=arguments.plan, devices=arguments.devices, steps=arguments.steps,
+            batch_size=arguments.batch, seq_len=seq_len, precision=arguments.precision,
+            micro_batch=arguments.micro_batch,
+        )  # fmt: skip
+        emit(json.dumps(planned.record(), indent=2) if arguments.json else str(planned), arguments.plan_out)
+        return 0
+    if arguments.json or arguments.plan_out is not None:
+        raise ValueError("--json and --plan-out are for a plan; add --plan GPU, or use the record that a run leaves")
+    if arguments.out is None:
+        raise ValueError("nowhere to write the run; use --out DIR")
+    check_memory(architecture, (arguments.micro_batch or arguments.batch) * seq_len)
+    spec, out = _specification(arguments, architecture, seq_len), Path(arguments.out)
+    _require_own_folder(spec, out)
+    sink = None if arguments.tensorboard is None else TensorBoard(arguments.tensorboard)
+    try:
+        record = run(
+            spec, out, progress=True, checkpoint_every=arguments.checkpoint_every,
+            keep_model=arguments.keep_checkpoint, sink=sink,
+        )  # fmt: skip
+    finally:
+        if sink is not None:
+            sink.close()
+    losses = "".join(
+        json.dumps({"step": step, "loss": loss}) + "\n" for step, loss in enumerate(record["series"]["loss"])
+    )
+    write_bytes(out / "losses.jsonl", losses.encode())
+    final = record["final"]
+    if final["diverged_at"] is not None:
+        print(f"diverged: the loss or its gradient was not finite at step {final['diverged_at']}")
+    elif final["heldout_loss"] is None:
+        print(f"diverged: the held-out loss is not finite after {spec.steps} steps")
+    else:
+        print(f"held-out loss {final['heldout_loss']:.4f} nats a token after {spec.steps} steps")
+    print(f"record {record_path(spec, out)}\nlosses {out / 'losses.jsonl'}")
+    if arguments.keep_checkpoint:
+        print(f"model {model_path(spec, out)}")
+    return 0
+
+
+def _specification(arguments: argparse.Namespace, architecture: Architecture, seq_len: int) -> RunSpec:
+    wsd = {} if arguments.decay_fraction is None else {"decay_fraction": arguments.decay_fraction}
+    return RunSpec(
+        architecture=architecture,
+        label=architecture.name,
+        experiment=EXPERIMENT,
+        seed=arguments.seed,
+        steps=arguments.steps,
+        batch_size=arguments.batch,
+        seq_len=seq_len,
+        learning_rate=arguments.lr,
+        warmup=min(arguments.warmup, arguments.steps),
+        schedule=arguments.schedule,
+        clip=arguments.clip,
+        beta_1=arguments.beta1,
+        beta_2=arguments.beta2,
+        weight_decay=arguments.weight_decay,
+        decay_embeddings=arguments.decay_embeddings,
+        z_loss=arguments.z_loss,
+        precision=arguments.precision,
+        device=check_device(arguments.device),
+        compile=arguments.compile,
+        deterministic=arguments.deterministic,
+        micro_batch=arguments.micro_batch,
+        data=arguments.data,
+        tokenizer=arguments.tokenizer,
+        probe_every=arguments.probe_every,
+        **wsd,
+    )
+
+
+def _require_own_folder(spec: RunSpec, out: Path) -> None:
+    """Refuse a folder whose losses.jsonl is, or will be, another run's."""
+    pattern = f"{EXPERIMENT}-*"
+    found = [path.stem for path in (out / "records").glob(f"{pattern}.json")]
+    found += [path.name for path in (out / "checkpoints").glob(pattern)]
+    others = sorted({name for name in found if name != spec.identity})
+    if others:
+        raise ValueError(f"{out} holds another run, {others[0]}; use another --out, one folder a run")
