@@ -15,6 +15,7 @@ SCHEDULES: tuple[Schedule, ...] = get_args(Schedule)
 COSINE_FLOOR = 0.1
 # Fields younger than the first records: left out of the fingerprint where they are not used, so that those stay valid.
 LATER = ("decay_fraction", "decay_embeddings", "z_loss", "deterministic")
+LATER_OF_ARCHITECTURE = ("n_experts", "experts_per_token", "gates_renormalised")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -116,6 +117,9 @@ class RunSpec:
         for name in LATER:
             if parts[name] == _default(name):
                 del parts[name]
+        if not self.architecture.n_experts:
+            for name in LATER_OF_ARCHITECTURE:
+                del parts["architecture"][name]
         return f"{self.experiment}-{slug(self.label)}-lr{self.learning_rate:g}-seed{self.seed}-{fingerprint(parts)}"
 
     @property

@@ -18,7 +18,7 @@ from empirics.checkpoints import load_model
 from empirics.data import batch
 from empirics.model import build
 from empirics.run import corpus_of, model_path, run
-from empirics.run_spec import LATER
+from empirics.run_spec import LATER, LATER_OF_ARCHITECTURE
 from empirics.tensorboard import TensorBoard
 from empirics.train import objective, train
 from theory.records import fingerprint, plain
@@ -62,13 +62,17 @@ def test_fields_that_are_not_used_leave_the_identity(text: Path) -> None:
     fields = plain(spec)
     for name in LATER:
         del fields[name]
+    for name in LATER_OF_ARCHITECTURE:
+        del fields["architecture"][name]
     assert spec.identity == f"test-vanilla-lr0.003-seed0-{fingerprint(fields)}"
     assert spec.identity == "test-vanilla-lr0.003-seed0-9e021a1d41e6"
     used = {"decay_fraction": 0.2, "decay_embeddings": True, "z_loss": 1e-4, "deterministic": True}
     assert set(used) == set(LATER)
     base = replace(spec, schedule="wsd", weight_decay=0.1)
     changed = {replace(base, **{name: value}).identity for name, value in used.items()}
-    assert len(changed | {base.identity}) == 1 + len(used)
+    routed = {replace(base.architecture, n_experts=4, experts_per_token=k) for k in (1, 2)}
+    changed |= {replace(base, architecture=architecture).identity for architecture in routed}
+    assert len(changed | {base.identity}) == 3 + len(used)
 
 
 def test_clipping_bounds_the_gradient_that_is_used(text: Path, tmp_path: Path) -> None:

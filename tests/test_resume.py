@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +108,15 @@ def test_the_last_two_are_kept(text: Path, tmp_path: Path) -> None:
     assert all(float(moments[f"{name}.step"]) == 6 for name in names)
 
 
+@pytest.fixture
+def heard() -> Iterator[None]:
+    """SIGINT is not ignored, as it is in what a shell runs in the background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("heard")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_stops_between_two_steps(
     text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, undisturbed: bytes, number: signal.Signals
@@ -134,6 +144,7 @@ def test_a_signal_stops_between_two_steps(
     assert record_bytes(spec, tmp_path) == undisturbed
 
 
+@pytest.mark.usefixtures("heard")
 def test_a_second_signal_interrupts_at_once() -> None:
     with stop_signals() as stop:
         assert not stop()
