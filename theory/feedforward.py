@@ -145,6 +145,12 @@ def ffn_sharp_silu() -> Statement:
     return _sharp("silu")
 
 
+@register
+def ffn_sharp_gelu_tanh() -> Statement:
+    """Predict |W_2 D W_1| for GELU in its form with tanh at initialisation."""
+    return _sharp("gelu-tanh")
+
+
 def _gated(activation: Activation) -> Statement:
     return Statement(
         name=f"ffn-sharp-gated-{activation}",
@@ -180,6 +186,18 @@ def ffn_sharp_gated_gelu() -> Statement:
 def ffn_sharp_gated_relu() -> Statement:
     """Predict the ReGLU sub-layer's Jacobian norm at initialisation."""
     return _gated("relu")
+
+
+@register
+def ffn_sharp_gated_gelu_tanh() -> Statement:
+    """Predict the GeGLU sub-layer's Jacobian norm at initialisation, GELU in its form with tanh."""
+    return _gated("gelu-tanh")
+
+
+@register
+def ffn_sharp_gated_identity() -> Statement:
+    """Predict the bilinear sub-layer's Jacobian norm at initialisation."""
+    return _gated("identity")
 
 
 def _half_layer(activation: Activation) -> Statement:
