@@ -263,6 +263,11 @@ class Experts(nn.Module):
         self.router = nn.Linear(a.d_model, a.n_experts, bias=False)
         self.experts = nn.ModuleList(FeedForward(a) for _ in range(a.n_experts))
 
+    @property
+    def each(self) -> list[FeedForward]:
+        """The experts, by their type."""
+        return [expert for expert in self.experts if isinstance(expert, FeedForward)]
+
     def gates(self, u_ND: Tensor) -> tuple[Tensor, Tensor]:
         """Weights (N, k) of the chosen experts, in float32 or wider, and which they are, (N, k)."""
         logits = self.router(u_ND)
@@ -275,7 +280,7 @@ class Experts(nn.Module):
         u_ND = u_BTD.flatten(0, -2)
         gates, index = self.gates(u_ND)
         total = torch.zeros_like(u_ND)
-        for e, expert in enumerate(self.experts):
+        for e, expert in enumerate(self.each):
             token, place = torch.where(index == e)
             weighted = gates[token, place, None] * expert(u_ND[token])
             total = total.index_add(0, token, weighted.to(total.dtype))
@@ -338,8 +343,7 @@ class Layer(nn.Module):
     @property
     def feedforwards(self) -> list[FeedForward]:
         """The feed-forward sub-layer, or each of its experts."""
-        experts = self.feedforward.experts if isinstance(self.feedforward, Experts) else [self.feedforward]
-        return [expert for expert in experts if isinstance(expert, FeedForward)]
+        return self.feedforward.each if isinstance(self.feedforward, Experts) else [self.feedforward]
 
     @property
     def branches(self) -> tuple[Function, Function]:
@@ -410,8 +414,7 @@ class Transformer(nn.Module):
 
     def loss(self, tokens_BT: Tensor, targets_BT: Tensor, places: list[Tensor] | None = None) -> Tensor:
         """Mean cross entropy in nats a token."""
-        logits = self(tokens_BT, places)
-        return F.cross_entropy(logits.float().flatten(0, 1), targets_BT.flatten())
+        return cross_entropy(self(tokens_BT, places), targets_BT)
 
     @torch.no_grad()
     def initialise(self, generator: torch.Generator) -> None:
@@ -449,6 +452,11 @@ class Transformer(nn.Module):
             _draw(self.head.weight, a.stds.head, a.init, generator)
         if a.padding_row:
             self.tokens.weight[0].zero_()
+
+
+def cross_entropy(logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:
+    """Mean over tokens in nats; computed in float32 whatever the logits are."""
+    return F.cross_entropy(logits_BTV.float().flatten(0, 1), targets_BT.flatten())
 
 
 def build(

@@ -16,7 +16,7 @@ import torch
 from empirics.adversaries import normal
 from empirics.benches import small_architecture
 from empirics.model import Attention, FeedForward, make_norm
-from empirics.observables import opnorm, true_feedforward, true_half_layer, true_tokenwise
+from empirics.observables import opnorm, true_each_token, true_feedforward, true_half_layer
 from empirics.probes import PlainAttention
 from empirics.spectral import lanczos_opnorm
 from theory.statements import Statement, catalogue
@@ -145,7 +145,7 @@ def embeddings(statement: Statement) -> Iterator[Setting]:
             if positions:
                 tables = tables + std * normal(seed + 1000, length, d)
             # Places of different tokens have rows of their own: each group is a block by itself.
-            slopes = torch.stack([true_tokenwise(norm, x[None]) for x in tables]).square().view(repeats, -1)
+            slopes = true_each_token(norm, tables).square().view(repeats, -1)
             return math.sqrt(float(slopes.sum(0).max() + positions * slopes.max()))
 
         values = {"embedding_gradient": 1.0, "multiplier": 1.0, "position_rows": positions, "d": d, "n_tokens": length}

@@ -47,9 +47,14 @@ def true_opnorm(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     return opnorm(jacobian(function, x))
 
 
+def true_each_token(function: Callable[[Tensor], Tensor], x_TD: Tensor) -> Tensor:
+    """(T,) |d function / d x| of each token, for a function of each token by itself."""
+    return opnorm(vmap(jacrev(function))(x_TD))
+
+
 def true_tokenwise(function: Callable[[Tensor], Tensor], x_TD: Tensor) -> Tensor:
-    """Largest over tokens of |d function / d x|, for a function of each token by itself."""
-    return opnorm(vmap(jacrev(function))(x_TD)).max()
+    """The largest of them."""
+    return true_each_token(function, x_TD).max()
 
 
 def observe_norm(norm: nn.Module, x_TD: Tensor) -> Observed:
@@ -82,10 +87,9 @@ def true_experts(experts: Experts, u_TD: Tensor) -> Tensor:
 
 def observe_experts(experts: Experts, u_TD: Tensor) -> Observed:
     rows = experts.router.weight
-    every = [expert for expert in experts.experts if isinstance(expert, FeedForward)]
     return {
-        "expert_jacobian": torch.stack([true_feedforward(expert, u_TD) for expert in every]).max(),
-        "expert_output": torch.stack([expert(u_TD).norm(dim=-1).max() for expert in every]).max(),
+        "expert_jacobian": torch.stack([true_feedforward(expert, u_TD) for expert in experts.each]).max(),
+        "expert_output": torch.stack([expert(u_TD).norm(dim=-1).max() for expert in experts.each]).max(),
         # Not torch.cdist, whose gradient at distance 0 is not a number.
         "router_spread": (rows[:, None] - rows).square().sum(-1).max().sqrt(),
     }

@@ -16,12 +16,11 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from empirics.checkpoints import Checkpoints, keep_model
 from empirics.data import Corpus, batch, heldout_batches
-from empirics.model import Transformer, build
+from empirics.model import Transformer, build, cross_entropy
 from empirics.optimization import Stepper, adamw, decay_table, total_norm
 from empirics.probes import distributions, place_statistics
 from empirics.run_spec import RunSpec
@@ -115,7 +114,8 @@ def train(
         while step < spec.steps and series.diverged_at is None:
             probing = step % spec.probe_every == 0
             # A probed step runs the same arithmetic uncompiled, since a compiled graph has no places to keep.
-            _train_step(spec, corpus, model, plain_objective if probing else fast, stepper, series, step)
+            loss_function = plain_objective if probing else fast
+            _train_step(spec, corpus, model, loss_function, stepper, series, step, probing=probing)
             on_step(step, series.latest())
             step += 1
             stopping = stop()
@@ -155,8 +155,8 @@ def objective(
         loss = model.loss(tokens_BT, targets_BT, places)
         return loss, loss
     logits = model(tokens_BT, places).float()
-    cross_entropy = F.cross_entropy(logits.flatten(0, 1), targets_BT.flatten())
-    return cross_entropy + z_loss * logits.logsumexp(-1).square().mean(), cross_entropy
+    loss = cross_entropy(logits, targets_BT)
+    return loss + z_loss * logits.logsumexp(-1).square().mean(), loss
 
 
 def _shape(spec: RunSpec) -> dict[str, int]:
@@ -171,9 +171,10 @@ def _train_step(
     stepper: Stepper,
     series: Series,
     step: int,
+    *,
+    probing: bool,
 ) -> None:
     tokens, targets = _to_tensors(batch(corpus, seed=spec.seed, step=step, **_shape(spec)), spec.device)
-    probing = step % spec.probe_every == 0
     if step == 0:
         series.distributions["start"] = distributions(model, tokens[: spec.micro_batch])
     stepper.optimizer.zero_grad(set_to_none=True)
@@ -214,11 +215,11 @@ def _accumulate(
     for part_tokens, part_targets in zip(tokens.chunk(parts), targets.chunk(parts), strict=True):
         places: list[Tensor] = []
         with torch.autocast(spec.device.split(":")[0], torch.bfloat16, enabled=spec.precision == "bfloat16"):
-            loss, cross_entropy = loss_function(part_tokens, part_targets, *([places] if probing else []))
+            loss, part_entropy = loss_function(part_tokens, part_targets, *([places] if probing else []))
         if parts > 1:
-            loss, cross_entropy = loss / parts, cross_entropy / parts
+            loss, part_entropy = loss / parts, part_entropy / parts
         value += float(loss.detach())
-        entropy += float(cross_entropy.detach())
+        entropy += float(part_entropy.detach())
         if not math.isfinite(value):
             break
         loss.backward()

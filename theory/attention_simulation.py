@@ -52,19 +52,21 @@ class SimulatedAttention:
             for name, heads in shapes.items()
         }
         base = a.rope_base_at(layer)
-        self.angles = None if base is None or a.rope_width == 0 else _angles(n_tokens, a.rope_width, base)
+        self.rotation = None if base is None or a.rope_width == 0 else _rotation(n_tokens, a.rope_width, base)
         self.query, self.query_scale = self._finished(self._project("query", self.u))
         self.key, self.key_scale = self._finished(self._project("key", self.u))
         self.value = self._each_head(self._project("value", self.u))
-        logits = a.logit_scale * self._turned(self.query) @ self._each_head(self._turned(self.key)).mT
+        # Queries and keys as they meet in a logit, (H, T, E).
+        self.left, self.right = self._turned(self.query), self._each_head(self._turned(self.key))
+        logits = a.logit_scale * self.left @ self.right.mT
         self.slope = np.full(logits.shape, a.logit_scale)
         if a.attention_softcap:
             capped = np.tanh(logits / a.attention_softcap)
             logits, self.slope = a.attention_softcap * capped, self.slope * (1 - capped**2)
         distance = np.arange(n_tokens)[:, None] - np.arange(n_tokens)
         if a.positions == "alibi":
-            slopes = sorted(alibi_slopes(a.n_heads, limit=a.n_heads), reverse=True)
-            logits = logits - np.array(slopes)[:, None, None] * distance
+            slopes = np.array(alibi_slopes(a.n_heads, limit=a.n_heads))[::-1]
+            logits = logits - slopes[:, None, None] * distance
         seen = (distance >= 0) & (distance < (a.window_at(layer) or n_tokens))
         logits = np.where(seen, logits, -np.inf)
         weights = np.exp(logits - logits.max(axis=2, keepdims=True))
@@ -75,18 +77,17 @@ class SimulatedAttention:
         w_TD = change.reshape(self.u.shape)
         dq = self._turned(self._through_norm(self._project("query", w_TD), self.query, self.query_scale))
         dk = self._turned(self._through_norm(self._project("key", w_TD), self.key, self.key_scale))
-        dl = dq @ self._each_head(self._turned(self.key)).mT + self._turned(self.query) @ self._each_head(dk).mT
-        mixed = (
-            self.p @ self._each_head(self._project("value", w_TD)) + self._through_softmax(self.slope * dl) @ self.value
-        )
+        dv = self._each_head(self._project("value", w_TD))
+        dl = dq @ self.right.mT + self.left @ self._each_head(dk).mT
+        mixed = self.p @ dv + self._through_softmax(self.slope * dl) @ self.value
         return (mixed @ self.weights["output"]).sum(axis=0).ravel()
 
     def backward(self, cotangent: Array) -> Array:
         """J' g."""
         g_HTE = cotangent.reshape(self.u.shape) @ self.weights["output"].mT
         dl = self.slope * self._through_softmax(g_HTE @ self.value.mT)
-        dq = self._turned(dl @ self._each_head(self._turned(self.key)), back=True)
-        dk = self._turned(self._each_group(dl.mT @ self._turned(self.query)), back=True)
+        dq = self._turned(dl @ self.right, back=True)
+        dk = self._turned(self._each_group(dl.mT @ self.left), back=True)
         parts = (
             self._through_norm(dq, self.query, self.query_scale) @ self.weights["query"],
             self._through_norm(dk, self.key, self.key_scale) @ self.weights["key"],
@@ -135,10 +136,10 @@ class SimulatedAttention:
 
     def _turned(self, x: Array, *, back: bool = False) -> Array:
         """Rotary positions, the two halves paired; `back` turns the other way."""
-        if self.angles is None:
+        if self.rotation is None:
             return x
-        half = self.angles.shape[1]
-        cosine, sine = np.cos(self.angles), (-1 if back else 1) * np.sin(self.angles)
+        cosine, sine = self.rotation
+        half, sine = sine.shape[1], -sine if back else sine
         first, second, still = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
         return np.concatenate([first * cosine - second * sine, second * cosine + first * sine, still], axis=-1)
 
@@ -156,9 +157,10 @@ def _normalised(a: Architecture, x: Array, eps: float) -> tuple[Array, Array]:
     return x / scale, scale
 
 
-def _angles(n_tokens: int, width: int, base: float) -> Array:
-    """(T, width/2) angles of rotary positions."""
-    return np.outer(np.arange(n_tokens), base ** (-np.arange(0, width, 2) / width))
+def _rotation(n_tokens: int, width: int, base: float) -> tuple[Array, Array]:
+    """(T, width/2) cosines and sines of rotary positions."""
+    angles = np.outer(np.arange(n_tokens), base ** (-np.arange(0, width, 2) / width))
+    return np.cos(angles), np.sin(angles)
 
 
 @lru_cache(maxsize=64)

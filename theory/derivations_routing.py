@@ -159,7 +159,7 @@ def experts_upper() -> Derivation:
 DRAWS = 4000
 ACCURACY = f"means over {DRAWS} draws, whose standard error is 1 to 2 %: 8 % is four of them or more"
 
-shared, slopes_shared = entry("A"), entry("B", signed=True)
+shared, shared_itself, slopes_shared = entry("A"), entry("A_tt"), entry("B", signed=True)
 overlap = entry("g.g'", r"g \cdot g'")
 agreement = entry("p.p'", r"p \cdot p'")
 products = entry("tr DD'", r"\mathrm{tr}\, D D'^\top", signed=True)
@@ -167,7 +167,7 @@ output_gram, gradient_gram = (
     entry("<f,f'>/d", r"\langle f, f' \rangle / d", signed=True),
     entry("|du|^2", r"\| \nabla_u \|^2"),
 )
-kappa, kappa_slope = entry("kappa", r"\kappa", signed=True), entry("kappa'", r"\dot\kappa")
+kappa = entry("kappa", r"\kappa", signed=True)
 r, cotangent = entry("r"), entry("|v|^2", r"\| v \|^2")
 
 
@@ -195,7 +195,7 @@ def _layer(rng: Rng) -> Values:
     width, variance, correlation = 24, 1.5, 0.6
     u = np.linalg.qr(rng.normal(0, 1, (width, 2)))[0].T * np.sqrt(width)
     u = np.stack([u[0], correlation * u[0] + np.sqrt(1 - correlation**2) * u[1]])
-    sums = np.zeros(4)
+    sums = np.zeros(5)
     for _ in range(DRAWS):
         router = rng.normal(0, np.sqrt(variance / width), (EXPERTS, width))
         W = rng.normal(0, 1 / np.sqrt(width), (EXPERTS, width, width))
@@ -205,22 +205,12 @@ def _layer(rng: Rng) -> Values:
         slope = np.diag(g) - np.outer(g, g)
         gradient = np.einsum("e,eij,i->j", g, W, v) + router.T @ (slope @ (f[:, 0] @ v))
         both = np.einsum("e,ei->i", g, f[:, 0]) @ np.einsum("e,ei->i", h, f[:, 1]) / width
-        sums += [both, g @ h, gradient @ gradient / (v @ v), np.sum(slope**2)]
-    output, together, squared, mean_slopes = sums / DRAWS
-    # kappa: of two tokens forwards, of one with itself backwards, where its own overlap is needed.
-    own = np.mean([_own_overlap(rng, variance) for _ in range(DRAWS)])
+        sums += [both, g @ h, gradient @ gradient / (v @ v), np.sum(slope**2), g @ g]
+    output, together, squared, mean_slopes, itself = sums / DRAWS
     return {
         **{output_gram: output, shared: together, kappa: correlation},
-        **{gradient_gram: squared, slopes_shared: mean_slopes, r: variance, cotangent: 1.0, _OWN_SHARE: own},
+        **{gradient_gram: squared, slopes_shared: mean_slopes, r: variance, cotangent: 1.0, shared_itself: itself},
     }
-
-
-_OWN_SHARE = entry("A_tt")
-
-
-def _own_overlap(rng: Rng, variance: float) -> float:
-    g, _ = _gates(rng.normal(0, np.sqrt(variance), EXPERTS), 2, renormalised=True)
-    return float(g @ g)
 
 
 @register_derivation
@@ -240,7 +230,7 @@ def routing() -> Derivation:
     )
     backward = Step(
         left=gradient_gram,
-        right=(_OWN_SHARE + r * slopes_shared) * cotangent,
+        right=(shared_itself + r * slopes_shared) * cotangent,
         relation="~=",
         rule="independent experts",
         source=OWN,

@@ -14,6 +14,7 @@ from theory.activations import lipschitz, secant
 from theory.architecture import Architecture
 from theory.attention import attention_estimate
 from theory.attention_variants import attention_general_upper
+from theory.experts import experts_upper
 from theory.feedforward import ffn_estimate, ffn_gated_upper, ffn_upper
 from theory.gram_maps import steepest_alibi_slope
 from theory.grams import Gram
@@ -297,17 +298,18 @@ def _attention_bound(
 def _feedforward_bound(a: Architecture, stds: Stds, radius: float, failure: float) -> tuple[float, float]:
     """Bounds on the feed-forward sub-layer's Jacobian and on a token's output, for inputs at most `radius` long.
 
-    With experts, sum_e g_e J_e is at most the largest |J_e|, as gates sum to at most 1, and what runs through the
-    router is sum_e f_e g_e (w_e - sum_i p_i w_i)', with p the softmax that the gates are of: at most the largest |f_e|
-    times a standard deviation of the entries of W_r v over p, itself at most |W_r v| / sqrt(2).
+    Two rows of a router are at most sqrt(2) |W_r| apart.
     """
     jacobian, size = _single_feedforward_bound(a, stds, radius, failure)
     if a.n_experts:
-        jacobian += size * _opnorm(a, failure, stds.router, a.n_experts, a.d_model) / math.sqrt(2)
+        spread = math.sqrt(2) * _opnorm(a, failure, stds.router, a.n_experts, a.d_model)
+        symbols = {"expert_jacobian": jacobian, "expert_output": size, "router_spread": spread}
+        jacobian = float(experts_upper().evaluate(symbols))
     return jacobian, size
 
 
 def _single_feedforward_bound(a: Architecture, stds: Stds, radius: float, failure: float) -> tuple[float, float]:
+    """The same of one feed-forward, each expert's with experts."""
     d, m = a.d_model, a.d_ffn
     enter, leave = _opnorm(a, failure, stds.ffn_in, m, d), _opnorm(a, failure, stds.ffn_out, d, m)
     largest = enter * radius  # of any pre-activation: |z_i| <= |W_1 u|
