@@ -179,15 +179,16 @@ def cpu(seeds: Sequence[int], device: str, data: str) -> list[Step]:
 
 
 def paper(size: str, seeds: Sequence[int], device: str, data: str) -> list[Step]:
-    """The paper's own sizes and settings, on a GPU; two gigabytes of C4, a BPE trained on it."""
+    """The paper's own sizes and settings, on a GPU; two gigabytes of C4 and a BPE trained on it, or `--data SHARDS`."""
     big = preset(size)
+    limit = PAPER_BYTES if data.startswith("hf:") else None  # files are read whole, shards are not held in memory
 
     def specs() -> list[Any]:
         return [
             _training(
                 big, label, "sweep", seed, PAPER_RATES[size],
                 steps=PAPER_STEPS, batch_size=PAPER_BATCH, micro_batch=4, seq_len=PAPER_TOKENS, warmup=PAPER_WARMUP,
-                precision="bfloat16", compile=True, data=data, data_bytes=PAPER_BYTES, probe_every=500, device=device,
+                precision="bfloat16", compile=True, data=data, data_bytes=limit, probe_every=500, device=device,
             )
             for seed in seeds
             for label in METHODS
@@ -374,7 +375,7 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--draw-only", action="store_true", help="draw again from the records; compute nothing")
     top.add_argument("--out", metavar="DIR", help="default results/SCALE")
     top.add_argument("--seeds", type=natural_list, metavar="S,S,...", help="seeds (default 0,1,2; smoke 0)")
-    top.add_argument("--data", metavar="TEXT", help="sympy, a file, or hf:NAME (default: the scale's)")
+    top.add_argument("--data", metavar="TEXT", help="sympy, files, hf:NAME, or shards (default: the scale's)")
     top.add_argument("--device", metavar="DEVICE", help="cpu or cuda (default: the scale's)")
     top.add_argument("--processes", type=whole, default=2, help="runs at a time on a CPU (default 2)")
     top.set_defaults(run=_run)

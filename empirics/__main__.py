@@ -1,4 +1,4 @@
-"""`python -m empirics`: measure networks at initialisation, train one, or attack a bound."""
+"""`python -m empirics`: measure networks, train one on a text, or attack a bound."""
 
 from __future__ import annotations
 
@@ -13,8 +13,10 @@ from tqdm import tqdm
 
 from empirics.command_line import check_device, check_memory, positive
 from empirics.data import Batch, batch, load_corpus, random_tokens
+from empirics.perplexity_command import add_command as add_perplexity
 from empirics.probes import measure_growth
 from empirics.spike_definitions import DEFINITIONS
+from empirics.tokenise_command import add_command as add_tokenise
 from empirics.train_command import add_command as add_train
 from theory.__main__ import EXIT_UNKNOWN, Parser, add_architecture_options, chosen, emit, natural, run_command, whole
 from theory.architecture import Architecture
@@ -136,7 +138,7 @@ def parser() -> argparse.ArgumentParser:
     """The command line."""
     top = Parser(
         prog="python -m empirics",
-        description="Measure real transformers, at initialisation or in training; attack bounds.",
+        description="Measure real transformers, at initialisation, in training or on a text; attack bounds.",
     )
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
 
@@ -148,15 +150,15 @@ def parser() -> argparse.ArgumentParser:
     add_architecture_options(measure)
     measure.add_argument("--batch", type=whole, default=4, metavar="B", help="sequences (default 4)")
     measure.add_argument("--seeds", type=whole, default=3, metavar="K", help="seeds 0..K-1 (default 3)")
-    measure.add_argument(
-        "--data", metavar="TEXT", help="text to measure on (sympy, a file, hf:NAME); default random ids"
-    )
+    measure.add_argument("--data", metavar="TEXT", help="text to measure on, as train takes it; default random ids")
     measure.add_argument("--cache", type=Path, metavar="DIR", help="folder that keeps tokenised text")
     measure.add_argument("--json", action="store_true", help="print JSON")
     measure.add_argument("--out", metavar="FILE", help="write to a file instead of standard output")
     measure.set_defaults(run=_measure)
 
     train = add_train(commands)
+    add_tokenise(commands)
+    perplexity = add_perplexity(commands)
 
     accuracy = commands.add_parser(
         "accuracy",
@@ -208,7 +210,7 @@ def parser() -> argparse.ArgumentParser:
     spikes.add_argument("--json", action="store_true", help="print JSON")
     spikes.add_argument("--out", metavar="FILE", help="write to a file instead of standard output")
     spikes.set_defaults(run=_spikes)
-    for command in (measure, train):
+    for command in (measure, train, perplexity):
         command.add_argument("--device", default="cpu", help="cpu (default), cuda, cuda:1, ...")
     return top
 

@@ -28,12 +28,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from empirics.data import Tokenizer
 from empirics.model import Transformer
 from theory.records import architecture_from, plain, write_json
 
 KEPT = 2  # so that damage to the newest loses the steps since the one before, not the run
 MODEL, OPTIMIZER, SERIES, MANIFEST = "model.safetensors", "optimizer.safetensors", "series.json", "manifest.json"
-ARCHITECTURE = "architecture.json"
+ARCHITECTURE, RUN = "architecture.json", "run.json"
 
 
 class Checkpoints:
@@ -116,8 +117,14 @@ class Checkpoints:
         return step
 
 
-def keep_model(folder: Path, model: Transformer) -> None:
+def keep_model(
+    folder: Path, model: Transformer, *, tokenizer: Tokenizer | None = None, run: Mapping[str, Any] | None = None
+) -> None:
     """Write the weights and the architecture, which `load_model` reads.
+
+    Args:
+        tokenizer: of the text that it was trained on, kept in the form that transformers reads.
+        run: the specification of the training, kept as `run.json`.
 
     Raises:
         ValueError: the folder cannot be written.
@@ -125,6 +132,10 @@ def keep_model(folder: Path, model: Transformer) -> None:
     with _new_folder(folder) as temporary:
         save_file(_parameters(model), temporary / MODEL)
         write_json(temporary / ARCHITECTURE, plain(model.architecture))
+        if tokenizer is not None:
+            tokenizer.save(temporary)
+        if run is not None:
+            write_json(temporary / RUN, run)
         _seal(temporary / MODEL)
 
 

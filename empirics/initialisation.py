@@ -10,7 +10,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from empirics.data import Batch, Corpus, batch, load_corpus, random_tokens
+from empirics.data import TOKENS_FORMAT, Batch, Corpus, batch, load_corpus, random_tokens
 from empirics.model import build, make_norm
 from empirics.probes import layer_norms, measure_growth
 from empirics.spectral import explicit_jacobian
@@ -47,7 +47,8 @@ class InitialisationSpec:
     @property
     def identity(self) -> str:
         """Name of the record."""
-        return f"initialisation-{self.preset}-{slug(self.label)}-{self.tokens}-{fingerprint(self)}"
+        parts = plain(self) | ({"tokens_format": TOKENS_FORMAT} if self.tokens == "text" else {})
+        return f"initialisation-{self.preset}-{slug(self.label)}-{self.tokens}-{fingerprint(parts)}"
 
 
 def initialisation(spec: InitialisationSpec, cache: Path | None) -> dict[str, Any]:

@@ -27,7 +27,7 @@ Spec = RunSpec | InitialisationSpec
 
 
 def corpus_of(spec: RunSpec, out: Path) -> Corpus:
-    """The run's corpus, tokenised once and kept under `out/data`."""
+    """The run's corpus: mapped from its shards, or tokenised once and kept under `out/data`."""
     vocab_size, cache = spec.architecture.vocab_size, out / "data"
     return load_corpus(spec.data, vocab_size=vocab_size, tokenizer=spec.tokenizer, limit=spec.data_bytes, cache=cache)
 

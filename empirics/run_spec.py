@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, fields
 from typing import Literal, get_args
 
-from empirics.data import TokenizerKind
+from empirics.data import ORDERS, TOKENS_FORMAT, Order
 from theory.architecture import Architecture
 from theory.records import fingerprint, plain, slug
 
@@ -14,7 +14,7 @@ Schedule = Literal["cosine", "linear", "constant", "wsd"]
 SCHEDULES: tuple[Schedule, ...] = get_args(Schedule)
 COSINE_FLOOR = 0.1
 # Fields younger than the first records: left out of the fingerprint where they are not used, so that those stay valid.
-LATER = ("decay_fraction", "decay_embeddings", "z_loss", "deterministic")
+LATER = ("decay_fraction", "decay_embeddings", "z_loss", "deterministic", "order")
 LATER_OF_ARCHITECTURE = ("n_experts", "experts_per_token", "gates_renormalised")
 
 
@@ -35,6 +35,9 @@ class RunSpec:
             shortcut that a remedy made large.
         z_loss: weight of the mean squared log of the softmax's normalisation, which is added to the loss.
         deterministic: only algorithms of torch that give the same bits every time; an error where there is none.
+        data: a text, or a folder of shards.
+        tokenizer: of a text, `bpe`, `bytes`, `gpt2` or a path; shards bring their own.
+        order: `random` windows of the text, with replacement; or by `epoch`, each window once before any comes again.
         probe_every: steps between probes of the residual stream; probes change no number of the run.
         data_bytes: how much of the text is read; the reader's own limit if None.
         micro_batch: sequences that go through the network at once, gradients being accumulated; all if None.
@@ -67,7 +70,8 @@ class RunSpec:
     micro_batch: int | None = None
     data: str = "sympy"
     data_bytes: int | None = None
-    tokenizer: TokenizerKind = "bpe"
+    tokenizer: str = "bpe"
+    order: Order = "random"
     probe_every: int = 20
 
     def __post_init__(self) -> None:
@@ -75,6 +79,8 @@ class RunSpec:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name}={value!r} is not a positive whole number; use 1 or more")
+        if self.order not in ORDERS:
+            raise ValueError(f"unknown order {self.order!r}; use one of {', '.join(ORDERS)}")
         if self.micro_batch is not None and (self.micro_batch < 1 or self.batch_size % self.micro_batch):
             raise ValueError(
                 f"micro_batch={self.micro_batch} does not divide batch_size={self.batch_size}; use a divisor of it"
@@ -113,7 +119,7 @@ class RunSpec:
     @property
     def identity(self) -> str:
         """Name of the run's record: readable parts and a fingerprint of every field."""
-        parts = plain(self)
+        parts = plain(self) | {"tokens_format": TOKENS_FORMAT}
         for name in LATER:
             if parts[name] == _default(name):
                 del parts[name]

@@ -93,7 +93,7 @@ def train(
     Args:
         checkpoints: where the state is kept; the last whole one is resumed. They stay: they may go once the record
             is written.
-        keep: folder for the final weights and the architecture.
+        keep: folder for the final weights, the architecture, the tokenizer and the specification.
         stop: asked after every step; if true, the state is kept and training ends with `Stopped`.
         on_step: called after every step with its number and `Series.latest`.
 
@@ -129,7 +129,7 @@ def train(
             tokens, _ = _to_tensors(batch(corpus, seed=spec.seed, step=0, **_shape(spec)), spec.device)
             series.distributions["end"] = distributions(model, tokens[: spec.micro_batch])
         if keep is not None:
-            keep_model(keep, model)
+            keep_model(keep, model, tokenizer=corpus.tokenizer, run=plain(spec))
     return {
         "id": spec.identity,
         "spec": plain(spec),
@@ -159,8 +159,8 @@ def objective(
     return loss + z_loss * logits.logsumexp(-1).square().mean(), loss
 
 
-def _shape(spec: RunSpec) -> dict[str, int]:
-    return {"batch_size": spec.batch_size, "seq_len": spec.seq_len}
+def _shape(spec: RunSpec) -> dict[str, Any]:
+    return {"batch_size": spec.batch_size, "seq_len": spec.seq_len, "order": spec.order}
 
 
 def _train_step(

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from empirics.command_line import check_device, check_memory, not_negative, positive, positive_or_off
+from empirics.data import ORDERS, is_shards
 from empirics.plan import DEVICES, plan
 from empirics.run import model_path, record_path, run
 from empirics.run_spec import SCHEDULES, RunSpec
@@ -35,8 +36,18 @@ def add_command(commands: Any) -> argparse.ArgumentParser:
         "--micro-batch", type=whole, metavar="N",
         help="sequences at once, gradients accumulated (default all of --batch)",
     )  # fmt: skip
-    train.add_argument("--data", default="sympy", metavar="TEXT", help="sympy (default), a file, or hf:NAME")
-    train.add_argument("--tokenizer", choices=("bpe", "bytes"), default="bpe", help="default bpe")
+    train.add_argument(
+        "--data", default="sympy", metavar="TEXT",
+        help="sympy (default), hf:NAME, a file, a folder or a glob of files, or a folder that tokenise wrote",
+    )  # fmt: skip
+    train.add_argument(
+        "--tokenizer", metavar="NAME",
+        help="bpe (default; trained on the text), bytes, gpt2, or the path of a tokenizer.json or of its folder",
+    )  # fmt: skip
+    train.add_argument(
+        "--order", choices=ORDERS, default="random",
+        help="windows of the text at random with replacement (default), or each once an epoch",
+    )  # fmt: skip
     _add_optimization(train)
     _add_execution(train)
     train.add_argument("--out", metavar="DIR", help="folder for the record and losses.jsonl; needed but for --plan")
@@ -95,7 +106,7 @@ def _add_execution(train: argparse.ArgumentParser) -> None:
     group.add_argument("--checkpoint-every", type=whole, default=100, help="steps between checkpoints (default 100)")
     group.add_argument(
         "--keep-checkpoint", action="store_true",
-        help="keep the final model in the folder: models/RUN/model.safetensors and architecture.json",
+        help="keep the final model in the folder: models/RUN with weights, architecture and tokenizer",
     )  # fmt: skip
     group.add_argument(
         "--tensorboard", type=Path, metavar="DIR", help="write every step's numbers there too (extra tensorboard)"
@@ -109,6 +120,8 @@ def command(arguments: argparse.Namespace) -> int:
         ValueError: bad input, in one line.
     """
     architecture, longest, _ = chosen(arguments)
+    if arguments.tokenizer and is_shards(arguments.data):
+        raise ValueError(f"{arguments.data} brings its own tokenizer; leave --tokenizer out")
     seq_len = arguments.seq_len or longest
     if arguments.plan is not None:
         planned = plan(
@@ -176,7 +189,8 @@ def _specification(arguments: argparse.Namespace, architecture: Architecture, se
         deterministic=arguments.deterministic,
         micro_batch=arguments.micro_batch,
         data=arguments.data,
-        tokenizer=arguments.tokenizer,
+        tokenizer=arguments.tokenizer or "bpe",
+        order=arguments.order,
         probe_every=arguments.probe_every,
         **wsd,
     )

@@ -10,12 +10,15 @@ import sys
 import types
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
-from empirics import data
+from empirics import corpus as corpora
 from empirics.data import Corpus, batch, heldout_batches, load_corpus, load_text, random_tokens
+from empirics.texts import DEFAULT_BYTES, HELDOUT, split
+from empirics.tokenizer import SMALLEST_VOCAB
 
 SMALL = 300_000  # bytes of text: enough for 512 ids, and tokenised in a fraction of a second.
 ROOT = Path(__file__).resolve().parents[1]
@@ -34,15 +37,19 @@ def documents(tmp_path: Path) -> Path:
     return path
 
 
-def as_text(ids: np.ndarray) -> str:
-    """Undo the `bytes` tokenizer."""
-    return (ids - 1).astype(np.uint8).tobytes().decode()
+END = 257  # of a document, in bytes
+
+
+def as_text(ids: Any) -> str:
+    """Undo the `bytes` tokenizer, without the ends of documents."""
+    ids = np.asarray(ids)
+    return (ids[ids != END] - 1).astype(np.uint8).tobytes().decode()
 
 
 def test_default_text_is_the_same_on_every_machine() -> None:
     text = load_text()
     size = sum(len(document.encode()) for document in text.documents)
-    assert size == pytest.approx(data.DEFAULT_BYTES, abs=4)
+    assert size == pytest.approx(DEFAULT_BYTES, abs=4)
     assert "sympy" in text.description
     if importlib.metadata.version("sympy") == "1.14.0":
         assert text.digest == "4e6d6e2e0714e42cbac1d5e6a4e6f613c0420171fbee285934b7ea5bb31f0a07"
@@ -56,7 +63,7 @@ def test_default_text_is_spread_over_the_package() -> None:
 
 
 @pytest.mark.parametrize("tokenizer", ["bytes", "bpe"])
-def test_corpus_does_not_depend_on_hash_seed_or_threads(tokenizer: data.TokenizerKind) -> None:
+def test_corpus_does_not_depend_on_hash_seed_or_threads(tokenizer: str) -> None:
     code = (
         "from empirics.data import load_corpus, batch;"
         f"c = load_corpus(vocab_size=512, limit={SMALL}, tokenizer={tokenizer!r});"
@@ -88,7 +95,7 @@ def test_digest_covers_text_tokenizer_and_vocabulary(documents: Path) -> None:
     assert len({first, *others, digest()}) == 5
 
 
-@pytest.mark.parametrize("vocab_size", [257, 300, 512])
+@pytest.mark.parametrize("vocab_size", [258, 300, 512])
 def test_ids_leave_zero_free_and_fit_the_vocabulary(tmp_path: Path, vocab_size: int) -> None:
     path = tmp_path / "odd.txt"
     # What id 0 is called, the first byte of the alphabet (!) on its own, a zero byte, characters of two to four bytes.
@@ -105,19 +112,20 @@ def test_bytes_lose_nothing(tmp_path: Path) -> None:
     text = "caf\u00e9 <pad>\r\n\tx = 1\n" * 50
     path = tmp_path / "a.txt"
     path.write_text(text, encoding="utf-8", newline="")
-    corpus = load_corpus(str(path), vocab_size=257, tokenizer="bytes")
+    corpus = load_corpus(str(path), vocab_size=258, tokenizer="bytes")
     assert as_text(corpus.train) + as_text(corpus.heldout) == text
 
 
 def test_bpe_shortens_text(corpus: Corpus) -> None:
-    n_bytes = SMALL * (1 - data.HELDOUT)
+    n_bytes = SMALL * (1 - HELDOUT)
     assert 0.3 < len(corpus.train) / n_bytes < 0.7
-    merged = np.unique(corpus.train[corpus.train > 256])
-    assert len(merged) > 0.9 * (512 - data.SMALLEST_VOCAB)
+    train = np.asarray(corpus.train)
+    merged = np.unique(train[train >= SMALLEST_VOCAB])
+    assert len(merged) > 0.9 * (512 - SMALLEST_VOCAB)
 
 
 def test_heldout_shares_no_document_with_training(documents: Path) -> None:
-    corpus = load_corpus(str(documents), vocab_size=257, tokenizer="bytes")
+    corpus = load_corpus(str(documents), vocab_size=258, tokenizer="bytes")
     train, heldout = (set(as_text(ids).split()) for ids in (corpus.train, corpus.heldout))
     assert train.isdisjoint(heldout)
     assert heldout == {f"x{i}x" for i in range(95, 100)}
@@ -139,9 +147,12 @@ def test_tokenizer_never_sees_the_heldout_text(documents: Path) -> None:
     "lengths", [[1000], [10, 10_000], [10_000, 10], [1] * 30 + [9000]], ids=["one", "last", "first", "giant"]
 )
 def test_split_is_near_the_share_even_where_documents_are_not(lengths: list[int]) -> None:
-    train, heldout = data._split(tuple("line\n" * length for length in lengths))
-    assert 0.02 < len(heldout) / (len(train) + len(heldout)) < 0.11
-    assert train.endswith("\n")
+    documents = ["line\n" * length for length in lengths]
+    train, heldout, is_whole = split(documents)
+    assert 0.02 < len("".join(heldout)) / len("".join(documents)) < 0.11
+    assert train[-1].endswith("\n")
+    assert "".join(train + heldout) == "".join(documents)
+    assert is_whole == (train == documents[: len(train)])
 
 
 def test_batch_is_a_pure_function_of_seed_and_step(corpus: Corpus) -> None:
@@ -240,10 +251,13 @@ def test_half_a_surrogate_pair_is_replaced(tmp_path: Path) -> None:
 
 def test_cache_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     built = load_corpus(vocab_size=300, limit=50_000, cache=tmp_path / "data")
-    monkeypatch.setattr(data, "_tokenise", lambda *_: pytest.fail("tokenised again"))
+    monkeypatch.setattr(corpora, "_tokenise", lambda *_: pytest.fail("tokenised again"))
     read = load_corpus(vocab_size=300, limit=50_000, cache=tmp_path / "data")
-    assert (read.train == built.train).all()
-    assert (read.heldout == built.heldout).all()
+    assert (np.asarray(read.train) == built.train).all()
+    assert (np.asarray(read.heldout) == built.heldout).all()
+    assert read.tokenizer is not None
+    assert built.tokenizer is not None
+    assert (read.tokenizer.file, read.tokenizer.end_id) == (built.tokenizer.file, built.tokenizer.end_id)
     assert (read.digest, read.vocab_size, read.description) == (built.digest, built.vocab_size, built.description)
     with pytest.raises(ValueError, match="read-only"):
         read.train[0] = 0
@@ -278,8 +292,8 @@ def test_changed_file_is_not_served_from_the_cache(tmp_path: Path) -> None:
 def test_writers_at_once_leave_one_whole_file(tmp_path: Path, corpus: Corpus) -> None:
     path = tmp_path / "data" / "a.tokens"
     with ThreadPoolExecutor(8) as pool:
-        list(pool.map(lambda _: data._write(path, corpus), range(24)))
-    assert data._read(path).digest == corpus.digest
+        list(pool.map(lambda _: corpora._write(path, corpus), range(24)))
+    assert corpora._read(path).digest == corpus.digest
     assert [file.name for file in path.parent.iterdir()] == ["a.tokens"]
 
 
@@ -352,6 +366,18 @@ def test_bad_texts_name_the_remedy(tmp_path: Path, name: str, content: bytes | N
     assert "\n" not in str(caught.value)
 
 
+def test_unreadable_file_is_named(documents: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = documents.with_suffix(".txt")
+    plain.write_text("words")
+
+    def fail(self: Path) -> bytes:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(Path, "read_bytes", fail)
+    with pytest.raises(ValueError, match=r"cannot read .*words.txt \(Input/output error\); name a readable"):
+        load_text(str(plain))
+
+
 def test_parquet_without_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pyarrow = pytest.importorskip("pyarrow")
     parquet = pytest.importorskip("pyarrow.parquet")
@@ -368,14 +394,12 @@ def test_parquet_without_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_bad_requests_name_the_remedy(corpus: Corpus, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="unknown tokenizer 'words'; use one of bytes, bpe"):
-        load_corpus(tokenizer="words", vocab_size=512)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="vocab_size=256 is out of range; use at least 257"):
-        load_corpus(vocab_size=256)
+    with pytest.raises(ValueError, match="there is no tokenizer 'words'; use bpe, bytes, gpt2"):
+        load_corpus(tokenizer="words", vocab_size=512)
+    with pytest.raises(ValueError, match="vocab_size=257 is out of range; use at least 258"):
+        load_corpus(vocab_size=257)
     with pytest.raises(ValueError, match="limit=0"):
         load_text(limit=0)
-    with pytest.raises(ValueError, match=r"cannot read .*; name a readable"):
-        load_text(str(tmp_path))
     with pytest.raises(ValueError, match=r"training split has .* tokens, fewer than seq_len"):
         batch(corpus, seed=0, step=0, batch_size=1, seq_len=len(corpus.train))
     with pytest.raises(ValueError, match=r"held-out split has .* tokens, fewer than seq_len"):

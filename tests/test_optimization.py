@@ -15,7 +15,7 @@ from helpers.weights import architecture
 
 from empirics import train as train_module
 from empirics.checkpoints import load_model
-from empirics.data import batch
+from empirics.data import TOKENS_FORMAT, batch
 from empirics.model import build
 from empirics.run import corpus_of, model_path, run
 from empirics.run_spec import LATER, LATER_OF_ARCHITECTURE
@@ -64,9 +64,10 @@ def test_fields_that_are_not_used_leave_the_identity(text: Path) -> None:
         del fields[name]
     for name in LATER_OF_ARCHITECTURE:
         del fields["architecture"][name]
+    fields["tokens_format"] = TOKENS_FORMAT  # what an unchanged text gives
     assert spec.identity == f"test-vanilla-lr0.003-seed0-{fingerprint(fields)}"
-    assert spec.identity == "test-vanilla-lr0.003-seed0-9e021a1d41e6"
-    used = {"decay_fraction": 0.2, "decay_embeddings": True, "z_loss": 1e-4, "deterministic": True}
+    assert spec.identity == "test-vanilla-lr0.003-seed0-7fe2875708a6"
+    used = {"decay_fraction": 0.2, "decay_embeddings": True, "z_loss": 1e-4, "deterministic": True, "order": "epoch"}
     assert set(used) == set(LATER)
     base = replace(spec, schedule="wsd", weight_decay=0.1)
     changed = {replace(base, **{name: value}).identity for name, value in used.items()}
@@ -107,7 +108,7 @@ def test_weight_decay_takes_the_rate_times_itself_off(text: Path, tmp_path: Path
     spec = specification(text, steps=1, warmup=0, schedule="constant", weight_decay=0.5)
     before = build(spec.architecture, seed=0)
     tokens, _ = batch(corpus_of(spec, tmp_path), seed=0, step=0, batch_size=2, seq_len=16)
-    unseen = torch.ones(257, dtype=torch.bool)
+    unseen = torch.ones(258, dtype=torch.bool)
     unseen[torch.from_numpy(tokens).unique()] = False
     rows = before.tokens.weight.detach()[unseen]
     for decaying, factor in ((False, 1.0), (True, 1 - spec.learning_rate * 0.5)):
@@ -163,8 +164,8 @@ def test_z_loss_is_recorded_apart(text: Path, tmp_path: Path) -> None:
     assert without["z_loss"] == []
     assert len(with_it["z_loss"]) == 9
     assert with_it["loss"][0] == without["loss"][0]  # the cross entropy alone
-    # Logits of variance v give log Z = log 257 + v/2, v = 2/5 at the most.
-    assert with_it["z_loss"][0] == pytest.approx(0.1 * (math.log(257) + 0.2) ** 2, rel=0.1)
+    # Logits of variance v give log Z = log 258 + v/2, v = 2/5 at the most.
+    assert with_it["z_loss"][0] == pytest.approx(0.1 * (math.log(258) + 0.2) ** 2, rel=0.1)
     parts = run(specification(text, z_loss=0.1, batch_size=4, micro_batch=1), tmp_path)["series"]
     whole = run(specification(text, z_loss=0.1, batch_size=4), tmp_path)["series"]
     np.testing.assert_allclose(parts["z_loss"], whole["z_loss"], rtol=2e-3)

@@ -42,7 +42,7 @@ def test_record(text: Path, tmp_path: Path) -> None:
     assert series["probe_step"] == [0, 3, 6]
     assert all(len(row) == 5 for row in series["residual_std"] + series["place_gradient"])
     # Logits of variance d std^2 = 2/5 add half of it to the loss of a uniform guess; 32 targets scatter by a tenth.
-    assert series["loss"][0] == pytest.approx(math.log(257) + 0.2, abs=0.4)
+    assert series["loss"][0] == pytest.approx(math.log(258) + 0.2, abs=0.4)
     assert series["loss"][-1] < series["loss"][0]
     assert series["learning_rate"] == [spec.rate(step) for step in range(spec.steps)]
     assert set(series["distributions"]) == {"start", "end"}
@@ -259,4 +259,4 @@ def test_text_that_is_too_short(tmp_path: Path) -> None:
 
 def test_no_record_without_a_run(tmp_path: Path, text: Path) -> None:
     assert read_record(record_path(specification(text), tmp_path)) is None
-    assert load_corpus(str(text), vocab_size=257, tokenizer="bytes").vocab_size == 257
+    assert load_corpus(str(text), vocab_size=258, tokenizer="bytes").vocab_size == 258

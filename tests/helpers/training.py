@@ -29,7 +29,7 @@ def specification(text: Path, **changes: Any) -> RunSpec:
         "n_kv_heads": 2,
         "d_head": 8,
         "d_ffn": 32,
-        "vocab_size": 257,
+        "vocab_size": 258,
         "context": 32,
         "positions": "rope",
     }

@@ -1,0 +1,331 @@
+r"""Perplexity of a language model on a text, on WikiText and on LAMBADA: what is counted, and by which convention.
+
+With p(t_i | t_<i) the model's probability of a token, the loss of a text is -sum_i log p(t_i | t_<i) nats, a sum over
+all of its tokens: the first one follows the token that a document begins with, which is not scored itself. A perplexity
+is exp of the loss over a count, and the count is what differs between publications:
+
+| name | count |
+|---|---|
+| `token_perplexity` | the model's own tokens: not comparable between tokenizers |
+| `word_perplexity` of WikiText | words and line ends of the file as distributed, whatever the model's tokens are |
+| `word_perplexity` of LAMBADA | last words: one an example |
+
+A text longer than the context is read through windows, every token scored once: the first window scores all of its
+tokens, each later one ends `stride` tokens further, is filled with as much context as fits, and scores what is new. At
+`stride` = context the windows are disjoint; a smaller stride costs more and gives every token more context.
+
+Sources: the windows are those of the LM Evaluation Harness (`loglikelihood_rolling`) at stride = context; the count of
+WikiText is that of Merity et al. 2016 (245 569 in the test set), by which Radford et al. 2019 (GPT-2) normalise too;
+LAMBADA is Paperno et al. 2016, in the form of OpenAI's `lambada_test.jsonl`.
+
+Shapes: B sequences, T tokens, V ids.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from torch import Tensor
+from tqdm import tqdm
+
+from empirics.checkpoints import ARCHITECTURE, RUN, load_model
+from empirics.texts import Documents, rows_of
+from empirics.tokenizer import Tokenizer, load_tokenizer
+
+Format = Literal["wikitext", "lambada", "text"]
+FORMATS: tuple[Format, ...] = get_args(Format)
+
+# WikiText is split at punctuation. What undoes it, in this order, a line at a time; as GPT-2's authors did with
+# de-tokenizers of their own, and Megatron-LM and the harness with much the same rules. Not invertible everywhere.
+JOINED: tuple[tuple[str, str], ...] = (
+    (r" @([-,.])@ ", r"\1"),  # 19 @-@ year, 1 @,@ 000, 3 @.@ 5
+    (r" ([,.:;!?])(?= |$)", r"\1"),
+    (r"([(\[{]) ?([^()\[\]{}]*?) ?([)\]}])", r"\1\2\3"),
+    (r'" ([^"]*?) "', r'"\1"'),
+    (r"(?<=\S) '(s|re|ve|ll|d|m|t)\b", r"'\1"),
+    (r"s ' ", "s' "),
+    (r"= (?==)", "="),  # headings: = = Title = =
+    (r" (\u00b0) ", r"\1"),
+    (r"^ | $", ""),
+)
+UNKNOWN = "<unk>"  # of the files that are not `raw`
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class LanguageModel:
+    """What is needed to score a text.
+
+    Attributes:
+        logits: token ids (B, T) to the logits (B, T, V) of the next ones, each a function of the ids up to its place.
+        start_id: the token that a document begins with.
+        vocab_size: ids that `logits` takes.
+        context: the most tokens that `logits` should be given: for a network of this package the length it was
+            trained at, for another one its number of positions.
+    """
+
+    logits: Callable[[Tensor], Tensor]
+    tokenizer: Tokenizer
+    start_id: int
+    vocab_size: int
+    context: int
+    device: str = "cpu"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Window:
+    """Inputs are ids[begin:end], targets ids[begin + 1:end + 1], of which the last `scored` count."""
+
+    begin: int
+    end: int
+    scored: int
+
+
+def load_language_model(folder: Path, *, device: str = "cpu") -> LanguageModel:
+    """A model that `train --keep-checkpoint` kept, or one of transformers in safetensors; float32. No code of it runs.
+
+    Raises:
+        ValueError: the folder has no model or no tokenizer, or its weights are not safetensors.
+    """
+    if (folder / ARCHITECTURE).is_file():
+        return _own(folder, device)
+    if not (folder / "config.json").is_file():
+        raise ValueError(
+            f"{folder} holds no model; name a folder that train --keep-checkpoint left (OUT/models/RUN), or one of "
+            "transformers with config.json, safetensors and the tokenizer"
+        )
+    tokenizer = load_tokenizer(str(folder))
+    try:
+        from transformers import AutoModelForCausalLM
+    except ImportError as error:
+        raise ValueError(f"{folder} needs transformers; pip install 'spikecheck[hf]'") from error
+    try:
+        foreign: Any = AutoModelForCausalLM.from_pretrained(
+            folder, use_safetensors=True, trust_remote_code=False, local_files_only=True, dtype=torch.float32
+        )
+    except (OSError, ValueError, SafetensorError) as error:
+        raise ValueError(
+            f"cannot load {folder} ({str(error).splitlines()[0]}); only safetensors of a class of transformers are read"
+        ) from error
+    foreign = foreign.to(device).eval()
+    config = foreign.config.get_text_config()
+    start = config.bos_token_id if isinstance(config.bos_token_id, int) else config.eos_token_id
+    return LanguageModel(
+        logits=lambda ids: foreign(input_ids=ids, use_cache=False).logits,
+        tokenizer=tokenizer,
+        start_id=start if isinstance(start, int) else tokenizer.end_id,
+        vocab_size=config.vocab_size,
+        context=getattr(config, "max_position_embeddings", None) or 2048,
+        device=device,
+    )
+
+
+def _own(folder: Path, device: str) -> LanguageModel:
+    tokenizer = load_tokenizer(str(folder))
+    try:
+        model = load_model(folder).to(device).eval()
+    except (OSError, ValueError, LookupError, TypeError, SafetensorError) as error:
+        raise ValueError(f"cannot load {folder} ({type(error).__name__}: {error}); train it again") from error
+    run = folder / RUN
+    return LanguageModel(
+        logits=model,
+        tokenizer=tokenizer,
+        start_id=tokenizer.end_id,
+        vocab_size=model.architecture.vocab_size,
+        context=json.loads(run.read_text())["seq_len"] if run.is_file() else model.architecture.context,
+        device=device,
+    )
+
+
+def windows(tokens: int, context: int, stride: int) -> Iterator[Window]:
+    """Windows over `tokens` targets, each scored once.
+
+    >>> [(w.begin, w.end, w.scored) for w in windows(10, 4, 3)]
+    [(0, 4, 4), (3, 7, 3), (6, 10, 3)]
+
+    Raises:
+        ValueError: context or stride is below 1, or the stride above the context.
+    """
+    if not 1 <= stride <= context:
+        raise ValueError(f"stride={stride} is out of range; use 1 to the context, {context}")
+    end = 0
+    while end < tokens:
+        after = min(end + (stride if end else context), tokens)
+        yield Window(begin=max(0, after - context), end=after, scored=after - end)
+        end = after
+
+
+@torch.no_grad()
+def score(
+    model: LanguageModel, sequences: Sequence[tuple[NDArray[np.int64], int]], *, batch: int, progress: bool = False
+) -> list[tuple[float, bool]]:
+    """The loss of the last tokens of each sequence, and whether each of them was the model's first choice.
+
+    Args:
+        sequences: ids, of which the last `scored` are scored, each given all before it.
+        batch: sequences at a time; shorter ones are filled up behind their end, which no causal model sees.
+
+    Returns:
+        nats, summed in float64 over the scored tokens, and the choice, in the order of `sequences`.
+
+    Raises:
+        ValueError: an id is none of the model's.
+    """
+    if (largest := max((int(ids.max()) for ids, _ in sequences), default=0)) >= model.vocab_size:
+        raise ValueError(f"the model has {model.vocab_size} ids and the tokenizer gives {largest}; use the model's own")
+    results: list[tuple[float, bool]] = [(0.0, True)] * len(sequences)
+    order = sorted(range(len(sequences)), key=lambda n: -len(sequences[n][0]))  # equal lengths together, longest first
+    for first in tqdm(range(0, len(order), batch), desc="windows", unit="batch", disable=not progress):
+        chosen = order[first : first + batch]
+        ids = torch.zeros(len(chosen), len(sequences[chosen[0]][0]), dtype=torch.int64)
+        for row, n in zip(ids, chosen, strict=True):
+            row[: len(sequences[n][0])] = torch.from_numpy(sequences[n][0])
+        ids = ids.to(model.device)
+        logits = model.logits(ids[:, :-1])
+        for row, n in enumerate(chosen):
+            sequence, scored = sequences[n]
+            last = slice(len(sequence) - 1 - scored, len(sequence) - 1)
+            own, targets = logits[row, last], ids[row, 1:][last]
+            own = own if own.dtype == torch.float64 else own.float()
+            losses = torch.nn.functional.cross_entropy(own, targets, reduction="none").double()
+            results[n] = float(losses.sum()), bool((own.argmax(-1) == targets).all())
+    return results
+
+
+def text_loss(
+    model: LanguageModel, texts: Iterable[str], *, context: int, stride: int, batch: int, progress: bool = False
+) -> tuple[float, int]:
+    """Loss (nats) of texts, each on its own, and the number of their tokens."""
+    sequences: list[tuple[NDArray[np.int64], int]] = []
+    for text in texts:
+        ids = _with_start(model, model.tokenizer.encode([text])[0])
+        for window in windows(len(ids) - 1, context, stride):
+            sequences.append((ids[window.begin : window.end + 1], window.scored))
+    total = math.fsum(loss for loss, _ in score(model, sequences, batch=batch, progress=progress))
+    return total, sum(scored for _, scored in sequences)
+
+
+def detokenise(line: str) -> str:
+    """A line of WikiText as it was written.
+
+    >>> detokenise(' The 19 @-@ year @-@ old ( Smith \\'s son ) paid 1 @,@ 000 , " twice " . ')
+    'The 19-year-old (Smith\\'s son) paid 1,000, "twice".'
+    """
+    for pattern, replacement in JOINED:
+        line = re.sub(pattern, replacement, line)
+    return line
+
+
+def last_word(text: str) -> tuple[str, str]:
+    """A LAMBADA example as context and last word, the space before the word going with it.
+
+    >>> last_word("he opened the door")
+    ('he opened the', ' door')
+    """
+    context, space, word = text.strip().rpartition(" ")
+    return context, space + word
+
+
+def perplexity(
+    model: LanguageModel,
+    data: str,
+    *,
+    format: Format,
+    context: int | None = None,
+    stride: int | None = None,
+    batch: int = 4,
+    progress: bool = False,
+) -> dict[str, Any]:
+    """The perplexity of a text, with every number that it is made of.
+
+    Args:
+        data: a text as `empirics.texts.Documents` takes it; of a data set of the Hub, the test split unless named.
+        format: what the text is, and so what is counted;
+            `text`: documents, each on its own, tokens and bytes;
+            `wikitext`: the file as distributed, or the data set's lines; all lines are one text, de-tokenised a line
+                at a time and each followed by a line end. Words are what spaces separate in the file as it is, and
+                line ends count as words. `<unk>`, in files that are not `raw`, is predicted like any other text;
+            `lambada`: JSON lines of `text`. The target is the last word with the space before it: the tokens of the
+                whole beyond as many as the rest has on its own. It is right if each of its tokens is the most likely
+                one. An example begins with the start token, as documents do.
+        context, stride: as above; by default the model's context, and windows that do not overlap.
+
+    Returns:
+        JSON-ready: `nats`, `tokens`, `token_perplexity`, and by format `bits_per_byte`, or `words`, `word_perplexity`,
+        `unknown_words`, or `examples`, `word_perplexity`, `accuracy`.
+
+    Raises:
+        ValueError: the text is missing, empty or of another format; context or stride is out of range.
+    """
+    if format not in FORMATS:
+        raise ValueError(f"unknown format {format!r}; use one of {', '.join(FORMATS)}")
+    context = context or model.context
+    stride = stride or context
+    if not 1 <= stride <= context:
+        raise ValueError(f"stride={stride} is out of range; use 1 to the context, {context}")
+    if data.startswith("hf:"):
+        data += "" if data.count(":") > 2 else ":" * (3 - data.count(":")) + "test"
+    sizes: dict[str, Any] = {"context": context, "stride": stride, "batch": batch, "progress": progress}
+    settings = {"format": format, "data": data, "context": context}
+    if format == "lambada":
+        return settings | _lambada(model, data, context=context, batch=batch, progress=progress)
+    if format == "wikitext":
+        return settings | {"stride": stride} | _wikitext(model, data, sizes)
+    texts = list(Documents(data))
+    nats, tokens = text_loss(model, texts, **sizes)
+    n_bytes = sum(len(text.encode()) for text in texts)
+    return settings | {
+        "stride": stride, "nats": nats, "tokens": tokens, "token_perplexity": _exp(nats / tokens),
+        "bytes": n_bytes, "bits_per_byte": nats / math.log(2) / n_bytes,
+    }  # fmt: skip
+
+
+def _wikitext(model: LanguageModel, data: str, sizes: dict[str, Any]) -> dict[str, Any]:
+    # A row of a data set is a line, and a file is one row of many.
+    lines = [line for row in rows_of(data) for line in row.removesuffix("\n").split("\n")]
+    words = len(lines) + sum(len(line.split()) for line in lines)
+    if words == len(lines):
+        raise ValueError(f"{data} holds no text; use wiki.test.raw or hf:Salesforce/wikitext:wikitext-103-raw-v1")
+    nats, tokens = text_loss(model, ["".join(detokenise(line) + "\n" for line in lines)], **sizes)
+    return {
+        "nats": nats, "tokens": tokens, "token_perplexity": _exp(nats / tokens), "words": words,
+        "word_perplexity": _exp(nats / words), "unknown_words": sum(line.split().count(UNKNOWN) for line in lines),
+    }  # fmt: skip
+
+
+def _lambada(model: LanguageModel, data: str, *, context: int, batch: int, progress: bool) -> dict[str, Any]:
+    sequences: list[tuple[NDArray[np.int64], int]] = []
+    for text in Documents(data):
+        before, word = last_word(text)
+        # A context that is too long loses its beginning; at least one token is left to predict the word from.
+        whole, rest = model.tokenizer.encode([before + word, before])
+        scored = len(whole) - len(rest)
+        if not 1 <= scored <= context:
+            raise ValueError(
+                f"the last word of {text[-40:]!r} has {scored} tokens; use a text of whole sentences and a --context "
+                "that is longer than a word"
+            )
+        sequences.append((_with_start(model, whole)[-context - 1 :], scored))
+    scores = score(model, sequences, batch=batch, progress=progress)
+    nats, tokens = math.fsum(loss for loss, _ in scores), sum(scored for _, scored in sequences)
+    return {
+        "nats": nats, "tokens": tokens, "token_perplexity": _exp(nats / tokens), "examples": len(scores),
+        "word_perplexity": _exp(nats / len(scores)), "accuracy": sum(right for _, right in scores) / len(scores),
+    }  # fmt: skip
+
+
+def _with_start(model: LanguageModel, ids: NDArray[np.int32]) -> NDArray[np.int64]:
+    return np.concatenate([np.array([model.start_id]), ids]).astype(np.int64)
+
+
+def _exp(nats: float) -> float:
+    return math.exp(nats) if nats < 700 else math.inf  # beyond it a float has no room

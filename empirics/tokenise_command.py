@@ -1,0 +1,75 @@
+"""`python -m empirics tokenise`: a text to shards that a training maps into memory."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from empirics.shards import SHARD_TOKENS, tokenise
+from theory.__main__ import whole
+
+
+def add_command(commands: Any) -> argparse.ArgumentParser:
+    """Add `tokenise` to the commands of a parser."""
+    command = commands.add_parser(
+        "tokenise",
+        help="a text to memory-mapped shards, for train --data DIR",
+        description="Write a text's tokens to a folder that `train --data DIR` maps into memory: for texts larger than "
+        "memory, or to tokenise once. The text is streamed. A killed run goes on after its last whole shard; a "
+        "finished one is checked, and a damaged shard made again. Documents are whole, each followed by the "
+        "end-of-document token that the manifest names; the last 5 % (at most ten million characters) are held out.",
+    )
+    command.add_argument(
+        "text", metavar="TEXT",
+        help="sympy, a .txt, .jsonl, .json or .parquet file (all but the last may end in .gz), a folder of them, a "
+        "glob, or hf:NAME[:CONFIG[:SPLIT]], a data set on the Hugging Face Hub or in a local folder (extra hf)",
+    )  # fmt: skip
+    command.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder of the shards; new, or its own")
+    command.add_argument(
+        "--tokenizer", default="bpe", metavar="NAME",
+        help="bpe (default; trained on the text's first two million characters), bytes, gpt2, or the path of a "
+        "tokenizer.json, of a vocab.json with merges.txt beside it, or of a folder with either",
+    )  # fmt: skip
+    command.add_argument(
+        "--vocab", type=whole, metavar="N", help="ids of bpe (default 50257); of the others, the most that are accepted"
+    )
+    command.add_argument("--limit", type=whole, metavar="BYTES", help="bytes of text (default all)")
+    command.add_argument(
+        "--shard-tokens", type=whole, default=SHARD_TOKENS, metavar="N",
+        help=f"tokens of a shard, at least (default {SHARD_TOKENS}); what a kill can cost",
+    )  # fmt: skip
+    command.add_argument("--json", action="store_true", help="print the manifest")
+    command.set_defaults(run=_run)
+    return command
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    with tqdm(total=arguments.limit, desc="text", unit="B", unit_scale=True) as bar:
+
+        def on_group(size: int, tokens: int) -> None:
+            if bar.n == 0:
+                bar.initial = size  # the rate is of this process's text
+            bar.set_postfix_str(f"{tokens / 1e6:.1f} M tokens", refresh=False)
+            bar.update(size - bar.n)
+
+        manifest = tokenise(
+            arguments.text, arguments.out, tokenizer=arguments.tokenizer, vocab_size=arguments.vocab,
+            limit=arguments.limit, shard_tokens=arguments.shard_tokens, on_group=on_group,
+        )  # fmt: skip
+        bar.update(manifest["bytes"] - bar.n)
+    if arguments.json:
+        print(json.dumps(manifest, indent=2))
+        return 0
+    end = manifest["tokenizer"]["end_of_document"]
+    print(
+        f"{manifest['description']}: {manifest['tokens']} tokens in {len(manifest['shards'])} shards "
+        f"({manifest['dtype'].replace('<u2', 'uint16').replace('<u4', 'uint32')}), "
+        f"{manifest['tokens'] - manifest['train_tokens']} held out\n"
+        f"tokenizer: {manifest['tokenizer']['vocab_size']} ids; a document ends with {end['token']} ({end['id']})\n"
+        f"train with --data {arguments.out}"
+    )
+    return 0
