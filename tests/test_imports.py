@@ -19,6 +19,7 @@ MODULES = [path for package in PACKAGES for path in sorted((ROOT / package).rglo
 TYPES = {"theory.architecture", "theory.initialisation", "theory.records", "theory.quantities", "theory.sources"}
 # The doors: these put a prediction, or a bound, beside a measurement.
 DOORS = {"empirics.__main__", "empirics.initialisation", "empirics.run", "empirics.monitor"}
+DOORS |= {"empirics.tokenise_command", "empirics.perplexity_command"}  # the options and output of every command
 DOORS |= {"empirics.train_command", "empirics.attack", "empirics.falsify", "empirics.accuracy", "empirics.norm_samples"}
 
 
