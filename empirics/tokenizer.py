@@ -71,10 +71,10 @@ class Tokenizer:
         self.end_id: int = vocabulary[end_of_document]
         self.vocab_size: int = max(vocabulary.values()) + 1
         parts = json.loads(file)
-        split = parts["pre_tokenizer"] or {}
-        ordinary = all(token["special"] for token in parts["added_tokens"])
+        split = parts.get("pre_tokenizer") or {}
+        ordinary = all(token["special"] for token in parts.get("added_tokens", ()))
         # Anyone else's pattern may look across a break, so such documents are encoded in one piece.
-        self._breaks = split.get("type") == "ByteLevel" and parts["normalizer"] is None and ordinary
+        self._breaks = split.get("type") == "ByteLevel" and parts.get("normalizer") is None and ordinary
 
     def encode(self, documents: Sequence[str]) -> list[NDArray[np.int32]]:
         """The ids of each document, without its end."""
@@ -206,7 +206,7 @@ def load_tokenizer(spec: str) -> Tokenizer:
             return _from_vocabulary(path, path.with_name(path.name.replace("vocab.json", "merges.txt")))
         file = path.read_text(encoding="utf-8")
         return Tokenizer(file, _end_of(path.with_name(CONFIG), file))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:  # JSON of another shape
         reason = " ".join(str(error).split())
         raise ValueError(f"cannot read the tokenizer {path} ({reason}); use a {FILE}, or bpe or bytes") from error
 
@@ -234,7 +234,7 @@ def _end_of(config: Path, file: str) -> str:
     vocabulary = parts["model"]["vocab"]
     # A unigram model lists pairs of a token and its score.
     known = set(vocabulary) if isinstance(vocabulary, dict) else {token for token, _ in vocabulary}
-    known |= {token["content"] for token in parts["added_tokens"]}
+    known |= {token["content"] for token in parts.get("added_tokens", ())}
     return next((end for end in ENDS if end in known), END_OF_DOCUMENT)
 
 
