@@ -35,7 +35,9 @@ def corpus_of(spec: RunSpec, out: Path) -> Corpus:
 def prepare_texts(specs: Sequence[Spec], out: Path) -> None:
     """Tokenise every text that the trainings read, once, before two processes would both do it."""
     runs = (spec for spec in specs if isinstance(spec, RunSpec))
-    for spec in {(spec.data, spec.tokenizer, spec.architecture.vocab_size): spec for spec in runs}.values():
+    for spec in {
+        (spec.data, spec.data_bytes, spec.tokenizer, spec.architecture.vocab_size): spec for spec in runs
+    }.values():
         corpus_of(spec, out)
 
 

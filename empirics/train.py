@@ -98,12 +98,18 @@ def train(
         on_step: called after every step with its number and `Series.latest`.
 
     Raises:
-        ValueError: a deterministic run needs an operation that has no deterministic form.
+        ValueError: a deterministic run needs an operation that has no deterministic form; the checkpoint is of
+            another text.
     """
     with _deterministic(spec.deterministic):
         model = build(spec.architecture, seed=spec.seed, device=spec.device)
         optimizer = adamw(model, spec)
         found = None if checkpoints is None else checkpoints.load(model, optimizer)
+        if found is not None and found[1].pop("data", corpus.digest) != corpus.digest:
+            raise ValueError(
+                f"{spec.data} has other tokens than the checkpoints were trained on; bring the text back, or use "
+                "another --out to begin anew"
+            )
         step, series = (0, Series()) if found is None else (found[0], Series(**found[1]))
 
         def plain_objective(tokens: Tensor, targets: Tensor, places: list[Tensor] | None = None) -> Any:
@@ -120,7 +126,7 @@ def train(
             step += 1
             stopping = stop()
             if checkpoints is not None and (stopping or (step < spec.steps and step % checkpoint_every == 0)):
-                checkpoints.save(step, model, optimizer, plain(series))
+                checkpoints.save(step, model, optimizer, plain(series) | {"data": corpus.digest})
             if stopping:
                 saved = "" if checkpoints is None else " and saved"
                 raise Stopped(f"stopped{saved} after {step} of {spec.steps} steps")

@@ -411,3 +411,47 @@ def test_bad_requests_name_the_remedy(corpus: Corpus, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("not a folder", encoding="utf-8")
     with pytest.raises(ValueError, match=r"cannot write .*; choose another folder"):
         load_corpus(vocab_size=300, limit=5000, cache=tmp_path / "file")
+
+
+def test_folders_and_globs_are_read_in_order(tmp_path: Path) -> None:
+    import gzip
+
+    (tmp_path / "b" / "c").mkdir(parents=True)
+    (tmp_path / "b" / "c" / "1.json.gz").write_bytes(gzip.compress(b'{"text": "third"}\n{"text": "fourth"}\n'))
+    (tmp_path / "b" / "2.txt.gz").write_bytes(gzip.compress(b"second"))
+    (tmp_path / "a.jsonl").write_text('{"text": "first"}\n')
+    (tmp_path / "notes.md").write_text("no part of it")
+    (tmp_path / "x [1].txt").write_text("fifth")
+    documents = load_text(str(tmp_path)).documents
+    assert documents == ("first", "second", "third", "fourth", "fifth")
+    assert load_text(str(tmp_path / "**" / "*.gz")).documents == ("second", "third", "fourth")
+    assert load_text(str(tmp_path / "*.md")).documents == ("no part of it",)
+    assert load_text(str(tmp_path / "x [1].txt")).documents == ("fifth",)  # a name before it is a pattern
+    (tmp_path / "b" / "2.txt.gz").write_bytes(gzip.compress(b"second")[:-9])
+    with pytest.raises(ValueError, match=r"2.txt.gz is not a whole gzip file; fetch or write it again"):
+        load_text(str(tmp_path))
+    (tmp_path / "b" / "2.txt.gz").write_bytes(b"plain")
+    with pytest.raises(ValueError, match="is not a whole gzip file"):
+        load_text(str(tmp_path))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match=r"no file of .* ends in .txt, .*; name a glob"):
+        load_text(str(tmp_path / "empty"))
+
+
+@pytest.mark.parametrize("tokenizer", ["bytes", "bpe"])
+def test_every_document_is_followed_by_its_end(documents: Path, tokenizer: str) -> None:
+    corpus = load_corpus(str(documents), vocab_size=300, tokenizer=tokenizer)
+    assert corpus.tokenizer is not None
+    for ids, count in ((np.asarray(corpus.train), 95), (np.asarray(corpus.heldout), 5)):
+        assert ids[-1] == corpus.tokenizer.end_id
+        assert (ids == corpus.tokenizer.end_id).sum() == count
+        texts = [corpus.tokenizer.decode(part[:-1]) for part in np.split(ids, np.flatnonzero(ids == ids[-1]) + 1)[:-1]]
+        assert all(text == f"{text.split()[0]} " * 20 for text in texts)
+
+
+def test_a_document_that_is_cut_has_one_end(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("some lines\n" * 100)
+    corpus = load_corpus(str(path), vocab_size=258, tokenizer="bytes")
+    assert END not in np.asarray(corpus.train)
+    assert (np.asarray(corpus.heldout) == END).sum() == 1

@@ -396,6 +396,14 @@ def test_interrupted_epochs_from_shards_resume_exactly(tmp_path: Path) -> None:
     assert run(spec, tmp_path / "killed") == whole
 
 
+def test_text_that_changes_between_kill_and_resume_is_refused(tmp_path: Path) -> None:
+    text = write_text(tmp_path)
+    train_until(specification(text), tmp_path, 3)
+    text.write_text(text.read_text().replace("plus", "and"))
+    with pytest.raises(ValueError, match=r"text.txt has other tokens than the checkpoints .*; bring the text back"):
+        run(specification(text), tmp_path)
+
+
 # --- streams --------------------------------------------------------------------------------------------------------
 
 
