@@ -15,8 +15,9 @@ tokens, each later one ends `stride` tokens further, is filled with as much cont
 `stride` = context the windows are disjoint; a smaller stride costs more and gives every token more context.
 
 Sources: the windows are those of the LM Evaluation Harness (`loglikelihood_rolling`) at stride = context; the count of
-WikiText is that of Merity et al. 2016 (245 569 in the test set), by which Radford et al. 2019 (GPT-2) normalise too;
-LAMBADA is Paperno et al. 2016, in the form of OpenAI's `lambada_test.jsonl`.
+WikiText is that of Merity et al. 2016 (245569 in the test set) and, but for the last line, of Megatron-LM, and is taken
+to be the "canonical unit" of Radford et al. 2019 (GPT-2), while the harness leaves the line ends out; LAMBADA is
+Paperno et al. 2016, in the form of OpenAI's `lambada_test.jsonl`.
 
 Shapes: B sequences, T tokens, V ids.
 """

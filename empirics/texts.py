@@ -234,6 +234,8 @@ def _sympy_files() -> Iterator[str]:
 
 def _files(spec: str) -> list[Path]:
     path = Path(spec).expanduser()
+    if (path / "manifest.json").is_file():
+        raise ValueError(f"{spec} holds tokens and not a text; name the text that they were made of")
     if path.is_dir():
         found = [file for file in path.rglob("*") if file.is_file() and _suffix(file) in KNOWN]
         if not found:

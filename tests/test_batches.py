@@ -80,6 +80,15 @@ def _epoch(corpus: Corpus, **sizes: int) -> Batch:
     return batch(corpus, order="epoch", **sizes)
 
 
+def test_steps_in_any_order_are_the_same() -> None:
+    def tokens(step: int) -> bytes:
+        return _epoch(corpus_of_length(500), seed=3, step=step, batch_size=4, seq_len=9)[0].tobytes()
+
+    forward = [tokens(step) for step in range(40)]
+    assert [tokens(step) for step in reversed(range(40))] == forward[::-1]
+    assert len(set(forward)) == 40
+
+
 def test_targets_are_the_next_tokens() -> None:
     tokens, targets = _epoch(corpus_of_length(100), seed=0, step=3, batch_size=8, seq_len=9)
     np.testing.assert_array_equal(targets, tokens + 1)

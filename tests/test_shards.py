@@ -336,6 +336,12 @@ def test_unfinished_folder_is_not_trained_on(tmp_path: Path, documents: Path) ->
         load_corpus(str(out), vocab_size=300)
 
 
+def test_shards_are_no_text(tmp_path: Path, documents: Path) -> None:
+    make(documents, tmp_path / "out")
+    with pytest.raises(ValueError, match="holds tokens and not a text; name the text"):
+        make(tmp_path / "out", tmp_path / "again")
+
+
 def test_too_small_a_vocabulary_is_refused(tmp_path: Path, documents: Path) -> None:
     make(documents, tmp_path / "out", tokenizer="bpe", vocab_size=400)
     with pytest.raises(ValueError, match=r"has 364 ids and the vocabulary 300; use a config.json"):

@@ -103,6 +103,21 @@ def test_pieces_do_not_show(text: str) -> None:
     assert len(list(tokenizer._pieces("a " * tokenizer.PIECE))) > 1
 
 
+def test_foreign_patterns_see_whole_documents(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pattern that looks across a space, here all between two line ends, is not cut there."""
+    parts = json.loads(BPE.file)
+    lines = {"type": "Split", "pattern": {"String": "\n"}, "behavior": "Isolated", "invert": False}
+    byte_level = parts["pre_tokenizer"] | {"use_regex": False}
+    parts["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [lines, byte_level]}
+    parts["model"]["vocab"] |= {"t\u0120": 400}
+    parts["model"]["merges"].insert(0, ["t", "\u0120"])
+    foreign = Tokenizer(json.dumps(parts))
+    monkeypatch.setattr(tokenizer, "PIECE", 2)
+    (ids,) = foreign.encode(["at it at it"])
+    assert 400 in ids
+    assert foreign.decode(ids) == "at it at it"
+
+
 @pytest.mark.parametrize("name", ["gpt2 files", "tokenizer.json"])
 def test_corpus_of_a_given_tokenizer(gpt2: Path, tmp_path: Path, name: str) -> None:
     """Documents end with its token, and the cache knows tokenizers by their content."""
