@@ -21,7 +21,6 @@ ends near the cut it lies inside one, at the token where a line through the coun
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
 import io
 import json
 import sys
@@ -122,7 +121,7 @@ def tokenise(
         raise ValueError(f"shard_tokens={shard_tokens} is no shard; use 1 or more, for example {SHARD_TOKENS}")
     recipe = {
         "text": Documents(spec, limit=limit).identity, "limit": limit, "tokenizer": tokenizer,
-        "vocab_size": vocab_size, "shard_tokens": shard_tokens, "tokenizers": importlib.metadata.version("tokenizers"),
+        "vocab_size": vocab_size, "shard_tokens": shard_tokens,
     }  # fmt: skip
     manifest = _whole_part(out, recipe)
     if manifest is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -249,6 +250,25 @@ def test_model_of_transformers_has_its_own_loss(tmp_path: Path) -> None:
         loss = float(theirs(input_ids=ids, labels=ids).loss.detach())
         told = perplexity(ours, str(tmp_path / "a.txt"), format="text")
         assert math.log(told["token_perplexity"]) == pytest.approx(loss, rel=1e-6)  # float32: 6e-8 a sum of 32
+
+
+def test_no_code_of_a_model_runs(tmp_path: Path) -> None:
+    """Neither a module that the configuration names, nor a pickle in place of safetensors."""
+    mark = tmp_path / "it ran"
+    for name, config in (
+        ("module", {"model_type": "evil", "auto_map": {"AutoConfig": "evil.C", "AutoModelForCausalLM": "evil.M"}}),
+        ("pickle", {"model_type": "gpt2", "n_embd": 16, "n_layer": 1, "n_head": 1, "vocab_size": 258}),
+    ):
+        folder = tmp_path / name
+        BYTES.save(folder)
+        (folder / "config.json").write_text(json.dumps(config))
+        (folder / "evil.py").write_text(f"open({str(mark)!r}, 'w').close()")
+        (folder / "pytorch_model.bin").write_bytes(f"cbuiltins\nopen\n(V{mark}\nVw\ntR.".encode())
+        with pytest.raises(ValueError, match=r"cannot load .*; only safetensors of a class of transformers are read"):
+            load_language_model(folder)
+    assert not mark.exists()
+    pickle.loads((folder / "pytorch_model.bin").read_bytes()).close()  # it would have
+    assert mark.exists()
 
 
 def test_kept_model_scores_a_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
