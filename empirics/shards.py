@@ -254,6 +254,10 @@ def _begin(out: Path, recipe: dict[str, Any], tokenizer: Tokenizer, name: str, *
 
 def _finish(out: Path, manifest: dict[str, Any], cut: int, size: int) -> dict[str, Any]:
     what = [manifest["dtype"], manifest["tokenizer"], [shard["sha256"] for shard in manifest["shards"]], cut]
+    for shard in manifest["shards"]:
+        if shard["position"] is not None:
+            # A stream's own state also says how it was come by; rows alone are the same after a kill.
+            shard["position"]["stream"] = None
     manifest |= {
         "complete": True, "train_tokens": cut, "bytes": size,
         "description": describe(manifest["name"], manifest["documents"], size),

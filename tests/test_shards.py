@@ -419,16 +419,16 @@ class Stream:
     started_at: list[int] = []  # noqa: RUF012
 
     def __init__(self, rows: list[str]) -> None:
-        self.rows, self.place = rows, 0
+        self.rows, self.place, self.since = rows, 0, 0
 
     def __iter__(self) -> Iterator[dict[str, str]]:
         Stream.started_at.append(self.place)
         for place in range(self.place, len(self.rows)):
-            self.place = place + 1
+            self.place, self.since = place + 1, self.since + 1
             yield {"text": self.rows[place]}
 
     def state_dict(self) -> dict[str, int]:
-        return {"place": self.place}
+        return {"place": self.place, "rows since the last load": self.since}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         self.place = state["place"]
@@ -457,6 +457,9 @@ def test_streams_go_on_where_they_were_killed(tmp_path: Path, monkeypatch: pytes
     if has_state:
         (start,) = Stream.started_at
         assert start > 30  # nothing of the finished shards is read again
+    (killed / "00001.bin").write_bytes(b"damaged")
+    make(Path("hf:a"), killed)
+    assert contents(killed) == contents(whole)
 
 
 @pytest.mark.usefixtures("small")
@@ -473,12 +476,14 @@ def test_streaming_with_datasets_itself(tmp_path: Path, documents: Path) -> None
             raise Killed
 
     make(documents, tmp_path / "local")
+    make(Path(f"hf:{folder}"), tmp_path / "whole")
     with pytest.raises(Killed):
         make(Path(f"hf:{folder}"), tmp_path / "out", on_group=stop)
-    make(Path(f"hf:{folder}"), tmp_path / "out")
     assert json.loads((tmp_path / "out" / MANIFEST).read_text())["shards"][0]["position"]["stream"]
+    make(Path(f"hf:{folder}"), tmp_path / "out")
     here, there = (np.asarray(open_shards(tmp_path / name)[0]) for name in ("local", "out"))
     np.testing.assert_array_equal(here, there)
+    assert contents(tmp_path / "whole") == contents(tmp_path / "out")
 
 
 # --- the command ----------------------------------------------------------------------------------------------------
