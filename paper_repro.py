@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -25,7 +24,10 @@ FOUR = tuple(METHODS)[:4]
 PAPER_SIZES = ("350m", "1.7b", "13b")
 PAPER_BATCH, PAPER_TOKENS, PAPER_STEPS, PAPER_WARMUP = 528, 2048, 50_000, 2000  # recalled, not confirmed
 PAPER_BYTES = 2_000_000_000  # of C4, held in memory; the paper's 54 billion tokens would be about 100 times this
+FULL_STEPS = 5000
 PAPER_RATES = {"350m": 5e-4, "1.7b": 5e-4, "13b": 3e-4}
+CHECK = "gpu-smoke"
+CHECKED = Path(__file__).resolve().parent / "docs" / "gpu"  # device checks that come with the code
 REFERENCES = ("Embed LN", "Scaled Embed")  # whose runs stand for an undisturbed one when spikes are paired
 
 
@@ -178,6 +180,76 @@ def cpu(seeds: Sequence[int], device: str, data: str) -> list[Step]:
     ]
 
 
+def cpu_full(seeds: Sequence[int], device: str, data: str) -> list[Step]:
+    """A larger network over 5,000 steps: where a CPU is likeliest to see spikes of the loss itself."""
+    small = preset("small")
+    minutes = 0.3 / 60 / 2  # a step: 0.3 s on one core, two side by side
+
+    def initial() -> list[Any]:
+        return [_initial("small", label, "random", seeds, 128, 64, data, device) for label in METHODS]
+
+    def trainings(experiment: str, labels: Sequence[str], rates: Sequence[float], schedule: str) -> list[Any]:
+        return [
+            _training(
+                small, label, experiment, seed, rate, steps=FULL_STEPS, seq_len=128, warmup=200, schedule=schedule,
+                device=device, data=data,
+            )
+            for rate in rates
+            for seed in seeds
+            for label in labels
+        ]  # fmt: skip
+
+    def sweep() -> list[Any]:
+        return trainings("sweep", tuple(METHODS), (3e-3, 1e-2), "cosine")
+
+    def long() -> list[Any]:
+        return trainings("long", ("Vanilla", "Scaled Embed"), (1e-2,), "constant")
+
+    return [
+        _predictions(),
+        Step(name="initialisation", purpose="growth, Jacobian norms before training", minutes=2, specs=initial),
+        Step(
+            name="sweep",
+            purpose="five methods at two learning rates (estimated, not run)",
+            minutes=minutes * FULL_STEPS * 10 * len(seeds),
+            specs=sweep,
+        ),
+        Step(
+            name="long",
+            purpose="a high constant rate, for spikes (estimated, not run)",
+            minutes=minutes * FULL_STEPS * 2 * len(seeds),
+            specs=long,
+        ),
+    ]
+
+
+def gpu_smoke(seeds: Sequence[int], device: str, data: str) -> list[Step]:
+    """A device held against this CPU, in about five minutes of a fast GPU; none of it was run on one yet.
+
+    With --device cpu the same program holds the CPU against itself, as a test of the program.
+    """
+    purposes = {  # minutes: the first measured on two cores, the others estimated
+        "references": ("the same on the CPU in two precisions, one thread a run", 1.6),
+        "initialisation": ("gradient growth, residual stream, Jacobian norms", 0.7),
+        "trainings": ("float32, bfloat16, compiled, deterministic twice", 1.0),
+        "speed": ("tokens a second, MFU, peak memory", 1.2),
+        "growth": ("growth of the largest network beside theory alone", 0.5),
+    }
+
+    def of(name: str) -> Callable[[], list[Any]]:
+        def specs() -> list[Any]:
+            from empirics.device_specs import sizes, specifications
+
+            return specifications(sizes(device), device=device, seeds=seeds, data=data)[name]
+
+        return specs
+
+    return [
+        Step(name=name, purpose=purpose, minutes=minutes, specs=of(name))
+        for name, (purpose, minutes) in purposes.items()
+    ]
+
+
 def paper(size: str, seeds: Sequence[int], device: str, data: str) -> list[Step]:
     """The paper's own sizes and settings, on a GPU; two gigabytes of C4 and a BPE trained on it, or `--data SHARDS`."""
     big = preset(size)
@@ -205,6 +277,8 @@ def paper(size: str, seeds: Sequence[int], device: str, data: str) -> list[Step]
 SCALES: dict[str, tuple[Callable[[Sequence[int], str, str], list[Step]], int, str, str]] = {
     "smoke": (smoke, 1, "cpu", "sympy"),
     "cpu": (cpu, 3, "cpu", "sympy"),
+    "cpu-full": (cpu_full, 5, "cpu", "sympy"),
+    CHECK: (gpu_smoke, 1, "cuda", "sympy"),
     **{
         size: (lambda seeds, device, data, size=size: paper(size, seeds, device, data), 1, "cuda", "hf:allenai/c4")
         for size in PAPER_SIZES
@@ -228,81 +302,36 @@ def compute(steps: Sequence[Step], out: Path, processes: int) -> None:
         write_record(out / "records" / "spikes.json", kind="spikes", body={"id": identity, "rows": rows})
 
 
+def check(steps: Sequence[Step], every: Sequence[Step], out: Path, device: str, processes: int) -> None:
+    """Make the device check's records that are missing, and the one that holds the two sides against each other."""
+    from empirics.device_check import make_all
+    from figures.device_records import write_check
+
+    for step in steps:
+        make_all(step.specs(), out, processes=processes, title=step.name)
+    records = own_records(every, out)
+    there = {record["id"] for record in records}
+    missing = [step.name for step in every if not {spec.identity for spec in step.specs()} <= there]
+    write_check(out, records, device=device, missing=missing)
+
+
 def own_records(steps: Sequence[Step], out: Path) -> list[Record]:
     """The folder's records that these steps make, and the spikes; others, of other seeds or texts, are let lie."""
     names = {spec.identity for step in steps for spec in step.specs()}
     return [record for record in read_records(out / "records") if record["id"] in names or record["kind"] == "spikes"]
 
 
-def draw(steps: Sequence[Step], out: Path, scale: str) -> list[dict[str, Any]]:
-    """Figures, claims and report from the steps' records alone."""
-    from figures import FIGURES, save
-    from figures.claims import judge_all
-    from figures.report import write_report
+def draw(steps: Sequence[Step], out: Path, scale: str, checked: Record | None) -> str:
+    """Figures, claims and report from the steps' records alone, and the device check beside them; the verdicts."""
+    from figures.reproduction import draw_all, draw_check
 
     records = own_records(steps, out)
     if not records:
         raise ValueError(f"there are no records in {out / 'records'}; run without --draw-only first")
-    claims = judge_all(records)
-    write_json(out / "claims.json", claims)
-    drawn: list[tuple[str, Path, str]] = []
-    for name, module in FIGURES.items():
-        shown = _shown(name, records)
-        try:
-            figure = module.draw(shown)
-        except ValueError as reason:  # a figure whose records this scale or --only does not make
-            print(f"figure {name} left out: {reason}", file=sys.stderr)
-            continue
-        png, _ = save(figure, out / "figures", name)
-        drawn.append((name, png, module.caption(shown)))
-    write_report(
-        out / "report.html",
-        title="Spike No More: predicted and observed",
-        claims=claims,
-        figures=drawn,
-        settings=settings(records, scale),
-        notes=NOTES,
-    )
-    return claims
-
-
-def _shown(name: str, records: Sequence[Record]) -> list[Record]:
-    """A figure's share of the trainings: comparisons across learning rates show the sweep alone."""
-    trainings = [record["spec"] for record in records if record["kind"] == "training"]
-    fastest = max((spec["learning_rate"] for spec in trainings if spec["experiment"] == "sweep"), default=None)
-
-    def wanted(record: Record) -> bool:
-        if record["kind"] != "training":
-            return True
-        spec = record["spec"]
-        if name == "gradient_norms":
-            return spec["experiment"] == "long" or (spec["learning_rate"] == fastest and spec["experiment"] == "sweep")
-        return spec["experiment"] in (("sweep", "long") if name == "loss_curves" else ("sweep",))
-
-    return [record for record in records if wanted(record)]
-
-
-NOTES = [
-    "Sources: [C] confirmed from the paper, [S] from a published summary of it, [R] recalled and not confirmed.",
-    "The networks use ReLU, rotary positions and an untied head; the paper's own choices are not confirmed.",
-    "Nothing is fitted: predictions come from the configuration (on text, also from which tokens are equal).",
-    "No GPU was used at the smoke and cpu scales; the paper's sizes are predicted here, not trained.",
-]
-
-
-def settings(records: Sequence[Any], scale: str) -> dict[str, Any]:
-    """What the report says of the run."""
-    trainings = [record for record in records if record["kind"] == "training"]
-    values: dict[str, Any] = {"scale": scale, "records": len(records), "trainings": len(trainings)}
-    if trainings:
-        values |= {f"environment: {key}": value for key, value in trainings[0]["environment"].items()}
-        values |= {f"data: {key}": value for key, value in trainings[0]["data"].items()}
-    return values
-
-
-def table(claims: Sequence[dict[str, Any]]) -> str:
-    """The verdicts, one line each."""
-    return "\n".join(f"{claim['id']:12} {claim['verdict']:26} {claim['claim']}" for claim in claims)
+    if scale == CHECK:
+        assert checked is not None  # its own
+        return draw_check(records, out, scale, checked)
+    return draw_all(records, out, scale, checked)
 
 
 def _require(device: str, scale: str) -> None:
@@ -311,6 +340,11 @@ def _require(device: str, scale: str) -> None:
     try:
         check_device(device)
     except ValueError:
+        if scale == CHECK:
+            raise ValueError(
+                f"scale {scale} needs a CUDA device and {device} is not here; run it where one is, or add --device cpu "
+                "for a self-test of the program on this CPU, which is no evidence about a GPU"
+            ) from None
         raise ValueError(
             f"scale {scale} on {device} needs that device and it is not here; use --scale cpu, or --device cpu"
         ) from None
@@ -331,6 +365,17 @@ def _settings_of(out: Path, scale: str) -> dict[str, Any]:
             f"{out} holds the scale {found.get('scale')!r}; use --scale {found.get('scale')} or another --out"
         )
     return found
+
+
+def _checked(arguments: argparse.Namespace, out: Path, device: str) -> Record | None:
+    """The device check that the report shows: that of this run, or the one named, or the best at hand."""
+    from figures.device_records import check_path, latest_check, read_check
+
+    if arguments.scale == CHECK:
+        return read_check(check_path(out, device))
+    if arguments.gpu_record is not None:
+        return read_check(arguments.gpu_record)
+    return latest_check((CHECKED, out.parent / CHECK / "records"))
 
 
 def _run(arguments: argparse.Namespace) -> int:
@@ -359,9 +404,11 @@ def _run(arguments: argparse.Namespace) -> int:
         _settings_of(out, arguments.scale)
         chosen = {"scale": arguments.scale, "seeds": list(seeds), "device": device, "data": data}
         write_json(out / "scale.json", chosen)
-        compute(steps, out, 1 if device.startswith("cuda") else arguments.processes)
-    claims = draw(every, out, arguments.scale)
-    print(table(claims))
+        if arguments.scale == CHECK:
+            check(steps, every, out, device, arguments.processes)
+        else:
+            compute(steps, out, 1 if device.startswith("cuda") else arguments.processes)
+    print(draw(every, out, arguments.scale, _checked(arguments, out, device)))
     print(f"{math.ceil(time.monotonic() - start)} s; report: {out / 'report.html'}")
     return 0
 
@@ -377,6 +424,10 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--seeds", type=natural_list, metavar="S,S,...", help="seeds (default 0,1,2; smoke 0)")
     top.add_argument("--data", metavar="TEXT", help="sympy, files, hf:NAME, or shards (default: the scale's)")
     top.add_argument("--device", metavar="DEVICE", help="cpu or cuda (default: the scale's)")
+    top.add_argument(
+        "--gpu-record", type=Path, metavar="FILE",
+        help=f"the device check that the report shows (default: the latest in docs/gpu or results/{CHECK}/records)",
+    )  # fmt: skip
     top.add_argument("--processes", type=whole, default=2, help="runs at a time on a CPU (default 2)")
     top.set_defaults(run=_run)
     return top

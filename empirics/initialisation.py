@@ -14,6 +14,7 @@ from empirics.data import TOKENS_FORMAT, Batch, Corpus, batch, load_corpus, rand
 from empirics.model import build, make_norm
 from empirics.probes import layer_norms, measure_growth
 from empirics.spectral import explicit_jacobian
+from empirics.surroundings import true_float32
 from theory.activations import lipschitz
 from theory.architecture import Architecture
 from theory.attention import attention_estimate
@@ -51,6 +52,7 @@ class InitialisationSpec:
         return f"initialisation-{self.preset}-{slug(self.label)}-{self.tokens}-{fingerprint(parts)}"
 
 
+@true_float32()
 def initialisation(spec: InitialisationSpec, cache: Path | None) -> dict[str, Any]:
     """The record's body. Predictions use the configuration (and, on text, which tokens are equal), nothing measured,
     except eq. (20)'s |J^Z| and the a posteriori bounds, which say so."""

@@ -455,8 +455,9 @@ class Transformer(nn.Module):
 
 
 def cross_entropy(logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:
-    """Mean over tokens in nats; computed in float32 whatever the logits are."""
-    return F.cross_entropy(logits_BTV.float().flatten(0, 1), targets_BT.flatten())
+    """Mean over tokens in nats; computed in float32, or in float64 if the logits are."""
+    exact = torch.promote_types(logits_BTV.dtype, torch.float32)
+    return F.cross_entropy(logits_BTV.to(exact).flatten(0, 1), targets_BT.flatten())
 
 
 def build(

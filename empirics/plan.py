@@ -87,6 +87,22 @@ def kept_numbers(architecture: Architecture) -> int:
     return a.n_layers * (16 * a.d_model + 4 * hidden) + 4 * a.vocab_size
 
 
+def flops_per_token(architecture: Architecture, seq_len: int) -> float:
+    """FLOPs of a training step a token: 6 a weight that it meets, and 6 T H E a layer for causal attention.
+
+    A causal token sees half of the sequence; logits and mixing, forwards once and backwards twice.
+    """
+    a = architecture
+    attention = 6 * seq_len * a.n_heads * a.d_head * a.n_layers
+    embeddings = 0 if a.tied else a.vocab_size * a.d_model  # looked up, not multiplied
+    return 6.0 * (a.active_parameters - embeddings) + attention
+
+
+def activation_bytes(architecture: Architecture, n_tokens: int, precision: str) -> float:
+    """Memory that the forward pass of `n_tokens` tokens keeps, in the run's precision."""
+    return float((2 if precision == "bfloat16" else 4) * kept_numbers(architecture) * n_tokens)
+
+
 def plan(
     architecture: Architecture,
     *,
@@ -112,11 +128,7 @@ def plan(
         raise ValueError(f"{batch_size} sequences do not go evenly over {devices} devices; use a multiple")
     a, sheet = architecture, DEVICES[device]
     tokens = steps * batch_size * seq_len
-    # A causal token sees half of the sequence; logits and mixing, forwards once and backwards twice.
-    attention = 6 * seq_len * a.n_heads * a.d_head * a.n_layers
-    embeddings = 0 if a.tied else a.vocab_size * a.d_model  # looked up, not multiplied
-    flops = tokens * (6.0 * (a.active_parameters - embeddings) + attention)
-    size = 2 if precision == "bfloat16" else 4
+    flops = tokens * flops_per_token(a, seq_len)
     peak = sheet.bfloat16 if precision == "bfloat16" else sheet.float32
     return Plan(
         name=a.name,
@@ -127,8 +139,8 @@ def plan(
         tokens=tokens,
         flops=flops,
         state_bytes=STATE_BYTES * a.n_parameters / devices,
-        activation_bytes=float(
-            size * kept_numbers(a) * seq_len * min(micro_batch or batch_size, batch_size // devices)
+        activation_bytes=activation_bytes(
+            a, seq_len * min(micro_batch or batch_size, batch_size // devices), precision
         ),
         device_bytes=sheet.memory,
         hours=flops / (devices * peak * SHARE_OF_PEAK) / 3600,

@@ -19,6 +19,7 @@ from empirics.data import Batch
 from empirics.model import Attention, Layer, Transformer, build
 from empirics.spectral import lanczos_opnorms
 from empirics.stacked import batches, stacked
+from empirics.surroundings import true_float32
 from theory.architecture import Architecture
 from theory.records import Measurement
 
@@ -85,6 +86,7 @@ def gradient_profile(model: Transformer, tokens: Tensor, targets: Tensor) -> tup
     return place_statistics(places)
 
 
+@true_float32()
 def measure_growth(
     architecture: Architecture,
     *,

@@ -12,6 +12,7 @@ from theory.records import fingerprint, plain, slug
 
 Schedule = Literal["cosine", "linear", "constant", "wsd"]
 SCHEDULES: tuple[Schedule, ...] = get_args(Schedule)
+Precision = Literal["float32", "bfloat16", "float64"]
 COSINE_FLOOR = 0.1
 # Fields younger than the first records: left out of the fingerprint where they are not used, so that those stay valid.
 LATER = ("decay_fraction", "decay_embeddings", "z_loss", "deterministic", "order")
@@ -34,6 +35,8 @@ class RunSpec:
         decay_embeddings: token and position tables decay too. A decaying table's entries shrink, and with them the
             shortcut that a remedy made large.
         z_loss: weight of the mean squared log of the softmax's normalisation, which is added to the loss.
+        precision: float32; bfloat16 for the products alone (autocast); float64 for all, a reference for the rounding of
+            the other two.
         deterministic: only algorithms of torch that give the same bits every time; an error where there is none.
         data: a text, or a folder of shards.
         tokenizer: of a text, `bpe`, `bytes`, `gpt2` or a path; shards bring their own.
@@ -63,7 +66,7 @@ class RunSpec:
     weight_decay: float = 0.0
     decay_embeddings: bool = False
     z_loss: float = 0.0
-    precision: Literal["float32", "bfloat16"] = "float32"
+    precision: Precision = "float32"
     device: str = "cpu"
     compile: bool = False
     deterministic: bool = False

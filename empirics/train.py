@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 import os
-import platform
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -24,6 +23,7 @@ from empirics.model import Transformer, build, cross_entropy
 from empirics.optimization import Stepper, adamw, decay_table, total_norm
 from empirics.probes import distributions, place_statistics
 from empirics.run_spec import RunSpec
+from empirics.surroundings import environment, true_float32
 from theory.records import plain
 
 HELDOUT_BATCHES = 8
@@ -67,17 +67,6 @@ class Stopped(KeyboardInterrupt):
     """Training was asked to stop, and did so between two steps."""
 
 
-def environment(device: str) -> dict[str, Any]:
-    """What else the numbers depend on."""
-    return {
-        "torch": torch.__version__,
-        "numpy": np.__version__,
-        "python": platform.python_version(),
-        "threads": torch.get_num_threads(),
-        "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else device,
-    }
-
-
 def train(
     spec: RunSpec,
     corpus: Corpus,
@@ -101,8 +90,10 @@ def train(
         ValueError: a deterministic run needs an operation that has no deterministic form; the checkpoint is of
             another text.
     """
-    with _deterministic(spec.deterministic):
-        model = build(spec.architecture, seed=spec.seed, device=spec.device)
+    with _deterministic(spec.deterministic), true_float32():
+        surroundings = environment(spec.device)
+        dtype = torch.float64 if spec.precision == "float64" else torch.float32
+        model = build(spec.architecture, seed=spec.seed, device=spec.device, dtype=dtype)
         optimizer = adamw(model, spec)
         found = None if checkpoints is None else checkpoints.load(model, optimizer)
         if found is not None and found[1].pop("data", corpus.digest) != corpus.digest:
@@ -139,7 +130,7 @@ def train(
     return {
         "id": spec.identity,
         "spec": plain(spec),
-        "environment": environment(spec.device),
+        "environment": surroundings,
         "data": {"source": corpus.description, "digest": corpus.digest, "vocab_size": corpus.vocab_size},
         "weight_decay": decay_table(model, spec),
         "series": plain(series),
@@ -160,7 +151,8 @@ def objective(
     if not z_loss:
         loss = model.loss(tokens_BT, targets_BT, places)
         return loss, loss
-    logits = model(tokens_BT, places).float()
+    logits = model(tokens_BT, places)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     loss = cross_entropy(logits, targets_BT)
     return loss + z_loss * logits.logsumexp(-1).square().mean(), loss
 

@@ -10,6 +10,7 @@ from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
+from figures import report_device
 from figures.report_style import CSS
 from theory.records import write_bytes
 
@@ -20,6 +21,7 @@ VERDICTS = {
     "not tested at this scale": ("open", "&#9675;"),
 }
 COLUMNS = ("verdict", "claim", "criterion", "observed", "predicted", "error", "seeds")
+SCREEN, PRINTED = 920, 1440  # width of a full figure: on the screen, and in its file (7.2 inches at 200 dpi)
 TYPES = {".png": "image/png", ".svg": "image/svg+xml"}
 
 HOW_TO_READ = (
@@ -52,6 +54,8 @@ def write_report(
     figures: Sequence[tuple[str, Path, str]],
     settings: Mapping[str, Any],
     notes: Sequence[str],
+    device: Mapping[str, Any] | None = None,
+    device_figures: Sequence[tuple[str, Path, str]] = (),
 ) -> None:
     """Write the report, whole or not at all; the same arguments give the same bytes.
 
@@ -61,6 +65,8 @@ def write_report(
         figures: name, SVG or PNG file and caption of each figure, in order.
         settings: settings and library versions; values may be mappings or lists.
         notes: what the reader should know, a paragraph each.
+        device: the record of a device check; without one the report says that no GPU was checked.
+        device_figures: figures of it, as `figures`.
 
     Raises:
         ValueError: a verdict or an image format is not known, or an image cannot be read.
@@ -72,6 +78,9 @@ def write_report(
             _section("reading", "How to read this", _how_to_read()),
             _section("notes", "Notes", "".join(f"<p>{_text(note)}</p>" for note in notes)) if notes else "",
             _section("figures", "Figures", "".join(_figure(*figure) for figure in figures)) if figures else "",
+            _section(
+                "gpu", "On a GPU", report_device.section(device) + "".join(_figure(*each) for each in device_figures)
+            ),
             _section("settings", "Settings and versions", _settings(settings)),
         )
     )
@@ -120,7 +129,7 @@ def _summary(claims: Sequence[Mapping[str, Any]]) -> str:
 def _claims(claims: Sequence[Mapping[str, Any]]) -> str:
     head = "".join(f'<th scope="col">{column}</th>' for column in COLUMNS)
     rows = "".join(_claim(claim) for claim in claims)
-    return f'<table class="claims"><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>'
+    return f'<table class="rows claims"><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>'
 
 
 def _claim(claim: Mapping[str, Any]) -> str:
@@ -153,15 +162,22 @@ def _figure(name: str, path: Path, caption: str) -> str:
     if path.suffix not in TYPES:
         raise ValueError(f"{path.name} is neither .png nor .svg; save the figure in one of these formats")
     try:
-        data = base64.b64encode(path.read_bytes()).decode()
+        content = path.read_bytes()
     except OSError as error:
         raise ValueError(f"cannot read {path}: {error.strerror}; draw the figure before the report") from None
     heading = escape(name.replace("_", " ").capitalize())
+    source = f"data:{TYPES[path.suffix]};base64,{base64.b64encode(content).decode()}"
     return (
         f'<figure id="{escape(name)}"><h3>{heading}</h3>'
-        f'<img alt="{heading}" src="data:{TYPES[path.suffix]};base64,{data}">'
+        f'<img style="max-width: {_width(path, content)}px" alt="{heading}" src="{source}">'
         f"<figcaption>{_text(caption)}</figcaption></figure>"
     )
+
+
+def _width(path: Path, content: bytes) -> int:
+    """Pixels on the screen: a narrow figure stays narrow, so that letters are of one size."""
+    pixels = int.from_bytes(content[16:20], "big") if path.suffix == ".png" else PRINTED  # from the PNG's header
+    return round(SCREEN * min(1.0, pixels / PRINTED))
 
 
 def _settings(settings: Mapping[str, Any]) -> str:

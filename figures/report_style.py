@@ -35,12 +35,16 @@ table { width: 100%; border-collapse: collapse; font-size: .85rem; line-height: 
 th { text-align: left; font-weight: 600; color: var(--soft); border-bottom: 2px solid var(--rule); }
 th, td { padding: .5rem .6rem .5rem 0; vertical-align: top; overflow-wrap: break-word; }
 td { border-bottom: 1px solid var(--rule); font-variant-numeric: tabular-nums; }
-th:nth-child(1) { width: 10.3rem; }
-th:nth-child(2) { width: 23%; }
-th:nth-child(3) { width: 19%; }
-th:nth-child(4) { width: 19%; }
-th:nth-child(6) { width: 5.5rem; }
-th:nth-child(7) { width: 4.2rem; }
+.claims th:nth-child(1) { width: 8.6rem; }
+.claims th:nth-child(2) { width: 23%; }
+.claims th:nth-child(3) { width: 19%; }
+.claims th:nth-child(4) { width: 18%; }
+.claims th:nth-child(6) { width: 5.5rem; }
+.claims th:nth-child(7) { width: 4.2rem; }
+.devices th:nth-child(1) { width: 7.6rem; }
+.devices th:nth-child(2) { width: 31%; }
+.devices th:nth-child(n+3):nth-child(-n+4) { width: 7.5rem; }
+.devices th:nth-child(n+5):nth-child(-n+6) { width: 6rem; }
 th::first-letter { text-transform: uppercase; }
 .id { font-weight: 700; }
 .about { color: var(--soft); font-size: .78rem; margin-top: .15rem; }
@@ -53,21 +57,22 @@ figure {
   margin: 0 0 2.2rem; padding: 1rem; background: var(--tint); border: 1px solid var(--rule); border-radius: .5rem;
 }
 figure img {
-  display: block; width: 100%; max-width: 920px; height: auto; margin: 0 auto; background: #fff; border-radius: .25rem;
+  display: block; width: 100%; height: auto; margin: 0 auto; background: #fff; border-radius: .25rem;
 }
+code { font-size: .9em; }
 figcaption { font-size: .85rem; color: var(--soft); margin: .7rem auto 0; max-width: 920px; overflow-wrap: anywhere; }
 .settings { display: grid; grid-template-columns: minmax(7rem, max-content) 1fr; gap: .3rem 1.2rem; font-size: .85rem; }
 .settings dt { color: var(--soft); overflow-wrap: anywhere; }
 .settings .settings { font-size: 1em; }
 @media (max-width: 760px) {
   main { padding: 1.2rem .9rem 3rem; }
-  .claims thead { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); }
-  .claims, .claims tbody, .claims tr, .claims td { display: block; }
-  .claims tr { border: 1px solid var(--rule); border-radius: .5rem; padding: .5rem .8rem; margin-bottom: .8rem; }
-  .claims td { display: grid; grid-template-columns: 5.5rem 1fr; gap: .6rem; border: 0; padding: .2rem 0; }
-  .claims td { overflow-wrap: anywhere; }
-  .claims td::before { content: attr(data-column); color: var(--soft); }
-  .claims .verdict { justify-self: start; }
+  .rows thead { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); }
+  .rows, .rows tbody, .rows tr, .rows td { display: block; }
+  .rows tr { border: 1px solid var(--rule); border-radius: .5rem; padding: .5rem .8rem; margin-bottom: .8rem; }
+  .rows td { display: grid; grid-template-columns: 5.5rem 1fr; gap: .6rem; border: 0; padding: .2rem 0; }
+  .rows td { overflow-wrap: anywhere; }
+  .rows td::before { content: attr(data-column); color: var(--soft); }
+  .rows .verdict { justify-self: start; }
   .kinds, .settings { grid-template-columns: 1fr; gap: 0; }
   .kinds dd, .settings dd { margin-bottom: .6rem; }
   .settings .settings { padding-left: .8rem; border-left: 2px solid var(--rule); }

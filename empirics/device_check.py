@@ -1,0 +1,171 @@
+"""What a device computes, beside the same on a CPU: one record a measurement.
+
+Nothing is judged here: `figures.devices` holds the records against each other. What is measured, `device_specs` says.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from empirics.command_line import check_device
+from empirics.data import random_tokens
+from empirics.device_specs import CheckSpec, ProbeSpec, SpeedSpec
+from empirics.initialisation import InitialisationSpec
+from empirics.model import build
+from empirics.plan import DEVICES, STATE_BYTES, activation_bytes, flops_per_token
+from empirics.probes import gradient_profile, layer_norms
+from empirics.run import corpus_of, run, run_all
+from empirics.run_spec import RunSpec
+from empirics.surroundings import environment, true_float32
+from empirics.train import train
+from theory.records import plain, read_record, write_record
+
+NORM_TOLERANCE = 1e-4
+SETTLED = 8  # steps before the clock is read: compilation, the first probe, the allocator
+MATMUL = {"cpu": 1024, "cuda": 8192}  # side of the matrices whose product is timed
+
+
+@true_float32()
+def probe(spec: ProbeSpec) -> dict[str, Any]:
+    """The record's body: residual standard deviation and gradient norm at every place, norms layer by layer."""
+    a, dtype = spec.architecture, torch.float64 if spec.precision == "float64" else torch.float32
+    surroundings = environment(spec.device)
+    model = build(a, seed=spec.seed, device=spec.device, dtype=dtype)
+    pair = random_tokens(a.vocab_size, seed=spec.seed, batch_size=spec.batch_size, seq_len=spec.seq_len)
+    tokens, targets = (torch.from_numpy(part).to(spec.device) for part in pair)
+    deviation, gradient = gradient_profile(model, tokens, targets)
+    layers: list[dict[str, float]] = []
+    if spec.jacobian_tokens:
+        layers = layer_norms(model, tokens[:1, : spec.jacobian_tokens], tolerance=NORM_TOLERANCE)
+    return {
+        "id": spec.identity,
+        "spec": plain(spec),
+        "environment": surroundings,
+        "residual_std": deviation,
+        "gradient": gradient,
+        "jacobians": {"tolerance": NORM_TOLERANCE, "lower_estimate": True, "layers": plain(layers)},
+    }
+
+
+def speed(spec: SpeedSpec, out: Path) -> dict[str, Any]:
+    """The record's body: tokens and FLOPs a second of the training loop as it is, probes and norms included.
+
+    Seconds are the median of the steps after the first `SETTLED`, on the wall; every step waits for the device, since
+    its norms are read. Memory is the peak over the same steps, where the device tells.
+    """
+    asked = spec.run
+    cuda = asked.device.startswith("cuda")
+    total = torch.cuda.get_device_properties(asked.device).total_memory if cuda else None
+    fitted = replace(asked, micro_batch=_micro_batch(asked, total))
+    clock: list[float] = []
+    peak: int | None = None
+
+    def on_step(step: int, _: Mapping[str, float]) -> None:
+        nonlocal peak
+        clock.append(time.perf_counter())
+        if cuda and step == SETTLED:
+            torch.cuda.reset_peak_memory_stats(asked.device)
+        if cuda and step == asked.steps - 1:
+            peak = torch.cuda.max_memory_allocated(asked.device)
+
+    surroundings = environment(asked.device)
+    train(fitted, corpus_of(asked, out), on_step=on_step)
+    a, tokens = asked.architecture, asked.batch_size * asked.seq_len
+    seconds = float(np.median(np.diff(clock)[SETTLED:]))
+    return {
+        "id": spec.identity,
+        "spec": plain(fitted),
+        "environment": surroundings,
+        "seconds_a_step": seconds,
+        "tokens_a_second": tokens / seconds,
+        "flops_a_second": tokens * flops_per_token(a, asked.seq_len) / seconds,
+        "matmul_peak": matmul_peak(asked.device, asked.precision),
+        "sheet_peak": sheet_peak(surroundings["device"], asked.precision),
+        "peak_bytes": peak,
+        "planned_bytes": STATE_BYTES * a.n_parameters + activation_bytes(a, _at_once(fitted), asked.precision),
+        "device_bytes": total,
+    }
+
+
+def _at_once(run: RunSpec) -> int:
+    """Tokens that go through the network together."""
+    return (run.micro_batch or run.batch_size) * run.seq_len
+
+
+def _micro_batch(run: RunSpec, memory: int | None) -> int:
+    """The largest halving of the batch that is planned to take half of the device's memory."""
+    size = run.batch_size
+    while memory is not None and size % 2 == 0:
+        here = replace(run, micro_batch=size)
+        needed = STATE_BYTES * run.architecture.n_parameters + activation_bytes(
+            run.architecture, _at_once(here), run.precision
+        )
+        if needed <= 0.5 * memory:
+            break
+        size //= 2
+    return size
+
+
+@true_float32()
+def matmul_peak(device: str, precision: str, repeats: int = 10) -> float:
+    """FLOPs a second of the best of some products of large square matrices."""
+    kind = device.split(":")[0]
+    side, dtype = MATMUL.get(kind, MATMUL["cpu"]), torch.bfloat16 if precision == "bfloat16" else torch.float32
+    a = torch.randn(side, side, device=device, generator=torch.Generator(device).manual_seed(0)).to(dtype)
+    best = float("inf")
+    for _ in range(repeats):
+        start = time.perf_counter()
+        float((a @ a)[0, 0])  # waits for the product
+        best = min(best, time.perf_counter() - start)
+    return 2.0 * side**3 / best
+
+
+def sheet_peak(name: str, precision: str) -> float | None:
+    """The data sheet's FLOPs a second of a device of that name, or None.
+
+    The sheets are of boards in full power, and their float32 is TF32, which nothing here uses.
+    """
+    if precision != "bfloat16" or re.search(r"\b(pcie|nvl|mig)\b", name.lower()):
+        return None
+    return next((sheet.bfloat16 for key, sheet in DEVICES.items() if re.search(rf"\b{key}\b", name.lower())), None)
+
+
+def make(spec: CheckSpec, out: Path) -> None:
+    """One record, if it is not there."""
+    path = _path(spec, out)
+    if isinstance(spec, RunSpec | InitialisationSpec):
+        run(spec, out)
+    elif read_record(path) is None:
+        body = probe(spec) if isinstance(spec, ProbeSpec) else speed(spec, out)
+        write_record(path, kind="probe" if isinstance(spec, ProbeSpec) else "speed", body=body)
+
+
+def _path(spec: CheckSpec, out: Path) -> Path:
+    return out / "records" / f"{spec.identity}.json"
+
+
+def make_all(specs: Sequence[CheckSpec], out: Path, *, processes: int, title: str) -> None:
+    """All records that are missing: trainings on the CPU side by side, one thread each, the rest one after another.
+
+    Raises:
+        ValueError: the device is not here.
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read at the first product: deterministic runs need it
+    for device in {spec.device for spec in specs}:
+        check_device(device)
+    side_by_side = [spec for spec in specs if isinstance(spec, RunSpec) and spec.device == "cpu"]
+    if side_by_side:
+        run_all(side_by_side, out, processes=processes, title=title)
+    rest = [spec for spec in specs if read_record(_path(spec, out)) is None]
+    for spec in tqdm(rest, desc=title, disable=not rest):
+        make(spec, out)
