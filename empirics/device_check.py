@@ -8,7 +8,8 @@ from __future__ import annotations
 import os
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -158,14 +159,29 @@ def make_all(specs: Sequence[CheckSpec], out: Path, *, processes: int, title: st
     """All records that are missing: trainings on the CPU side by side, one thread each, the rest one after another.
 
     Raises:
-        ValueError: the device is not here.
+        ValueError: the device is not here, or torch.compile does not work here.
     """
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read at the first product: deterministic runs need it
     for device in {spec.device for spec in specs}:
         check_device(device)
     side_by_side = [spec for spec in specs if isinstance(spec, RunSpec) and spec.device == "cpu"]
     if side_by_side:
-        run_all(side_by_side, out, processes=processes, title=title)
+        with _one_line_if_compiled(any(spec.compile for spec in side_by_side)):
+            run_all(side_by_side, out, processes=processes, title=title)
     rest = [spec for spec in specs if read_record(_path(spec, out)) is None]
     for spec in tqdm(rest, desc=title, disable=not rest):
-        make(spec, out)
+        run_spec = spec.run if isinstance(spec, SpeedSpec) else spec
+        with _one_line_if_compiled(isinstance(run_spec, RunSpec) and run_spec.compile):
+            make(spec, out)
+
+
+@contextmanager
+def _one_line_if_compiled(compiled: bool) -> Iterator[None]:
+    """What torch.compile says where it fails, for want of a compiler say, as bad input."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not compiled or "memory" in str(error):
+            raise
+        first = str(error).strip().split("\n")[0]
+        raise ValueError(f"torch.compile fails here: {first}; the other steps run with --only STEP") from None

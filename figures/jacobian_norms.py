@@ -39,11 +39,13 @@ def draw(records: Records) -> Figure:
             top.set_title(style.title(label))
             bottom.set_xlabel("layer")
             style.whole_numbers(bottom)
-        figure.suptitle(f"Jacobian norms at initialisation: {shown.title}")
+        figure.suptitle(f"Jacobian norms at initialisation: {_title(shown)}")
         used = [kind for kind in ("measured", "sharp", "estimate", "upper") if kind in kinds]
         handles = style.kind_handles(used, **WORDS)
         if "half" in kinds:
-            handles.insert(1, style.marker_handle("_", "measured: half-layer with its shortcut, less 1"))
+            dash = style.marker_handle("_", "measured: half-layer with its shortcut, less 1")
+            dash.set_markersize(7)
+            handles.insert(1, dash)
         style.legend(figure, handles, columns=2)
     return figure
 
@@ -52,6 +54,13 @@ def _shown(records: Records) -> selection.Panel:
     """The largest network whose norms were measured; without any, the largest that was predicted."""
     found = selection.initialisations(records)
     return selection.shown_network([record for record in found if record.get("jacobians")] or found)
+
+
+def _title(shown: selection.Panel) -> str:
+    """The network, and the tokens that its norms were measured on, which may be fewer than its growth was."""
+    lengths = [record["jacobians"]["seq_len"] for record in shown.records if record.get("jacobians")]
+    first = shown.records[0]
+    return f"{first['preset']}, {wording.listed(lengths)} {first['tokens']} tokens" if lengths else shown.title
 
 
 def _panel(axes: Axes, record: Record, branch: str, half: str, quantity: str, mark: style.Mark) -> set[str]:

@@ -57,8 +57,8 @@ def section(record: Mapping[str, Any] | None) -> str:
     """The section's HTML, without its heading."""
     if record is None:
         return (
-            "<p>No record of a run on a GPU was found: nothing here was computed on one. On a machine with a CUDA "
-            f"device, <code>{COMMAND}</code> makes one in about five minutes (an estimate).</p>"
+            "<p>No record of a check on a GPU was found: nothing here shows how a GPU's numbers compare with a CPU's. "
+            f"Where there is a CUDA device, <code>{COMMAND}</code> makes one in about five minutes (an estimate).</p>"
         )
     head = "".join(f'<th scope="col">{column}</th>' for column in COLUMNS)
     body = "".join(_row(row) for row in record["rows"])

@@ -15,7 +15,7 @@ import torch
 
 import paper_repro
 from empirics import device_specs
-from empirics.device_check import matmul_peak, sheet_peak
+from empirics.device_check import make_all, matmul_peak, sheet_peak
 from empirics.device_specs import Sizes
 from empirics.run import corpus_of
 from empirics.run_spec import RunSpec
@@ -335,7 +335,7 @@ def gpu_record(date: str, gpu: bool = True) -> dict[str, Any]:
 
 
 def test_without_a_record_the_report_says_so() -> None:
-    assert "No record of a run on a GPU was found" in section(None)
+    assert "No record of a check on a GPU was found" in section(None)
     assert "--scale gpu-smoke" in section(None)
 
 
@@ -369,7 +369,7 @@ def test_a_report_of_any_scale_shows_it(
     out = tmp_path / "results" / "smoke"
     arguments = ["--scale", "smoke", "--out", str(out)]
     assert paper_repro.main(arguments) == 0
-    assert "No record of a run on a GPU was found" in (out / "report.html").read_text()
+    assert "No record of a check on a GPU was found" in (out / "report.html").read_text()
     write_record(out.parent / "gpu-smoke" / "records" / "x.json", kind="device-check", body=gpu_record("2026-01-02"))
     assert paper_repro.main(arguments) == 0
     assert "NVIDIA H100 80GB HBM3" in (out / "report.html").read_text()
@@ -395,6 +395,17 @@ def test_without_a_gpu_one_line_names_the_remedy(
     assert "--device cpu" in captured.err
     assert "no evidence about a GPU" in captured.err
     assert not (tmp_path / "out").exists()
+
+
+def test_a_compiler_that_fails_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise RuntimeError("no C++ compiler\nlong story")
+
+    monkeypatch.setattr("empirics.device_check.run_all", fail)
+    with pytest.raises(ValueError, match=r"no C\+\+ compiler; the other steps run with --only"):
+        make_all([short(compile=True)], tmp_path, processes=1, title="x")
+    with pytest.raises(RuntimeError):
+        make_all([short()], tmp_path, processes=1, title="x")
 
 
 # --- on a GPU --------------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import os
+import re
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -18,6 +19,7 @@ from matplotlib.figure import Figure
 from figures import (
     FIGURES,
     NAMES,
+    device_distances,
     gradient_bounds,
     gradient_norms,
     learning_rates,
@@ -304,6 +306,14 @@ def test_kinds_have_their_own_line_styles() -> None:
     assert len({str(pattern) for pattern, _ in style.KINDS.values()}) == len(style.KINDS)
 
 
+def test_norms_are_titled_with_the_tokens_they_were_measured_on() -> None:
+    record = initialisation("Vanilla")
+    record["jacobians"]["seq_len"] = 13  # of a record that measured its growth on 64
+    assert FIGURES["jacobian_norms"].draw([record]).get_suptitle().endswith("tiny, 13 text tokens")
+    record["jacobians"] = None
+    assert f"{record['seq_len']} text tokens" in FIGURES["jacobian_norms"].draw([record]).get_suptitle()
+
+
 def test_methods_differ_in_colour_and_in_marker() -> None:
     names = [*METHOD_NAMES, *(f"arm {n}" for n in range(3))]
     marks = [style.mark(name, names) for name in names]
@@ -482,6 +492,32 @@ def test_report_escapes_what_it_is_given(tmp_path: Path, claims: list[dict[str, 
 
 def test_report_is_the_same_twice(tmp_path: Path, claims: list[dict[str, Any]]) -> None:
     assert report(tmp_path / "1.html", claims)[0] == report(tmp_path / "2.html", claims)[0]
+
+
+def test_letters_of_a_narrow_figure_are_no_larger(tmp_path: Path) -> None:
+    wide, _ = save(loss_curves.draw([training("Vanilla")]), tmp_path, "wide")
+    narrow, vector = save(learning_rates.draw([training("Vanilla")]), tmp_path, "narrow")
+    figures = [(path.name, path, "") for path in (wide, narrow, vector)]
+    write_report(tmp_path / "r.html", title="t", claims=[], figures=figures, settings={}, notes=[])
+    widths = [int(found) for found in re.findall(r'<img style="max-width: (\d+)px"', (tmp_path / "r.html").read_text())]
+    assert widths == [920, round(0.62 * 920), 920]
+
+
+def test_a_device_check_is_drawn_beside_its_tolerances() -> None:
+    def row(quantity: str, difference: float | None, verdict: str) -> dict[str, Any]:
+        return {"quantity": quantity, "difference": difference, "tolerance": 1e-6, "verdict": verdict}
+
+    rows = [row("a", 0.0, "agrees"), row("b", 5e-7, "agrees"), row("c", None, "differs")]
+    measured = row("d", None, "measured") | {"tolerance": None}
+    record = {"rows": [*rows, measured], "gpu": True, "environment": {"device": "H100"}}
+    (axes,) = device_distances.draw(record).axes
+    shares = [float(np.asarray(line.get_xdata())[0]) for line in axes.lines[:3]]
+    np.testing.assert_allclose(shares, [device_distances.SMALLEST, 0.5, 100.0])
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["a", "b", "c"]
+    assert axes.lines[2].get_marker() != axes.lines[0].get_marker()
+    assert "no evidence" in device_distances.caption(record | {"gpu": False})
+    with pytest.raises(ValueError, match="nothing to compare"):
+        device_distances.draw({"rows": [measured]})
 
 
 def test_report_of_nothing_is_still_a_page(tmp_path: Path) -> None:

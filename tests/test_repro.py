@@ -118,6 +118,19 @@ def test_the_default_scale_keeps_to_its_trainings(capsys: pytest.CaptureFixture[
     assert sum(step.minutes for step in steps) <= 10
 
 
+def test_the_full_scale_is_larger_and_says_its_hours(capsys: pytest.CaptureFixture[str]) -> None:
+    steps = paper_repro.cpu_full(range(5), "cpu", "sympy")
+    trainings = [spec for step in steps for spec in step.specs() if hasattr(spec, "learning_rate")]
+    assert len({spec.identity for spec in trainings}) == len(trainings) == 60
+    assert {spec.seed for spec in trainings} == set(range(5))
+    assert all(spec.steps >= 5000 and spec.seq_len >= 128 for spec in trainings)
+    assert all((a := spec.architecture).d_model >= 128 and a.n_layers >= 12 for spec in trainings)
+    assert paper_repro.main(["--scale", "cpu-full", "--list"]) == 0
+    listed = capsys.readouterr().out
+    assert " h  " in listed
+    assert listed.count("estimated, not run") == 2
+
+
 @pytest.mark.parametrize(
     ("arguments", "remedy"),
     [
