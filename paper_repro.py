@@ -421,7 +421,9 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--list", action="store_true", help="print the steps with their cost, and stop")
     top.add_argument("--draw-only", action="store_true", help="draw again from the records; compute nothing")
     top.add_argument("--out", metavar="DIR", help="default results/SCALE")
-    top.add_argument("--seeds", type=natural_list, metavar="S,S,...", help="seeds (default 0,1,2; smoke 0)")
+    top.add_argument(
+        "--seeds", type=natural_list, metavar="S,S,...", help="seeds (default 0,1,2; cpu-full 0 to 4; others 0)"
+    )
     top.add_argument("--data", metavar="TEXT", help="sympy, files, hf:NAME, or shards (default: the scale's)")
     top.add_argument("--device", metavar="DEVICE", help="cpu or cuda (default: the scale's)")
     top.add_argument(

@@ -36,18 +36,18 @@ SETTLED = 8  # steps before the clock is read: compilation, the first probe, the
 MATMUL = {"cpu": 1024, "cuda": 8192}  # side of the matrices whose product is timed
 
 
-@true_float32()
 def probe(spec: ProbeSpec) -> dict[str, Any]:
     """The record's body: residual standard deviation and gradient norm at every place, norms layer by layer."""
     a, dtype = spec.architecture, torch.float64 if spec.precision == "float64" else torch.float32
-    surroundings = environment(spec.device)
-    model = build(a, seed=spec.seed, device=spec.device, dtype=dtype)
-    pair = random_tokens(a.vocab_size, seed=spec.seed, batch_size=spec.batch_size, seq_len=spec.seq_len)
-    tokens, targets = (torch.from_numpy(part).to(spec.device) for part in pair)
-    deviation, gradient = gradient_profile(model, tokens, targets)
     layers: list[dict[str, float]] = []
-    if spec.jacobian_tokens:
-        layers = layer_norms(model, tokens[:1, : spec.jacobian_tokens], tolerance=NORM_TOLERANCE)
+    with true_float32("medium" if spec.role == "control" else "highest"):
+        surroundings = environment(spec.device)
+        model = build(a, seed=spec.seed, device=spec.device, dtype=dtype)
+        pair = random_tokens(a.vocab_size, seed=spec.seed, batch_size=spec.batch_size, seq_len=spec.seq_len)
+        tokens, targets = (torch.from_numpy(part).to(spec.device) for part in pair)
+        deviation, gradient = gradient_profile(model, tokens, targets)
+        if spec.jacobian_tokens:
+            layers = layer_norms(model, tokens[:1, : spec.jacobian_tokens], tolerance=NORM_TOLERANCE)
     return {
         "id": spec.identity,
         "spec": plain(spec),

@@ -16,7 +16,7 @@ from empirics.run_spec import RunSpec
 from theory.architecture import METHODS, Architecture, method, preset
 from theory.records import fingerprint, slug
 
-Role = Literal["reference", "device"]
+Role = Literal["reference", "device", "control"]
 TRAINED = ("Vanilla", "Scaled Embed")
 
 
@@ -25,7 +25,8 @@ class ProbeSpec:
     """A network at initialisation, on one device in one precision, for one batch of random tokens.
 
     Attributes:
-        role: the side of the comparison; two sides may be the same device.
+        role: the side of the comparison; two sides may be the same device. The control multiplies as coarsely as a
+            GPU can (TF32), which the comparison must notice.
         jacobian_tokens: length of the sequence whose Jacobian norms are measured; 0 for none.
     """
 
@@ -108,14 +109,20 @@ def sizes(device: str) -> Sizes:
 def specifications(size: Sizes, *, device: str, seeds: Sequence[int], data: str) -> dict[str, list[CheckSpec]]:
     """What is computed, by step."""
 
-    def probes(role: Role, on: str, precision: Literal["float32", "float64"]) -> list[CheckSpec]:
+    def probes(
+        role: Role,
+        on: str,
+        precision: Literal["float32", "float64"] = "float32",
+        labels: Sequence[str] = tuple(METHODS),
+    ) -> list[CheckSpec]:
+        norms = precision == "float32" and role != "control"
         return [
             ProbeSpec(
                 architecture=method(a, label), label=label, seed=seed, seq_len=64, batch_size=4, role=role, device=on,
-                precision=precision, jacobian_tokens=32 if precision == "float32" else 0,
+                precision=precision, jacobian_tokens=32 if norms else 0,
             )
             for a in size.probed
-            for label in METHODS
+            for label in labels
             for seed in seeds
         ]  # fmt: skip
 
@@ -149,8 +156,11 @@ def specifications(size: Sizes, *, device: str, seeds: Sequence[int], data: str)
         for label in ("Vanilla", "Scaled Embed", "Embed LN")
     ]  # fmt: skip
     return {
-        "references": [*references, *probes("reference", "cpu", "float32"), *probes("reference", "cpu", "float64")],
-        "initialisation": probes("device", device, "float32"),
+        "references": [*references, *probes("reference", "cpu"), *probes("reference", "cpu", "float64")],
+        "initialisation": [
+            *probes("device", device),
+            *([] if device.startswith("cpu") else probes("control", device, labels=TRAINED[:1])),
+        ],
         "trainings": [
             *trainings("device", size.trained, device, **halves),
             *trainings("device", size.trained, device, precision="bfloat16", **halves),

@@ -25,14 +25,17 @@ def environment(device: str) -> dict[str, Any]:
 
 
 @contextmanager
-def true_float32() -> Iterator[None]:
+def true_float32(precision: str = "highest") -> Iterator[None]:
     """Products of float32 numbers in float32, whatever the process was told before; afterwards as before.
 
     That is torch's own default, but some containers (by TORCH_ALLOW_TF32_CUBLAS_OVERRIDE) and libraries change it to
     TF32, whose factors have eleven bits and not 24.
+
+    Args:
+        precision: another one of torch's, for a control: `medium` is as coarse as the device has it.
     """
     before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
+    torch.set_float32_matmul_precision(precision)
     try:
         yield
     finally:

@@ -18,7 +18,7 @@ def draw(record: dict[str, Any]) -> Figure:
     Raises:
         ValueError: the record has no comparison.
     """
-    rows = [row for row in record["rows"] if row["tolerance"]]
+    rows = [row for row in record["rows"] if row["tolerance"] and not row.get("control")]
     if not rows:
         raise ValueError("the device check has nothing to compare; run its other steps first")
     with style.look():

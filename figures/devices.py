@@ -40,7 +40,7 @@ def compare(records: Records) -> list[Row]:
     A row has the quantity, the reference's value and what the reference is, the device's value, their difference
     (relative, or for a count the count), the tolerance and its basis, and the verdict: `agrees`, `differs`, or
     `measured` where there is nothing to agree with. Of many numbers, the row shows the one closest to, or farthest
-    beyond, its tolerance.
+    beyond, its tolerance. In a `control`, which must not be within its tolerance, `agrees` says that it is not.
     """
     records = sorted(records, key=lambda record: _place(record.get("label") or record.get("spec", {}).get("label")))
     return [*_probes(records), *_trainings(records), *_repeats(records), *_theory(records), *_speeds(records)]
@@ -88,11 +88,14 @@ def _probes(records: Records) -> Iterator[Row]:
             key = (spec["architecture"]["name"], spec["label"], spec["seed"])
             found.setdefault(key, {})[spec["role"], spec["precision"]] = record
     sides = [("reference", "float32"), ("reference", "float64"), ("device", "float32")]
-    whole = {key: [each[side] for side in sides] for key, each in found.items() if all(side in each for side in sides)}
+    whole = {key: each for key, each in found.items() if all(side in each for side in sides)}
     for name in dict.fromkeys(name for name, _, _ in whole):
-        group = {key[1:]: trio for key, trio in whole.items() if key[0] == name}
-        yield from _profiles(name, group)
-        yield from _norms(name, group)
+        group = {key[1:]: each for key, each in whole.items() if key[0] == name}
+        trios = {key: [each[side] for side in sides] for key, each in group.items()}
+        yield from _profiles(name, trios)
+        yield from _norms(name, trios)
+        controls = {key: each["control", "float32"] for key, each in group.items() if ("control", "float32") in each}
+        yield from _controls(name, trios, controls)
 
 
 def _profiles(name: str, group: Mapping[tuple[str, int], list[Record]]) -> Iterator[Row]:
@@ -103,8 +106,8 @@ def _profiles(name: str, group: Mapping[tuple[str, int], list[Record]]) -> Itera
     ]
     for quantity, values in quantities:
         trios = [(key, *(values(record) for record in trio)) for key, trio in group.items()]
-        rounding = max(distance(exact, value) for _, at, truth, _ in trios for exact, value in zip(truth, at))
-        allowed = MARGIN * max(rounding, FLOAT32)
+        rounding = _rounding(group, values)
+        allowed = MARGIN * rounding
         basis = f"{MARGIN:g} x {rounding:.1e}, the CPU's float32 from its float64"
         pairs = [
             Pair(f"{label}, place {place}", reference, value, allowed)
@@ -116,6 +119,42 @@ def _profiles(name: str, group: Mapping[tuple[str, int], list[Record]]) -> Itera
                 own = [pair for pair in pairs if pair.where == f"{label}, place 0"]
                 yield _row(f"gradient growth, {name}, {label}", own, reference="CPU, float32", basis=basis)
         yield _row(f"{quantity}, {name}", pairs, reference="CPU, float32", basis=basis)
+
+
+def _rounding(group: Mapping[tuple[str, int], list[Record]], values: Callable[[Record], list[float]]) -> float:
+    """The CPU's largest distance of float32 from float64, at any place of any method."""
+    apart = [
+        distance(exact, value)
+        for reference, truth, _ in group.values()
+        for exact, value in zip(values(truth), values(reference))
+    ]
+    return max([FLOAT32, *apart])
+
+
+def _controls(
+    name: str, group: Mapping[tuple[str, int], list[Record]], controls: Mapping[tuple[str, int], Record]
+) -> Iterator[Row]:
+    """The same device with TF32 products must be beyond the tolerance; a device without any says nothing."""
+    allowed = MARGIN * _rounding(group, lambda record: record["gradient"])
+    for (label, seed), control in controls.items():
+        reference, _, device = group[label, seed]
+        apart = max(map(distance, reference["gradient"], control["gradient"]))
+        none = control["gradient"] == device["gradient"]
+        row = _measured(
+            f"control: gradient norms with TF32 products, {name}, {label}",
+            control["gradient"][0],
+            "place 0; the difference is the largest of all places",
+            "the device has no coarser products" if none else "TF32 products, which must not be within it",
+        )
+        verdict = MEASURED if none else AGREES if apart > allowed else DIFFERS
+        yield row | {
+            "reference": reference["gradient"][0],
+            "reference_is": "CPU, float32",
+            "difference": apart,
+            "tolerance": allowed,
+            "verdict": verdict,
+            "control": True,
+        }
 
 
 def _norms(name: str, group: Mapping[tuple[str, int], list[Record]]) -> Iterator[Row]:

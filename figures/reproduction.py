@@ -59,7 +59,7 @@ def draw_check(records: Records, out: Path, scale: str, checked: Record) -> str:
 
 
 def _distances(checked: Record | None, out: Path) -> list[Drawn]:
-    if checked is None or not any(row["tolerance"] for row in checked["rows"]):
+    if checked is None or not any(row["tolerance"] and not row.get("control") for row in checked["rows"]):
         return []
     png, _ = save(device_distances.draw(checked), out / "figures", "device_distances")
     return [("device_distances", png, device_distances.caption(checked))]

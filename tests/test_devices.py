@@ -12,11 +12,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 import paper_repro
 from empirics import device_specs
+from empirics.data import random_tokens
 from empirics.device_check import make_all, matmul_peak, sheet_peak
-from empirics.device_specs import Sizes
+from empirics.device_specs import ProbeSpec, Sizes
+from empirics.model import build
+from empirics.probes import gradient_profile
 from empirics.run import corpus_of
 from empirics.run_spec import RunSpec
 from empirics.surroundings import environment
@@ -224,6 +228,61 @@ def test_one_wrong_number_differs(
     assert '<span class="verdict no">' in section(record)
 
 
+class Tf32(torch.autograd.Function):
+    """A number with eleven bits, on the way back too."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return ((x.contiguous().view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        return Tf32.forward(ctx, gradients[0])
+
+
+def tf32_probe(spec: ProbeSpec) -> list[float]:
+    """Gradient norms as a GPU with TF32 has them: both factors of every matrix's products have eleven bits."""
+    a = spec.architecture
+    model = build(a, seed=spec.seed)
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear):
+            module.weight.data = Tf32.apply(module.weight.data)
+            module.register_forward_pre_hook(lambda _, given: (Tf32.apply(given[0]),))
+            module.register_forward_hook(lambda _, given, result: Tf32.apply(result))
+    pair = random_tokens(a.vocab_size, seed=spec.seed, batch_size=spec.batch_size, seq_len=spec.seq_len)
+    return gradient_profile(model, *map(torch.from_numpy, pair))[1]
+
+
+@pytest.mark.parametrize("label", METHODS)
+def test_tf32_is_not_taken_for_float32(label: str, records: Records) -> None:
+    spec = next(
+        spec
+        for spec in device_specs.specifications(miniature("cpu"), device="cpu", seeds=(0,), data="sympy")[
+            "initialisation"
+        ]
+        if isinstance(spec, ProbeSpec) and spec.label == label
+    )
+    device = probed(records, label)
+    assert device["id"] == spec.identity
+    device["gradient"] = tf32_probe(spec)
+    row = rows_by_name(records)["gradient norms, mini"]
+    assert row["verdict"] == DIFFERS
+    assert row["difference"] > 5 * row["tolerance"]
+
+
+def test_tf32_products_that_pass_are_a_failed_control(records: Records) -> None:
+    """The control's numbers a rounding away from the reference: the tolerance would not notice TF32."""
+    reference = next(r for r in records if r["id"].startswith("probe-reference-mini-vanilla-float32"))
+    control = copy.deepcopy(probed(records, "Vanilla"))
+    control["spec"]["role"] = "control"
+    records.append(control)
+    name = "control: gradient norms with TF32 products, mini, Vanilla"
+    assert rows_by_name(records)[name]["verdict"] == MEASURED  # the device's own numbers: it has no TF32
+    for factor, verdict in ((1 + 1e-4, AGREES), (1 + 1e-9, DIFFERS)):
+        control["gradient"] = [value * factor for value in reference["gradient"]]
+        assert rows_by_name(records)[name]["verdict"] == verdict
+
+
 def test_bfloat16_is_not_taken_for_float32(records: Records) -> None:
     trained(records, "Vanilla").update(trained(records, "Vanilla", precision="bfloat16"))
     row = rows_by_name(records)["loss of training in float32, mini, Vanilla, seed 0"]
@@ -264,7 +323,7 @@ def test_float32_is_float32_whatever_the_process_was_told(tmp_path: Path, monkey
 
 def test_float64_is_a_reference_for_float32(tmp_path: Path) -> None:
     corpus = corpus_of(short(), tmp_path)
-    single, double = (train(short(precision=p), corpus)["series"]["loss"] for p in ("float32", "float64"))  # type: ignore[arg-type]
+    single, double = (train(short(precision=p), corpus)["series"]["loss"] for p in ("float32", "float64"))
     np.testing.assert_allclose(single, double, rtol=MARGIN * 2.0**-23)
     assert all(float(np.float32(loss)) != loss for loss in double)  # computed in float64 to the end
     assert all(float(np.float32(loss)) == loss for loss in single)
