@@ -47,7 +47,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -66,6 +66,8 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 ROPE_BASE = SINUSOIDAL_BASE = 10_000.0
 Function = Callable[[Tensor], Tensor]
+Kernel = Literal["fused", "plain"]
+PLAIN_TOKENS = 512  # the longest sequence at which plain attention is the faster one, where it is at all
 
 
 class _ScaleGradient(torch.autograd.Function):
@@ -144,11 +146,28 @@ def alibi_slopes(n_heads: int) -> list[float]:
     return slopes + [2.0 ** (-4 * (2 * h + 1) / below) for h in range(n_heads - below)]
 
 
+def faster_attention(device: str, dtype: torch.dtype, n_tokens: int) -> Kernel:
+    """The faster way to attend on a type of device: fused, but for short sequences in bfloat16 on a CPU.
+
+    It is a table and not a measurement at each start, so that a run that is resumed, or made again, has the same bits.
+    `benchmarks/training.py` measures what it says: on a CPU the fused kernel's backward pass in bfloat16 takes 2 to 4
+    times as long as softmax between two products until 512 tokens, and less from 2048 on. In bfloat16 the plain form
+    rounds the logits, which the fused one keeps in float32.
+    """
+    short = n_tokens <= PLAIN_TOKENS
+    return "plain" if device == "cpu" and dtype == torch.bfloat16 and short else "fused"
+
+
 # --- sub-layers -------------------------------------------------------------------------------------------------
 
 
 class Attention(nn.Module):
-    """Causal attention of what it reads, in layer 0, 1, ...; `heads` stops before the output matrix."""
+    """Causal attention of what it reads, in layer 0, 1, ...; `heads` stops before the output matrix.
+
+    `kernel` is the way to attend; None for `faster_attention`.
+    """
+
+    kernel: Kernel | None = None
 
     def __init__(self, architecture: Architecture, layer: int = 0) -> None:
         super().__init__()
@@ -197,7 +216,7 @@ class Attention(nn.Module):
     def heads(self, u_BTD: Tensor) -> Tensor:
         """Concatenated head outputs, (B, T, H*E)."""
         query, key, value = self.queries_keys_values(u_BTD)
-        if self.softcap or not self.scale:  # no fused kernel has the one, and with the other they give NaN
+        if self.kernel_at(value.device.type, value.dtype, value.shape[-2]) == "plain":
             mixed = self.softmax(query, key)[1] @ self._each_head(value)
         else:
             mask, grouped = self._mask(query), self.n_kv_heads != self.n_heads
@@ -205,6 +224,12 @@ class Attention(nn.Module):
                 query, key, value, attn_mask=mask, is_causal=mask is None, scale=self.scale, enable_gqa=grouped
             )
         return mixed.transpose(1, 2).flatten(2)
+
+    def kernel_at(self, device: str, dtype: torch.dtype, n_tokens: int) -> Kernel:
+        """The way to attend to values of that dtype on that type of device."""
+        if self.softcap or not self.scale:  # no fused kernel has the one, and with the other they give NaN
+            return "plain"
+        return self.kernel or faster_attention(device, dtype, n_tokens)
 
     def probabilities(self, u_BTD: Tensor) -> tuple[Tensor, Tensor]:
         """Logits but for the mask, soft-capped and with ALiBi's bias, and their softmax, each (B, H, T, T)."""
@@ -218,21 +243,27 @@ class Attention(nn.Module):
         """The fused kernel's: None for causal and no more, else True where a token looks, or what is added."""
         length = query.shape[-2]
         if self.alibi:
-            hidden = ~self.seen(length, query.device)
-            return self.distance_bias(length, query).masked_fill(hidden, -math.inf)
+            return self.distance_bias(length, query) + self._hiding(length, query)
         return self.seen(length, query.device) if 0 < self.window < length else None
 
     def softmax(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
         """`probabilities` of given queries (B, H, T, E) and keys (B, G, T, E)."""
         length = query.shape[-2]
-        logits = softcap(query @ self._each_head(key).mT * self.scale, self.softcap)
+        # Scaled before the product and hidden by a sum: a pass over T numbers for one over T^2, and a faster one.
+        logits = softcap((query * self.scale) @ self._each_head(key).mT, self.softcap)
         if self.alibi:
             logits = logits + self.distance_bias(length, logits)
-        return logits, logits.masked_fill(~self.seen(length, logits.device), -math.inf).softmax(-1)
+        return logits, (logits + self._hiding(length, logits)).softmax(-1)
+
+    def _hiding(self, length: int, like: Tensor) -> Tensor:
+        """(T, T), what hides tokens from each other when it is added to the logits: 0 or -infinity."""
+        zeros = torch.zeros(length, length, device=like.device, dtype=like.dtype)
+        return zeros.masked_fill(~self.seen(length, like.device), -math.inf)
 
     def _each_head(self, x_BGTE: Tensor) -> Tensor:
         """A group's key or value for each of its heads, (B, H, T, E)."""
-        return x_BGTE.repeat_interleave(self.n_heads // self.n_kv_heads, dim=1)
+        share = self.n_heads // self.n_kv_heads
+        return x_BGTE.repeat_interleave(share, dim=1) if share > 1 else x_BGTE
 
 
 class FeedForward(nn.Module):
@@ -415,6 +446,15 @@ class Transformer(nn.Module):
     def loss(self, tokens_BT: Tensor, targets_BT: Tensor, places: list[Tensor] | None = None) -> Tensor:
         """Mean cross entropy in nats a token."""
         return cross_entropy(self(tokens_BT, places), targets_BT)
+
+    def attend(self, how: Kernel | Literal["auto"], *, device: str, dtype: torch.dtype, n_tokens: int) -> Kernel:
+        """Have every layer attend one way, or the faster one; which one that is for sequences like these."""
+        found: list[Kernel] = []
+        for module in self.modules():
+            if isinstance(module, Attention):
+                module.kernel = None if how == "auto" else how
+                found.append(module.kernel_at(device, dtype, n_tokens))
+        return found[0]  # the layers differ in nothing that decides it
 
     @torch.no_grad()
     def initialise(self, generator: torch.Generator) -> None:

@@ -46,6 +46,9 @@ def adamw(model: Transformer, spec: RunSpec) -> torch.optim.Optimizer:
 class Stepper:
     """One optimizer's steps, with the norms of what it is given and of what it does.
 
+    What is done to every parameter is one call of torch's `_foreach` functions, with which its own optimizers and
+    clipping are written: in a small model, loops in Python took a twentieth of the step.
+
     Norms are by where parameters sit: embedding, layer 0..N-1, head; gains belong to where they are.
     """
 
@@ -62,15 +65,13 @@ class Stepper:
     def step(self, *, rate: float, scale: float) -> dict[str, float]:
         """Scale the gradient, step, and return the norm of the parameters' change, group by group."""
         if scale != 1.0:
-            for gradient in self._gradients():
-                gradient.mul_(scale)
+            torch._foreach_mul_(self._gradients(), scale)  # type: ignore[attr-defined]
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        for old, parameter in zip(self._before, self.parameters, strict=True):
-            old.copy_(parameter.detach())
+        parameters = [parameter.detach() for parameter in self.parameters]
+        torch._foreach_copy_(self._before, parameters)  # type: ignore[attr-defined]
         self.optimizer.step()
-        for old, parameter in zip(self._before, self.parameters, strict=True):
-            old.sub_(parameter.detach())
+        torch._foreach_sub_(self._before, parameters)  # type: ignore[attr-defined]
         return _group_norms(self._before, self.groups)
 
     def _gradients(self) -> list[Tensor]:
@@ -95,6 +96,6 @@ def parameter_groups(model: Transformer) -> dict[str, list[nn.Parameter]]:
 
 
 def _group_norms(tensors: list[Tensor], groups: dict[str, list[nn.Parameter]]) -> dict[str, float]:
-    squares = torch.stack([tensor.norm() for tensor in tensors]).double().square().tolist()
-    values: Iterator[float] = iter(squares)
+    norms = torch._foreach_norm(tensors)  # type: ignore[attr-defined]
+    values: Iterator[float] = iter(torch.stack(norms).double().square().tolist())
     return {name: math.sqrt(sum(next(values) for _ in group)) for name, group in groups.items()}

@@ -15,7 +15,7 @@ SCHEDULES: tuple[Schedule, ...] = get_args(Schedule)
 Precision = Literal["float32", "bfloat16", "float64"]
 COSINE_FLOOR = 0.1
 # Fields younger than the first records: left out of the fingerprint where they are not used, so that those stay valid.
-LATER = ("decay_fraction", "decay_embeddings", "z_loss", "deterministic", "order")
+LATER = ("decay_fraction", "decay_embeddings", "z_loss", "deterministic", "order", "attention")
 LATER_OF_ARCHITECTURE = ("n_experts", "experts_per_token", "gates_renormalised")
 
 
@@ -41,6 +41,8 @@ class RunSpec:
         data: a text, or a folder of shards.
         tokenizer: of a text, `bpe`, `bytes`, `gpt2` or a path; shards bring their own.
         order: `random` windows of the text, with replacement; or by `epoch`, each window once before any comes again.
+        attention: the way to attend; auto for the faster one by `empirics.model.faster_attention`, a function of the
+            type of device, the precision and the length alone. The record says which it was.
         probe_every: steps between probes of the residual stream; probes change no number of the run.
         data_bytes: how much of the text is read; the reader's own limit if None.
         micro_batch: sequences that go through the network at once, gradients being accumulated; all if None.
@@ -69,6 +71,7 @@ class RunSpec:
     precision: Precision = "float32"
     device: str = "cpu"
     compile: bool = False
+    attention: Literal["auto", "fused", "plain"] = "auto"
     deterministic: bool = False
     micro_batch: int | None = None
     data: str = "sympy"
@@ -99,6 +102,8 @@ class RunSpec:
                 raise ValueError(f"{name}={getattr(self, name)!r} is out of range; use 0 or more, and less than 1")
         if self.decay_embeddings and not self.weight_decay:
             raise ValueError("decay_embeddings does nothing at weight_decay=0; add a weight decay (--weight-decay)")
+        if self.attention == "fused" and (self.architecture.attention_softcap or not self.architecture.logit_scale):
+            raise ValueError("no fused attention has a scale of 0 or a soft cap; use auto or plain (--attention)")
         if self.seq_len > self.architecture.context and self.architecture.positions == "learned":
             raise ValueError(
                 f"seq_len={self.seq_len} exceeds the {self.architecture.context} learned positions; use fewer tokens"

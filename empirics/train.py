@@ -94,6 +94,9 @@ def train(
         surroundings = environment(spec.device)
         dtype = torch.float64 if spec.precision == "float64" else torch.float32
         model = build(spec.architecture, seed=spec.seed, device=spec.device, dtype=dtype)
+        attention = model.attend(
+            spec.attention, device=spec.device.split(":")[0], dtype=getattr(torch, spec.precision), n_tokens=spec.seq_len
+        )
         optimizer = adamw(model, spec)
         found = None if checkpoints is None else checkpoints.load(model, optimizer)
         if found is not None and found[1].pop("data", corpus.digest) != corpus.digest:
@@ -132,6 +135,7 @@ def train(
         "spec": plain(spec),
         "environment": surroundings,
         "data": {"source": corpus.description, "digest": corpus.digest, "vocab_size": corpus.vocab_size},
+        "attention": attention,
         "weight_decay": decay_table(model, spec),
         "series": plain(series),
         "final": {"heldout_loss": plain(final), "diverged_at": series.diverged_at},

@@ -98,6 +98,11 @@ def _add_execution(train: argparse.ArgumentParser) -> None:
     group.add_argument("--precision", choices=("float32", "bfloat16"), default="float32", help="default float32")
     group.add_argument("--compile", action="store_true", help="torch.compile the loss")
     group.add_argument(
+        "--attention", choices=("auto", "fused", "plain"), default="auto",
+        help="auto (default): plain for at most 512 tokens in bfloat16 on a CPU, where it is the faster one by "
+        "benchmarks/training.py, else fused; the record says which",
+    )  # fmt: skip
+    group.add_argument(
         "--deterministic", action="store_true",
         help="only algorithms that give the same bits every time (torch.use_deterministic_algorithms): slower on a "
         "GPU, an error where there is none; one thread on a CPU is repeatable without",
@@ -186,6 +191,7 @@ def _specification(arguments: argparse.Namespace, architecture: Architecture, se
         precision=arguments.precision,
         device=check_device(arguments.device),
         compile=arguments.compile,
+        attention=arguments.attention,
         deterministic=arguments.deterministic,
         micro_batch=arguments.micro_batch,
         data=arguments.data,

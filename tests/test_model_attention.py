@@ -13,7 +13,16 @@ from helpers.weights import architecture, generator
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from empirics.model import Attention, alibi_slopes, build, rotary_table, rotate, sinusoidal_table
+from empirics.model import (
+    PLAIN_TOKENS,
+    Attention,
+    alibi_slopes,
+    build,
+    faster_attention,
+    rotary_table,
+    rotate,
+    sinusoidal_table,
+)
 from empirics.probes import PlainAttention
 from theory.architecture import Architecture
 
@@ -143,9 +152,42 @@ def test_fused_attention_is_plain_attention(name: str) -> None:
     expected = everything(attention)
     with sdpa_kernel(SDPBackend.MATH):
         elementary = everything(attention)
-    for found in (everything(PlainAttention(attention)), elementary):
+    attention.kernel = "plain"
+    for found in (everything(PlainAttention(attention)), elementary, everything(attention)):
         for one, other in zip(found, expected, strict=True):
             torch.testing.assert_close(one, other, rtol=1e-11, atol=1e-11)
+
+
+def test_the_faster_attention_is_a_table() -> None:
+    """Plain for short sequences in bfloat16 on a CPU; the rule is told apart from both kernels by its bits."""
+    attention, u = build(architecture(**SIZES), seed=0).layers[0].attention, inputs(architecture(**SIZES)).float()
+    for device, dtype, n_tokens, kernel in (
+        ("cpu", torch.bfloat16, PLAIN_TOKENS, "plain"), ("cpu", torch.bfloat16, PLAIN_TOKENS + 1, "fused"),
+        ("cpu", torch.float32, 16, "fused"), ("cpu", torch.float64, 16, "fused"), ("cuda", torch.bfloat16, 16, "fused"),
+    ):  # fmt: skip
+        assert faster_attention(device, dtype, n_tokens) == attention.kernel_at(device, dtype, n_tokens) == kernel
+
+    def output(kernel: Any, precision: torch.dtype, length: int = LENGTH) -> Tensor:
+        attention.kernel = kernel
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=precision == torch.bfloat16):
+            return attention(u.repeat(1, math.ceil(length / LENGTH), 1)[:, :length])
+
+    for precision, length, faster, slower in (
+        (torch.bfloat16, LENGTH, "plain", "fused"), (torch.bfloat16, PLAIN_TOKENS + 1, "fused", "plain"),
+        (torch.float32, LENGTH, "fused", "plain"),
+    ):  # fmt: skip
+        assert output(None, precision, length).equal(output(faster, precision, length))
+        assert not output(None, precision, length).equal(output(slower, precision, length))
+    exact = output("fused", torch.float32)
+    for kernel in ("fused", "plain"):  # a few roundings of 8 bits each
+        assert float((output(kernel, torch.bfloat16) - exact).norm()) < 0.02 * float(exact.norm())
+
+
+def test_no_fused_kernel_has_a_soft_cap() -> None:
+    for changes in ({"attention_softcap": 0.8}, {"attention_scale": 0.0}):
+        attention = Attention(architecture(**SIZES | changes))
+        attention.kernel = "fused"
+        assert attention.kernel_at("cpu", torch.float32, 16) == "plain"
 
 
 @pytest.mark.parametrize("name", VARIANTS)

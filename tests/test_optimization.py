@@ -17,6 +17,7 @@ from empirics import train as train_module
 from empirics.checkpoints import load_model
 from empirics.data import TOKENS_FORMAT, batch
 from empirics.model import build
+from empirics.optimization import Stepper, adamw
 from empirics.run import corpus_of, model_path, run
 from empirics.run_spec import LATER, LATER_OF_ARCHITECTURE
 from empirics.tensorboard import TensorBoard
@@ -68,6 +69,7 @@ def test_fields_that_are_not_used_leave_the_identity(text: Path) -> None:
     assert spec.identity == f"test-vanilla-lr0.003-seed0-{fingerprint(fields)}"
     assert spec.identity == "test-vanilla-lr0.003-seed0-7fe2875708a6"
     used = {"decay_fraction": 0.2, "decay_embeddings": True, "z_loss": 1e-4, "deterministic": True, "order": "epoch"}
+    used |= {"attention": "plain"}
     assert set(used) == set(LATER)
     base = replace(spec, schedule="wsd", weight_decay=0.1)
     changed = {replace(base, **{name: value}).identity for name, value in used.items()}
@@ -135,6 +137,53 @@ def test_the_record_says_what_decays(text: Path, tmp_path: Path) -> None:
     tied = replace(spec, architecture=replace(spec.architecture, tied=True))
     assert set(run(tied, tmp_path)["weight_decay"]["decaying"]) == expected - {"head.weight"}
     assert run(replace(spec, weight_decay=0.0), tmp_path)["weight_decay"]["decaying"] == []
+
+
+def test_the_record_says_how_it_attends(text: Path, tmp_path: Path) -> None:
+    """By the values of the run alone; asked for, the other way is another run, the same up to rounding."""
+    capped = {"positions": "rope", "attention_softcap": 5.0}
+    found = {
+        name: run(specification(text, **changes), tmp_path)
+        for name, changes in {
+            "float32": {}, "float32, plain": {"attention": "plain"}, "bfloat16": {"precision": "bfloat16"},
+            "bfloat16, fused": {"precision": "bfloat16", "attention": "fused"},
+            "bfloat16, plain": {"precision": "bfloat16", "attention": "plain"}, "capped": {"architecture": capped},
+        }.items()
+    }  # fmt: skip
+    assert {name: record["attention"] for name, record in found.items()} == {
+        "float32": "fused", "float32, plain": "plain", "bfloat16": "plain", "bfloat16, fused": "fused",
+        "bfloat16, plain": "plain", "capped": "plain",
+    }  # fmt: skip
+    losses = {name: record["series"]["loss"] for name, record in found.items()}
+    assert losses["bfloat16"] == losses["bfloat16, plain"] != losses["bfloat16, fused"]
+    np.testing.assert_allclose(losses["float32, plain"], losses["float32"], rtol=1e-5)
+    with pytest.raises(ValueError, match="soft cap; use auto or plain"):
+        specification(text, architecture=capped, attention="fused")
+
+
+def test_norms_of_gradients_and_updates_by_hand(text: Path) -> None:
+    """Group by group, from copies in float64; a clipped gradient and weight decay included."""
+    spec = specification(text, weight_decay=0.1, architecture={"positions": "learned", "biases": True})
+    model = build(spec.architecture, seed=0)
+    stepper = Stepper(model, adamw(model, spec))
+    tokens, targets = torch.arange(32).reshape(2, 16), torch.arange(1, 33).reshape(2, 16)
+    for _ in range(2):
+        model.zero_grad(set_to_none=True)
+        model.loss(tokens, targets).backward()
+
+        def norms(tensors: list[torch.Tensor]) -> dict[str, float]:
+            by_id = dict(zip(map(id, stepper.parameters), tensors, strict=True))
+            return {
+                name: math.sqrt(sum(float(by_id[id(p)].double().square().sum()) for p in group))
+                for name, group in stepper.groups.items()
+            }
+
+        before = [p.detach().double().clone() for p in stepper.parameters]
+        assert stepper.gradient_norms() == pytest.approx(norms([p.grad for p in stepper.parameters]), rel=1e-5)  # type: ignore[misc]
+        found = stepper.step(rate=1e-2, scale=0.5)
+        change = [p.detach().double() - old for p, old in zip(stepper.parameters, before, strict=True)]
+        assert found == pytest.approx(norms(change), rel=1e-5)
+        assert set(found) == {"embedding", "layer 0", "layer 1", "head"}
 
 
 def test_z_loss_by_hand() -> None:
