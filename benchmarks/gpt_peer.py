@@ -1,11 +1,11 @@
 """The peer of `training.py`: a GPT-2 and a training loop as people write them, with nothing written down but the loss.
 
-It corresponds to nanoGPT's `model.py` and `train.py` in what they compute and in which order, written anew. The model:
-one product for queries, keys and values, `scaled_dot_product_attention` with `is_causal`, learned positions, exact GELU,
-a head tied to the token table, LayerNorms and linear layers without biases and no dropout (its defaults). The loop:
-AdamW over two groups (everything with two axes decays), linear warm-up and a cosine to a tenth, gradients clipped to
-norm 1 by `clip_grad_norm_`, autocast for bfloat16, the next batch fetched between forward and backward pass, and the
-loss read after every step. nanoGPT asks for the fused form of AdamW on CUDA alone; `fused` asks for it anywhere.
+It corresponds to nanoGPT's `model.py` and `train.py` in what they compute and in which order, written anew. The model
+has one product for queries, keys and values, `scaled_dot_product_attention` with `is_causal`, learned positions, exact
+GELU, a head tied to the token table, and by default LayerNorms and linear layers without biases and no dropout. The
+loop has AdamW over two groups (everything with two axes decays), linear warm-up and a cosine to a tenth, gradients
+clipped to norm 1 by `clip_grad_norm_`, autocast for bfloat16, the next batch fetched between forward and backward pass,
+and the loss read after every step. nanoGPT asks for the fused form of AdamW on CUDA alone; `fused` does anywhere.
 """
 
 from __future__ import annotations

@@ -215,7 +215,10 @@ class Attention(nn.Module):
 
     def heads(self, u_BTD: Tensor) -> Tensor:
         """Concatenated head outputs, (B, T, H*E)."""
-        query, key, value = self.queries_keys_values(u_BTD)
+        return self.mix(*self.queries_keys_values(u_BTD))
+
+    def mix(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """`heads` of given queries (B, H, T, E), keys and values (B, G, T, E)."""
         if self.kernel_at(value.device.type, value.dtype, value.shape[-2]) == "plain":
             mixed = self.softmax(query, key)[1] @ self._each_head(value)
         else:

@@ -7,9 +7,13 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
+
+from empirics.model import build
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -59,6 +63,69 @@ def test_the_tiny_scale_of_norms(monkeypatch: pytest.MonkeyPatch, capsys: pytest
     assert all(row.cpu_seconds > 0 for row in rows)
     assert all(-0.01 < row.error < 1e-5 for row in rows if row.error is not None)
     assert rows[0].products >= rows[5].products  # in hindsight, fewer would have done
+
+
+def test_the_tiny_scale_of_training(tmp_path: Path) -> None:
+    """In a process of its own, as it changes torch's threads; what is printed is what was measured."""
+    out = tmp_path / "new" / "training.json"
+    done = run("--scale", "tiny", "--out", str(out), folder=tmp_path, script="training.py")
+    assert done.returncode == 0, done.stderr
+    record = json.loads(out.read_text())
+    assert [(row["precision"], row["attention"]) for row in record["rows"]] == [
+        ("float32", "fused"), ("bfloat16", "plain"),
+    ]  # fmt: skip
+    for row in record["rows"]:
+        assert row["tokens_per_second"] > 0
+        assert row["of_peak"] == pytest.approx(row["flops_per_second"] / record["peaks"][row["precision"]])
+        for name, ratios in row["ratios"].items():
+            assert len(ratios) == 2
+            assert min(*ratios, row["peers"][name]) > 0
+        assert f"| tiny | {row['precision']} | {row['tokens_per_second']:.0f} |" in done.stdout
+    assert [row["table"] for row in record["attention"]] == ["fused", "plain"]
+    assert all(min(row["fused"], row["plain"]) > 0 for row in record["attention"])
+    done = run("--sizes", "huge", folder=tmp_path, script="training.py")
+    assert (done.returncode, done.stderr.splitlines()) == (
+        2, ["error: --sizes huge is not known; use some of tiny, small, wide"],
+    )  # fmt: skip
+
+
+def test_the_peer_is_the_same_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With our weights the peer has our loss and our gradients, in float64: like is compared with like."""
+    monkeypatch.setattr(sys, "path", [str(ROOT), *sys.path])
+    training = importlib.import_module("benchmarks.training")
+    size = training.SCALES["tiny"].sizes[0]
+    ours, peer = (
+        build(size.architecture(), seed=0).double(),
+        importlib.import_module("benchmarks.gpt_peer").GPT(size.config()).double(),
+    )
+    assert sum(p.numel() for p in ours.parameters()) == sum(p.numel() for p in peer.parameters())
+
+    def pairs() -> Iterator[tuple[torch.nn.Parameter, list[torch.nn.Parameter]]]:
+        yield peer.tokens.weight, [ours.tokens.weight]
+        yield peer.positions.weight, [ours.positions.weight]
+        yield peer.norm.weight, [ours.norm.weight]
+        for block, layer in zip(peer.blocks, ours.layers, strict=True):
+            attention, feedforward = layer.attention, layer.feedforward
+            yield block.attention.enter.weight, [attention.query.weight, attention.key.weight, attention.value.weight]
+            yield block.attention.leave.weight, [attention.output.weight]
+            yield block.enter.weight, [feedforward.enter.weight]
+            yield block.leave.weight, [feedforward.leave.weight]
+            yield block.norm_1.weight, [layer.attention_norm.weight]
+            yield block.norm_2.weight, [layer.feedforward_norm.weight]
+
+    with torch.no_grad():
+        for one, others in pairs():
+            one.copy_(torch.cat(others))
+    tokens = torch.arange(16).reshape(2, 8) * 3 % 64
+    losses = ours(tokens).flatten(0, 1).log_softmax(-1).gather(1, (tokens + 1).flatten()[:, None]).mean().neg()
+    found = peer(tokens, tokens + 1)
+    torch.testing.assert_close(found, losses, rtol=1e-12, atol=0)
+    found.backward()
+    losses.backward()
+    for one, others in pairs():
+        assert one.grad is not None
+        gradients = torch.cat([other.grad for other in others if other.grad is not None])
+        torch.testing.assert_close(one.grad, gradients, rtol=1e-9, atol=1e-14)
 
 
 def test_a_task_of_norms_in_a_process_of_its_own(tmp_path: Path) -> None:

@@ -1,0 +1,320 @@
+"""What training costs: tokens a second beside a nanoGPT-equivalent, and beside the machine's own matrix products.
+
+Both train the same architecture (GPT-2: learned positions, GELU, tied head) on the same text with the same batches'
+size, optimizer and number of threads. Ours is `train` as a user gets it, with everything that is written down a step
+(norms of gradients and updates, probes at their default interval); the peer writes down the loss. They take turns, as
+many steps each as lie between two probes, so that whatever else the machine does meets both; a ratio is taken turn by
+turn. Checkpoints and evaluations, which both have, are left out of both.
+
+    python benchmarks/training.py [--scale full] [--threads 1] [--out results/benchmarks/training.json]
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import platform
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parents[1])  # a module of this folder is called theory too
+
+import torch  # noqa: E402
+from torch import Tensor  # noqa: E402
+from tqdm import tqdm  # noqa: E402
+
+from benchmarks.gpt_peer import Config, Loop  # noqa: E402
+from benchmarks.timing import writable  # noqa: E402
+from empirics.model import Attention, Kernel, faster_attention  # noqa: E402
+from empirics.plan import flops_per_token  # noqa: E402
+from empirics.run import corpus_of  # noqa: E402
+from empirics.run_spec import RunSpec  # noqa: E402
+from empirics.train import train  # noqa: E402
+from theory.architecture import Architecture, preset  # noqa: E402
+from theory.records import SCHEMA, write_json  # noqa: E402
+
+PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+PEERS = {"peer": False, "peer, fused AdamW": True}
+WARM = 5  # steps before the first turn
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Size:
+    """A model and its batch; `batch` sequences of `tokens`."""
+
+    name: str
+    d_model: int
+    n_layers: int
+    n_heads: int
+    vocab_size: int
+    tokens: int
+    batch: int
+
+    def architecture(self) -> Architecture:
+        """GPT-2 at this size."""
+        return replace(
+            preset("small"), name=self.name, d_model=self.d_model, n_layers=self.n_layers, n_heads=self.n_heads,
+            n_kv_heads=self.n_heads, d_head=self.d_model // self.n_heads, d_ffn=4 * self.d_model,
+            vocab_size=self.vocab_size, context=self.tokens, activation="gelu", positions="learned", tied=True,
+        ).with_init("gpt2")  # fmt: skip
+
+    def config(self) -> Config:
+        return Config(
+            d_model=self.d_model, n_layers=self.n_layers, n_heads=self.n_heads, vocab_size=self.vocab_size,
+            seq_len=self.tokens, batch_size=self.batch,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scale:
+    """What is measured.
+
+    Attributes:
+        block: steps a turn.
+        rounds: turns that each one has.
+        attention: (batch, heads, tokens, head width) of the attention that is timed by itself.
+        side: of the square matrices whose product is the machine's peak.
+        data_bytes: of text.
+    """
+
+    sizes: tuple[Size, ...]
+    block: int
+    rounds: int
+    attention: tuple[tuple[int, int, int, int], ...]
+    side: int
+    data_bytes: int | None
+
+
+SCALES = {
+    "full": Scale(
+        sizes=(
+            Size(name="tiny", d_model=64, n_layers=12, n_heads=2, vocab_size=512, tokens=64, batch=8),
+            Size(name="small", d_model=128, n_layers=12, n_heads=4, vocab_size=2048, tokens=128, batch=16),
+            Size(name="wide", d_model=256, n_layers=8, n_heads=4, vocab_size=2048, tokens=128, batch=8),
+        ),
+        block=RunSpec.__dataclass_fields__["probe_every"].default, rounds=3, side=1024, data_bytes=None,
+        attention=((8, 2, 64, 32), (16, 4, 128, 32), (8, 4, 128, 64), (4, 4, 256, 64), (2, 4, 512, 64),
+                   (1, 4, 1024, 64), (1, 4, 2048, 64)),
+    ),
+    "tiny": Scale(
+        sizes=(Size(name="tiny", d_model=16, n_layers=2, n_heads=2, vocab_size=300, tokens=8, batch=2),),
+        block=2, rounds=2, attention=((1, 2, 8, 8),), side=32, data_bytes=50_000,
+    ),
+}  # fmt: skip
+
+
+def clock(threads: int) -> Callable[[], float]:
+    """Seconds of the processor for one thread, which other processes do not lengthen; of the wall for more."""
+    return time.process_time if threads == 1 else time.perf_counter
+
+
+def seconds(run: Callable[[], object], threads: int, repeats: int) -> float:
+    """The best of some repetitions, after one that loads what the first call loads."""
+    now, best = clock(threads), math.inf
+    for repeat in range(repeats + 1):
+        start = now()
+        run()
+        best = min(best, now() - start) if repeat else best
+    return best
+
+
+def matmul_peak(side: int, dtype: torch.dtype, threads: int) -> float:
+    """FLOPs a second of a square matrix product."""
+    left, right = (torch.randn(side, side, generator=torch.Generator().manual_seed(k)).to(dtype) for k in (0, 1))
+    return 2 * side**3 / seconds(lambda: left @ right, threads, repeats=10)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """Ours at one size and precision.
+
+    Attributes:
+        tokens_per_second: of ours, the median over its turns; `peers` likewise.
+        flops_per_second: of ours, by the FLOPs that a causal model needs; `of_peak` over those of a matrix product.
+        ratios: ours over each peer, in every round.
+        attention: the way ours attends.
+    """
+
+    size: str
+    precision: str
+    tokens_per_second: float
+    flops_per_second: float
+    of_peak: float = 0.0
+    peers: dict[str, float]
+    ratios: dict[str, list[float]]
+    attention: str
+
+
+def compare(scale: Scale, size: Size, precision: str, threads: int, folder: Path) -> Row:
+    """Train both, turn by turn: whenever ours has taken a turn, each peer takes one before the next step begins."""
+    steps, now = WARM + scale.block * scale.rounds, clock(threads)
+    spec = RunSpec(
+        architecture=size.architecture(), label="ours", experiment="benchmark", seed=0, steps=steps,
+        batch_size=size.batch, seq_len=size.tokens, learning_rate=1e-3, warmup=WARM, schedule="cosine",
+        weight_decay=0.1, decay_embeddings=True, precision="bfloat16" if precision == "bfloat16" else "float32",
+        data_bytes=scale.data_bytes,
+    )  # fmt: skip
+    corpus = corpus_of(spec, folder)
+    loops = {
+        name: Loop(size.config(), corpus.train, precision=precision, steps=steps, fused=fused)
+        for name, fused in PEERS.items()
+    }
+    for loop in loops.values():
+        loop.run(WARM)
+    turns: dict[str, list[float]] = {name: [] for name in ("ours", *loops)}
+    began = 0.0
+
+    def on_step(step: int, values: Mapping[str, float]) -> None:
+        nonlocal began
+        done = step + 1 - WARM
+        if done > 0 and done % scale.block == 0:
+            turns["ours"].append(now() - began)
+            for name, loop in loops.items():
+                start = now()
+                loop.run(scale.block)
+                turns[name].append(now() - start)
+        if done >= 0 and done % scale.block == 0:
+            began = now()
+
+    record = train(spec, corpus, on_step=on_step)
+    tokens = size.batch * size.tokens * scale.block
+    speed = tokens / statistics.median(turns["ours"])
+    # The plan counts the table of positions among the matrices; it is looked up.
+    flops = flops_per_token(spec.architecture, size.tokens) - 6 * size.tokens * size.d_model
+    return Row(
+        size=size.name, precision=precision, tokens_per_second=speed, flops_per_second=speed * flops,
+        peers={name: tokens / statistics.median(turns[name]) for name in loops},
+        ratios={name: [a / b for a, b in zip(turns[name], turns["ours"], strict=True)] for name in loops},
+        attention=record["attention"],
+    )  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AttentionRow:
+    """Seconds of attention, forward and backward pass without its matrices, each way; and which one the table says."""
+
+    batch: int
+    heads: int
+    tokens: int
+    head_width: int
+    precision: str
+    fused: float
+    plain: float
+    table: Kernel
+
+
+def attention_rows(scale: Scale, threads: int) -> list[AttentionRow]:
+    found: list[AttentionRow] = []
+    for batch, heads, tokens, width in scale.attention:
+        size = Size(
+            name="", d_model=heads * width, n_layers=1, n_heads=heads, vocab_size=2, tokens=tokens, batch=batch
+        )  # fmt: skip
+        attention = Attention(size.architecture())
+        for precision, dtype in PRECISIONS.items():
+            times = {}
+            for kernel in ("fused", "plain"):
+                attention.kernel = kernel
+                times[kernel] = seconds(_forward_and_backward(attention, size, dtype), threads, repeats=5)
+            row = AttentionRow(
+                batch=batch, heads=heads, tokens=tokens, head_width=width, precision=precision,
+                table=faster_attention("cpu", dtype, tokens), **times,
+            )  # fmt: skip
+            found.append(row)
+    return found
+
+
+def _forward_and_backward(attention: Attention, size: Size, dtype: torch.dtype) -> Callable[[], object]:
+    """`attention.mix` of random queries, keys and values that lie as its matrices leave them."""
+    generator = torch.Generator().manual_seed(0)
+
+    def drawn() -> Tensor:
+        shape = size.batch, size.tokens, size.d_model
+        return torch.randn(shape, generator=generator).to(dtype).requires_grad_()
+
+    leaves, cotangent = [drawn() for _ in range(3)], drawn().detach()
+
+    def run() -> object:
+        parts = (x.unflatten(-1, (size.n_heads, -1)).transpose(1, 2) for x in leaves)
+        return torch.autograd.grad(attention.mix(*parts), leaves, cotangent)
+
+    return run
+
+
+def tables(rows: list[Row], attentions: list[AttentionRow], peaks: dict[str, float]) -> str:
+    def spread(ratios: list[float]) -> str:
+        return f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+
+    lines = [
+        "| size | precision | tokens a second | of the peak | peer | ours / peer | peer, fused AdamW | ours / it |",
+        "|---|---|---|---|---|---|---|---|",
+        *(
+            f"| {r.size} | {r.precision} | {r.tokens_per_second:.0f} | {r.of_peak:.0%} | "
+            + " | ".join(f"{r.peers[name]:.0f} | {spread(r.ratios[name])}" for name in PEERS)
+            + " |"
+            for r in rows
+        ),
+        "",
+        "Peak, a square matrix product: "
+        + ", ".join(f"{precision} {peak / 1e9:.3g} GFLOPs a second" for precision, peak in peaks.items())
+        + ".",
+        "",
+        "| batch x heads x T x width | precision | fused, ms | plain, ms | plain / fused | the table says |",
+        "|---|---|---|---|---|---|",
+        *(
+            f"| {a.batch} x {a.heads} x {a.tokens} x {a.head_width} | {a.precision} | {a.fused * 1e3:.3g} | "
+            f"{a.plain * 1e3:.3g} | {a.plain / a.fused:.2f} | {a.table} |"
+            for a in attentions
+        ),
+    ]
+    return "\n".join(lines)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Exit status: 0 measured, 2 bad input."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("--scale", choices=tuple(SCALES), default="full", help="full takes some ten minutes")
+    parser.add_argument("--threads", type=int, default=1, help="of torch (default 1)")
+    parser.add_argument("--sizes", help="names of sizes, by commas (default all)")
+    parser.add_argument("--out", type=Path, help="file to write the numbers to, as JSON")
+    options = parser.parse_args(arguments)
+    scale = SCALES[options.scale]
+    try:
+        if options.threads < 1:
+            raise ValueError(f"--threads {options.threads} is not positive; use 1 or more")
+        known = {size.name: size for size in scale.sizes}
+        names = list(known) if options.sizes is None else options.sizes.split(",")
+        if set(names) - set(known):
+            raise ValueError(f"--sizes {options.sizes} is not known; use some of {', '.join(known)}")
+        if options.out:
+            writable(options.out.parent)
+        torch.set_num_threads(options.threads)
+        attentions = attention_rows(scale, options.threads)
+        peaks, rows = dict.fromkeys(PRECISIONS, 0.0), list[Row]()
+        with tempfile.TemporaryDirectory() as folder, tqdm(total=len(names) * len(PRECISIONS), unit="row") as bar:
+            for size in (known[name] for name in names):
+                for precision, dtype in PRECISIONS.items():
+                    peaks[precision] = max(peaks[precision], matmul_peak(scale.side, dtype, options.threads))
+                    rows.append(compare(scale, size, precision, options.threads, Path(folder)))
+                    bar.update()
+        rows = [replace(row, of_peak=row.flops_per_second / peaks[row.precision]) for row in rows]
+        print(tables(rows, attentions, peaks))
+        if options.out:
+            body = {
+                "schema": SCHEMA, "scale": options.scale, "threads": options.threads,
+                "python": platform.python_version(), "torch": torch.__version__, "peaks": peaks,
+                "rows": [asdict(row) for row in rows], "attention": [asdict(row) for row in attentions],
+            }  # fmt: skip
+            write_json(options.out, body)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
