@@ -280,12 +280,15 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--scale", choices=tuple(SCALES), default="full", help="full takes some ten minutes")
     parser.add_argument("--threads", type=int, default=1, help="of torch (default 1)")
     parser.add_argument("--sizes", help="names of sizes, by commas (default all)")
+    parser.add_argument("--rounds", type=int, help="turns that each one has (default 3)")
     parser.add_argument("--out", type=Path, help="file to write the numbers to, as JSON")
     options = parser.parse_args(arguments)
     scale = SCALES[options.scale]
     try:
-        if options.threads < 1:
-            raise ValueError(f"--threads {options.threads} is not positive; use 1 or more")
+        for option in ("threads", "rounds"):
+            if getattr(options, option) is not None and getattr(options, option) < 1:
+                raise ValueError(f"--{option} {getattr(options, option)} is not positive; use 1 or more")
+        scale = replace(scale, rounds=options.rounds or scale.rounds)
         known = {size.name: size for size in scale.sizes}
         names = list(known) if options.sizes is None else options.sizes.split(",")
         if set(names) - set(known):

@@ -187,10 +187,13 @@ def _orthonormal(vectors: Tensor, bases: Tensor, floor: np.ndarray) -> tuple[Ten
     exhausted basis can be continued.
     """
     vectors = vectors.detach().reshape(len(vectors), 1, -1)  # rows: of columns torch makes fifteen times the work
-    for _ in range(2):  # enough for rounding
-        vectors = torch.baddbmm(vectors, vectors @ bases.mT, bases, alpha=-1)
-    vectors = vectors[:, 0]
-    length = torch.linalg.vector_norm(vectors, dim=-1, dtype=torch.float64).cpu().numpy()
+    for _ in range(2):  # enough for rounding; once is, unless most of the vector was taken off (Rutishauser's tenth)
+        overlap = vectors @ bases.mT
+        vectors = torch.baddbmm(vectors, overlap, bases, alpha=-1)
+        length = torch.linalg.vector_norm(vectors, dim=-1, dtype=torch.float64)
+        if (torch.linalg.vector_norm(overlap, dim=-1) <= 10 * length).all():
+            break
+    vectors, length = vectors[:, 0], length[:, 0].cpu().numpy()
     if not np.isfinite(length).all():
         raise ValueError("a product with the Jacobian is not finite; take a point where function and derivative are")
     length[length <= floor] = 0.0
