@@ -83,10 +83,22 @@ def test_the_tiny_scale_of_training(tmp_path: Path) -> None:
         assert f"| tiny | {row['precision']} | {row['tokens_per_second']:.0f} |" in done.stdout
     assert [row["table"] for row in record["attention"]] == ["fused", "plain"]
     assert all(min(row["fused"], row["plain"]) > 0 for row in record["attention"])
-    done = run("--sizes", "huge", folder=tmp_path, script="training.py")
-    assert (done.returncode, done.stderr.splitlines()) == (
-        2, ["error: --sizes huge is not known; use some of tiny, small, wide"],
-    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("--sizes", "huge", "error: --sizes huge is not known; use some of tiny, small, wide\n"),
+        ("--rounds", "0", "error: --rounds 0 is not positive; use 1 or more\n"),
+        ("--threads", "-1", "error: --threads -1 is not positive; use 1 or more\n"),
+    ],
+)
+def test_bad_options_of_training(
+    option: str, value: str, message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "path", [str(ROOT), *sys.path])
+    assert importlib.import_module("benchmarks.training").main([option, value]) == 2
+    assert capsys.readouterr().err == message
 
 
 def test_the_peer_is_the_same_network(monkeypatch: pytest.MonkeyPatch) -> None:
