@@ -94,9 +94,8 @@ def train(
         surroundings = environment(spec.device)
         dtype = torch.float64 if spec.precision == "float64" else torch.float32
         model = build(spec.architecture, seed=spec.seed, device=spec.device, dtype=dtype)
-        attention = model.attend(
-            spec.attention, device=spec.device.split(":")[0], dtype=getattr(torch, spec.precision), n_tokens=spec.seq_len
-        )
+        kind, products = torch.device(spec.device).type, getattr(torch, spec.precision)
+        attention = model.attend(spec.attention, device=kind, dtype=products, n_tokens=spec.seq_len)
         optimizer = adamw(model, spec)
         found = None if checkpoints is None else checkpoints.load(model, optimizer)
         if found is not None and found[1].pop("data", corpus.digest) != corpus.digest:
