@@ -154,6 +154,8 @@ class _Search:
 
     def __init__(self, statement: Statement, shrink: float) -> None:
         self.statement, self.shrink = statement, shrink
+        self.several = find_bench(statement.quantity.name).several
+        self.worst_several = 0.0
         self.evaluations = self.violations = 0
         self.worst: tuple[float, Case] | None = None
         self.drawn: list[tuple[float, Case]] = []
@@ -166,6 +168,8 @@ class _Search:
         self.violations += observation.violates(self.shrink * bound)
         if self.worst is None or ratio > self.worst[0]:
             self.worst = ratio, case
+        if self.several is not None and ratio > self.worst_several and self.several(*case.fitted()):
+            self.worst_several = ratio
         return ratio
 
     def draw(self, bench: Bench, random: Random, style: Style) -> None:
@@ -198,8 +202,9 @@ def attack(
 
     Returns:
         JSON-ready: `worst_ratio` is the largest ratio of truth to bound with its `witness`; `tightness` has the
-        median, best (largest) and worst (smallest) ratio over the random cases whose truth is not zero, and
-        `plain` the median over those drawn like an initialisation.
+        median, best (largest) and worst (smallest) ratio over the random cases whose truth is not zero, `plain`
+        the median over those drawn like an initialisation, and `several` the largest of all evaluations with
+        several tokens that matter to each other, None where the quantity is of one token at a time.
 
     Raises:
         ValueError: the statement is not an upper bound, or no bench serves it; the message says what to do.
@@ -233,6 +238,7 @@ def attack(
         "best": max(drawn, default=0.0),
         "worst": min(drawn, default=0.0),
         "plain": median(search.ratios["plain"] or [0.0]),
+        "several": None if bench.several is None else search.worst_several,
     }
     return {
         "name": statement.name,

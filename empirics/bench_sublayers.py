@@ -177,6 +177,7 @@ add_bench(
         truth=observables.true_opnorm,
         symbols={("token_weight", "position_weight", "norm_slope", "n_tokens"): observe_embedding},
         rounding=embedding_rounding,
+        several=lambda embedding, table: len(set(embedding.tokens)) > 1,
     )
 )
 
@@ -350,6 +351,16 @@ def attention_rounding(attention: Attention, u_TD: Tensor) -> float:
     return UNIT * norms["opnorm_O"].item() * size
 
 
+def attends_apart(attention: Attention, u_TD: Tensor) -> bool:
+    """Two tokens a hundredth of the longest one apart, and a row of logits with at least 1 between two of them.
+
+    Without the second, a softmax that is uniform whatever the tokens would count: a fixed average.
+    """
+    with torch.no_grad():
+        apart = torch.cdist(u_TD, u_TD).max() > 0.01 * u_TD.norm(dim=-1).max()
+        return bool(apart) and float(observables.observe_softmax(attention, u_TD)["logit_spread"]) >= 1
+
+
 ATTENTION_SYMBOLS = {
     (
         *("opnorm_Q", "opnorm_K", "opnorm_V", "opnorm_VH", "opnorm_O", "head_VQ", "head_VK"),
@@ -373,6 +384,7 @@ add_bench(
         shape=sequence,
         truth=observables.true_probability,
         symbols=ATTENTION_SYMBOLS,
+        several=attends_apart,
     )
 )
 add_bench(
@@ -384,5 +396,6 @@ add_bench(
         truth=observables.true_attention,
         symbols=ATTENTION_SYMBOLS,
         rounding=attention_rounding,
+        several=attends_apart,
     )
 )

@@ -47,6 +47,8 @@ class Bench:
         rounding: absolute error of the truth and of the bound's symbols in float64, over and above a
             relative 1e-9: what cancellations leave. It may be too large, never too small.
         defined: whether the quantity has a value.
+        several: whether a case has several tokens that matter to each other, so that the published tightness can
+            tell such cases from those with one; None where the quantity is of one token at a time.
         lawful: the weights follow a stated law and the bound holds with a probability, so that cases are
             drawn by that law and none is chosen.
     """
@@ -59,6 +61,7 @@ class Bench:
     symbols: Mapping[tuple[str, ...], Observer]
     rounding: Callable[[Any, Tensor], float] = lambda module, x: 0.0
     defined: Callable[[Any, Tensor], bool] = lambda module, x: True
+    several: Callable[[Any, Tensor], bool] | None = None
     lawful: bool = False
 
     def options(self, covers: Covers) -> dict[str, tuple[Any, ...]]:

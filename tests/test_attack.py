@@ -147,6 +147,27 @@ def test_same_seed_same_attack_and_another_seed_another() -> None:
     assert one["witness"] != other["witness"]
 
 
+def test_several_tokens_are_counted_apart() -> None:
+    """One token attains the bound with any logits; what several attain is less, and is of cases that have several."""
+    found = attack(UPPER["attention-upper-apriori"], budget=DEFAULT)
+    assert found["worst_ratio"] > 0.999
+    assert 0 < found["tightness"]["several"] < 0.9
+    assert attack(UPPER["ffn-upper"], budget=10)["tightness"]["several"] is None
+    bench = find_bench("attention_jacobian")
+    assert bench.several is not None
+    cases = [bench.draw(Random(seed), "wild") for seed in range(60)]
+    several = [case for case in cases if bench.several(*case.fitted())]
+    assert 0 < len(several) < len(cases)
+    assert all(case.choices["n_tokens"] > 1 for case in several)
+    equal = replace(several[0], tensors={**several[0].tensors, INPUT: several[0].tensors[INPUT][:1].expand(4, -1)})
+    assert not bench.several(*equal.fitted())
+    embedding = find_bench("embedding_jacobian")
+    assert embedding.several is not None
+    for seed in range(20):
+        case = embedding.draw(Random(seed), "wild")
+        assert embedding.several(*case.fitted()) == (len(set(case.choices["sequence"])) > 1)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", UPPER)
 def test_no_violation_in_ten_thousand_evaluations(name: str) -> None:
