@@ -147,7 +147,8 @@ def _derive(arguments: argparse.Namespace) -> int:
     elif arguments.name:
         written = page(arguments.name, arguments.format)
     else:
-        written = "\n".join(f"{name:30} {title}" for name, title in titles().items())
+        width = max(map(len, titles()))
+        written = "\n".join(f"{name:{width}} {title}" for name, title in titles().items())
     emit(written.rstrip("\n"), arguments.out)
     return EXIT_STABLE
 

@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from theory.architecture import Architecture
+from theory.arguments import require_tokens
 from theory.gram_maps import alibi_slopes
 from theory.initialisation import flat
 from theory.quantities import quantity
@@ -168,8 +169,10 @@ def simulated_norms(architecture: Architecture, n_tokens: int, layer: int = 0) -
     """(DRAWS,) norms of a layer's attention Jacobian in its normalised input, by a fixed seed.
 
     Raises:
-        ValueError: an input is too large to draw many; the message says how large.
+        ValueError: an input is too large to draw many, and the message says how large; or n_tokens is below 1 or
+            beyond the learned positions.
     """
+    n_tokens = require_tokens(n_tokens, architecture)
     from scipy.sparse import linalg
 
     krylov: Any = linalg  # untyped in part

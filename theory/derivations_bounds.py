@@ -23,7 +23,7 @@ POPOVICIU = Source(key="popoviciu1935", label="variance inequality")
 
 d, s, eps = symbol("d"), symbol("s"), symbol("eps")
 I = array("I")  # noqa: E741  the identity's letter
-one = array("1", r"\mathbf{1}")
+one = array("ones", r"\mathbf{1}")
 x, z, H, A = array("x"), array("z"), array("H"), array("A")
 u, beta = array("u"), array("beta", r"\beta")
 gamma = array("diag(gamma)", r"\mathrm{diag}(\gamma)")

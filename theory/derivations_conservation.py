@@ -34,7 +34,7 @@ square, square_slope = entry("E[F(z)^2]", r"\mathbb{E}[F(z)^2]"), entry("E[F'(z)
 variance, token, s_t = entry("q"), entry("t"), entry("s_t")
 S_l, S_next, G_l, G_next = array("S_l"), array("S_{l+1}"), array("G_l"), array("G_{l+1}")
 diagonal, squares = array("diag(S_l)", r"\mathrm{diag}(S_l)"), array("P^o2", r"P^{\circ 2}")
-one = array("1", r"\mathbf{1}")
+one = array("ones", r"\mathbf{1}")
 
 WIDTH, COUNT, DRAWS = 128, 6, 24
 ACCURACY = f"within 10 % at d = {WIDTH} and {COUNT} tokens, mean of {DRAWS} draws"

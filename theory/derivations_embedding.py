@@ -54,8 +54,8 @@ def _sequence(rng: Rng, tokens: list[int], *, learned: bool, normed: bool) -> Va
     }
 
 
-_READ = array("[mu S, l I] x I", r"[\mu S, \ell I] \otimes I")
-_GRAM = entry("|mu^2 SS' + l I|", r"\| \mu^2 S S^\top + \ell I \|")
+_READ = array("[mu S, ell I] x I", r"[\mu S, \ell I] \otimes I")
+_GRAM = entry("|mu^2 SS' + ell I|", r"\| \mu^2 S S^\top + \ell I \|")
 
 
 def _sample(rng: Rng) -> Values:

@@ -87,7 +87,7 @@ def single_head() -> Derivation:
         "~=",
         _sp.sqrt(c_VO) * (1 + _sp.sqrt(heads)) ** 2,
         "Gaussian norm",
-        "|W_O^h| is sigma_O (sqrt d + sqrt(d/h)), and alike for W_V^h; h times their product.",
+        "|W_O^h| is sigma_O (sqrt d + sqrt(d/n_h)), and alike for W_V^h; n_h times their product.",
         sample=large,
         tolerance=0.12,
         accuracy=accuracy,
@@ -113,7 +113,7 @@ def single_head() -> Derivation:
         "<=",
         norm_O * norm_V * norm_P,
         "the two lines above",
-        "No sqrt(h): many heads cost no more than one.",
+        "No sqrt(n_h): many heads cost no more than one.",
         tight=aligned,
     )
     four = own(
@@ -148,8 +148,8 @@ def single_head() -> Derivation:
         title="What the single-head assumption costs",
         steps=(value, naive, paid, together, stacked, joint, four, collapse, exact),
         assumptions=(
-            "the probabilities are held fixed; attention-upper-aposteriori adds what moves them, without sqrt(h) too",
-            "lines 3 and 7: independent normal weights, large width, heads of width d/h",
+            "the probabilities are held fixed; attention-upper-aposteriori adds what moves them, without sqrt(n_h) too",
+            "lines 3 and 7: independent normal weights, large width, heads of width d/n_h",
             "lines 8 and 9: all heads have the same probabilities",
         ),
     )

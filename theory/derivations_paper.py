@@ -45,7 +45,7 @@ EXCEEDED = f"exceeded by at most 10 % at d = {WIDTH}, where norms fluctuate abou
 
 d, d_ffn = symbol("d"), symbol("d_ffn")
 I = array("I")  # noqa: E741  the identity's letter
-one = array("1", r"\mathbf{1}")
+one = array("ones", r"\mathbf{1}")
 z = array("z")
 
 

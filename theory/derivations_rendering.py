@@ -14,7 +14,8 @@ from sympy.printing.str import StrPrinter  # pyright: ignore[reportMissingTypeSt
 
 from theory.derivation import Derivation, Step
 from theory.derivations_expressions import letters
-from theory.symbols import latex_names
+from theory.letters import local_letter
+from theory.symbols import SYMBOLS, latex_names
 
 _Latex: Any = LatexPrinter
 _Text: Any = StrPrinter
@@ -167,13 +168,19 @@ class PaperText(_Text):  # pyright: ignore[reportUntypedBaseClass]
 
 
 def plain(latex: str) -> str:
-    r"""A LaTeX letter in ASCII.
+    r"""A LaTeX letter in ASCII; an accent is spelled out behind its letter.
 
     >>> plain(r"\sigma_{x'}"), plain(r"d_{\mathrm{ffn}}"), plain(r"\|W_1\|")
     ("sigma_x'", 'd_ffn', '|W_1|')
+    >>> plain(r"\tilde W_V"), plain(r"\bar P"), plain(r"\|B_j\|^{1/2}"), plain(r"\sum_{v_t = v} \kappa_t^2")
+    ('Wtilde_V', 'Pbar', '|B_j|^(1/2)', 'sum_{v_t = v} kappa_t^2')
     """
     bare = latex.replace(r"\|", "|").replace(r"\infty", "inf")
-    return re.sub(r"\\(?:mathrm|mathcal|tilde|bar)|[\\{}]", "", bare)
+    bare = re.sub(r"\\(tilde|bar|hat) (\w)", r"\2\1", bare)
+    bare = re.sub(r"\\(?:mathrm|mathcal)|\\", "", bare)
+    bare = re.sub(r"\{([\w']+)\}", r"\1", bare)  # an index of one word needs no braces
+    bare = re.sub(r"\{([\w']+)\}", r"\1", bare)
+    return re.sub(r"\^\{([^{}]*)\}", r"^(\1)", bare)
 
 
 def latex(expression: Any) -> str:
@@ -204,6 +211,16 @@ def _reason(chain: Derivation, step: Step) -> str:
     return f"{step.rule}{_numbers(chain, step)} [{step.kind}; {step.source}]. {step.explanation}{accuracy}"
 
 
+def legend(chain: Derivation) -> list[tuple[Any, str]]:
+    """Every symbol of a derivation with its meaning, in the order of their text."""
+    atoms: set[Any] = set().union(*(step.left.free_symbols | step.right.free_symbols for step in chain.steps))
+    shared = set(latex_names())
+    meanings = {
+        atom: SYMBOLS[str(atom)].meaning if atom in shared else local_letter(atom, chain.name).meaning for atom in atoms
+    }
+    return sorted(meanings.items(), key=lambda found: (text(found[0]).lower(), text(found[0])))
+
+
 def _target(chain: Derivation) -> str:
     if not chain.statement:
         return ""
@@ -219,6 +236,9 @@ def render_text(chain: Derivation) -> str:
     for number, step in enumerate(chain.steps, start=1):
         lines += ["", f"({number})  {formula(step, 'text')}"]
         lines += textwrap.wrap(_reason(chain, step), _WIDTH, initial_indent="     ", subsequent_indent="     ")
+    lines += ["", "letters:"]
+    for atom, meaning in legend(chain):
+        lines += textwrap.wrap(f"{text(atom)}: {meaning}", _WIDTH, initial_indent="  ", subsequent_indent="      ")
     return "\n".join(lines) + "\n"
 
 
@@ -246,6 +266,8 @@ def render_markdown(chain: Derivation, heading: str = "") -> str:
         lines += ["", "Assumes:", "", *(f"- {markdown_words(assumption)}" for assumption in chain.assumptions)]
     for number, step in enumerate(chain.steps, start=1):
         lines += ["", f"**({number})** {markdown_words(_reason(chain, step))}", "", *math_block(formula(step))]
+    meant = (f"$`{latex(atom)}`$ {markdown_words(meaning)}" for atom, meaning in legend(chain))
+    lines += ["", f"Letters: {'; '.join(meant)}."]
     return "\n".join(lines) + "\n"
 
 
@@ -262,7 +284,8 @@ def render_latex(chain: Derivation) -> str:
         lines.append("Assumes: " + "; ".join(escape(assumption) for assumption in chain.assumptions) + ".")
     lines += [r"\begin{align}", *rows, r"\end{align}", r"\begin{enumerate}"]
     lines += [rf"  \item {escape(_reason(chain, step))}" for step in chain.steps]
-    return "\n".join([*lines, r"\end{enumerate}"]) + "\n"
+    meant = (f"${latex(atom)}$ {escape(meaning)}" for atom, meaning in legend(chain))
+    return "\n".join([*lines, r"\end{enumerate}", f"Letters: {'; '.join(meant)}."]) + "\n"
 
 
 _ESCAPES: dict[str, str] = {

@@ -25,7 +25,7 @@ from theory.derivations_rendering import (
 from theory.sources import REFERENCES
 from theory.statements import Kind, Statement
 from theory.statements import catalogue as registered
-from theory.symbols import SYMBOLS, symbol
+from theory.symbols import FUNCTIONS, SYMBOLS, symbol
 
 LIMITS = "asymptotics"
 COMMAND = "spikecheck derive --all --format markdown --out docs/theory.md"
@@ -218,13 +218,27 @@ def _markdown() -> Iterator[str]:
             heading = f"#### Derivation {chain.name}\n\n**{markdown_words(chain.title)}**"
             yield render_markdown(chain, heading)
     yield from ("## Limits", "", render_asymptotics("markdown"))
-    yield from ("## Symbols", "", "| letter | name | meaning | known from |", "|---|---|---|---|")
-    for name, entry in SYMBOLS.items():
-        letter = latex(symbol(name)).replace(r"\|", r"\Vert ")  # a bar would end the cell
-        meaning = markdown_words(entry.meaning).replace("|", r"\|")
-        yield f"| $`{letter}`$ | `{name}` | {meaning} | {_known(entry.known)} |"
+    yield from _symbols()
     yield from ("", "## References", "")
     yield from (f"- `{key}`: {reference}" for key, reference in REFERENCES.items())
+
+
+def _symbols() -> Iterator[str]:
+    yield from ("## Symbols", "", "Letters of one derivation alone, its matrices and places, stand under it.", "")
+    yield from ("| letter | name | meaning | range | known from |", "|---|---|---|---|---|")
+    for name, entry in SYMBOLS.items():
+        cells = _cells(latex(symbol(name)), name, entry.meaning, entry.values)
+        yield f"{cells} {_known(entry.known)} |"
+    yield from ("", "| function | name | meaning | range |", "|---|---|---|---|")
+    for name, function in FUNCTIONS.items():
+        yield _cells(function.latex, name, function.meaning, function.range)
+
+
+def _cells(letter: str, name: str, meaning: str, range: str) -> str:
+    """Cells of a table; a bar would end one."""
+    letter = letter.replace(r"\|", r"\Vert ")
+    words = (markdown_words(word).replace("|", r"\|") for word in (meaning, range))
+    return f"| $`{letter}`$ | `{name}` | {' | '.join(words)} |"
 
 
 def _known(known: str) -> str:

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from theory.architecture import EMBEDDINGS, EmbeddingTreatment
+from theory.arguments import require_tokens
 from theory.feedforward import ffn_estimate
 from theory.records import plain
 
@@ -40,8 +41,14 @@ def closed_form(d_model: Any, n_layers: Any, treatment: EmbeddingTreatment, n_to
 
     Returns:
         (growth, excess), each in the broadcast shape.
+
+    Raises:
+        ValueError: n_tokens, a width or a depth is below 1.
     """
+    n_tokens = require_tokens(n_tokens)
     d, n = np.broadcast_arrays(np.asarray(d_model, dtype=np.float64), np.asarray(n_layers, dtype=np.float64))
+    if not (np.all(d >= 1) and np.all(n >= 1)):
+        raise ValueError("a width or a number of layers is below 1; use at least 1 for each")
     stds = paper_stds(d, n)
     start = embedding_std(d, treatment)
     hidden = stds["base"] ** 2 * d / 2  # E[ReLU(z)^2] is half the pre-activation variance

@@ -14,6 +14,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from theory.arguments import require_tokens
+
 Array = NDArray[np.float64]
 
 EXACT_POSITIONS = 160  # below this length every position is its own block
@@ -77,6 +79,7 @@ class Blocks:
     @staticmethod
     def of(n_tokens: int, *, exact: bool = False) -> Blocks:
         """Single positions up to `EXACT_POSITIONS` (or throughout), then runs growing by 4 % of their start."""
+        n_tokens = require_tokens(n_tokens)
         sizes: list[int] = []
         start = 0
         single = n_tokens if exact or n_tokens <= EXACT_POSITIONS else SINGLES

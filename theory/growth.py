@@ -24,6 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from theory.architecture import Architecture
+from theory.arguments import require_tokens
 from theory.gram_maps import Applied, AttentionMap, AttentionModel, FeedForwardMap, alibi_slopes, rotation_correlation
 from theory.grams import Blocks, Gram, causal
 from theory.routing import Routing
@@ -94,8 +95,15 @@ def gradient_growth(
         attention: `expanded` counts the fluctuation of softmax rows around their mean, forwards and backwards;
             `uniform` does not. Both keep the gradient through the logits.
         exact: one block a position whatever the length (time grows like T^3 N).
+
+    Raises:
+        ValueError: n_tokens is below 1 or beyond the learned positions, or ids are not one for each token.
     """
     a = architecture
+    n_tokens = require_tokens(n_tokens, a)
+    for name, ids in (("tokens", tokens), ("targets", targets)):
+        if ids is not None and np.shape(ids) != (n_tokens,):
+            raise ValueError(f"{name} has shape {np.shape(ids)}; give one id for each of n_tokens={n_tokens}")
     _require_scale(a)
     blocks = Blocks.of(n_tokens, exact=exact or tokens is not None or targets is not None)
     stream = _embedding_gram(a, blocks, tokens)
@@ -182,8 +190,12 @@ def growth_closed_form(architecture: Architecture, n_tokens: int) -> float:
     `b = s_2^2 m kappa(1) + c_V c_O H_T / T` is what one layer adds to the residual variance, `sigma_e^2` the
     embedding's. It ignores the correlation that attention builds up, so it is neither a bound nor sharp
     once `N b > sigma_e^2`.
+
+    Raises:
+        ValueError: n_tokens is below 1 or beyond the learned positions.
     """
     a = architecture
+    n_tokens = require_tokens(n_tokens, a)
     one, zero = np.ones(1), np.zeros((1, 1))
     harmonic = float(np.sum(1 / np.arange(1, n_tokens + 1))) / n_tokens
     total = 0.0

@@ -41,7 +41,7 @@ _ALL = (
     Quantity(name="matrix_opnorm", meaning="a matrix with independent normal entries", axis="none", norm="spectral"),
     Quantity(
         name="attention_probability",
-        meaning="the causal softmax matrix of one head over the sequence",
+        meaning="the softmax matrix of one head over the sequence, causal or not",
         axis="none",
         norm="spectral",
     ),

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from theory.activations import activation_function, activation_slope
 from theory.architecture import Activation
+from theory.arguments import require_tokens
 from theory.functions import opaque, sqrt
 from theory.quantities import quantity
 from theory.sources import Source
@@ -295,13 +296,13 @@ def _cesaro_opnorm(n_tokens: int) -> float:
 def cesaro_opnorm(n_tokens: Any) -> Any:
     """Spectral norm of the causal uniform averaging matrix (row t is 1/t on columns 1..t); below 2 for any T.
 
-    Source: hardy1920 for the limit 2.
+    Source: hardy1920 for the limit 2. Raises ValueError below one token.
 
     >>> round(float(cesaro_opnorm(1)), 9)
     1.0
     """
 
-    return elementwise("cesaro_opnorm", lambda one: _cesaro_opnorm(int(one)), n_tokens)
+    return elementwise("cesaro_opnorm", lambda one: _cesaro_opnorm(require_tokens(int(one))), n_tokens)
 
 
 def harmonic_number(count: Any) -> Any:

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from theory.activations import lipschitz, secant
 from theory.architecture import Architecture
+from theory.arguments import require_failure, require_tokens
 from theory.attention import attention_estimate
 from theory.attention_variants import attention_general_upper
 from theory.experts import experts_upper
@@ -113,8 +114,12 @@ def paper_bound(architecture: Architecture, n_tokens: int, growth: Growth | None
     sigma_x and sigma_x' are those that the kernel recursion predicts; |J^Z|, which the paper leaves open, is
     taken at uniform attention, |C_T| |W_V|. For other block layouts than the paper's Pre-LN, a branch is divided by
     the standard deviation that its own norms see, which is the same argument.
+
+    Raises:
+        ValueError: n_tokens is below 1 or beyond the learned positions.
     """
     a = architecture
+    n_tokens = require_tokens(n_tokens, a)
     growth = growth or gradient_growth(a, n_tokens)
     d, n = a.d_model, a.n_layers
     std, branch_std = np.asarray(growth.residual_std), np.asarray(growth.branch_std).reshape(n, 2)
@@ -180,8 +185,12 @@ def rigorous_bound(architecture: Architecture, n_tokens: int, *, failure: float 
     padding token, whose row may be zero, left out). Half the failure goes to the weight norms, half to the
     embeddings' lengths. Deep in the network the residual stream is only known to exceed what the branches
     cannot have removed, and below that sqrt(eps): this is what makes the bound enormous.
+
+    Raises:
+        ValueError: n_tokens is below 1 or beyond the learned positions, or failure is not between 0 and 1.
     """
     a, d = architecture, architecture.d_model
+    n_tokens, failure = require_tokens(n_tokens, a), require_failure(failure)
     refusal = _refusal(a)
     if refusal:
         infinite = np.full(a.n_layers, math.inf)
@@ -330,7 +339,8 @@ def _embedding_reach(architecture: Architecture, n_tokens: int, failure: float) 
     Source: laurent2000adaptive, lemma 1: a chi-square of n degrees is below n - 2 sqrt(n x) with probability at most
     exp(-x), and above n + 2 sqrt(n x) + 2x as rarely. Fixed sinusoidal positions only add to the length from below.
     Entries that are not normal have E x^4 <= 3 sigma^4, and a sum of n non-negative x_i^2 is below
-    n sigma^2 - sqrt(2 n E[x^4] y) with probability at most exp(-y) (Maurer 2003); their mean is sub-Gaussian.
+    n sigma^2 - sqrt(2 n E[x^4] y) with probability at most exp(-y) (Maurer 2003); their mean is sub-Gaussian, so that
+    n times its square is above 2 gaussian_factor^2 sigma^2 y with probability at most 2 exp(-y).
     """
     a, d = architecture, architecture.d_model
     variance = (a.embedding_multiplier * a.stds.embedding) ** 2
@@ -340,12 +350,14 @@ def _embedding_reach(architecture: Architecture, n_tokens: int, failure: float) 
         count *= n_tokens
     elif a.positions == "sinusoidal":
         count *= n_tokens
-    x = math.log(3 * count / failure)
-    degrees = d - (1 if a.norm == "layernorm" else 0)
-    if a.init.distribution == "normal":
+    normal, centred = a.init.distribution == "normal", a.norm == "layernorm"
+    events = 2 if normal or not centred else 4  # too short and too long; and a mean too far off on either side
+    x = math.log(events * count / failure)
+    degrees = d - (1 if centred else 0)
+    if normal:
         square = variance * max(0.0, degrees - 2 * math.sqrt(degrees * x))
     else:
-        centre = 2 * a.init.gaussian_factor**2 * x if a.norm == "layernorm" else 0.0
+        centre = 2 * a.init.gaussian_factor**2 * x if centred else 0.0
         square = variance * max(0.0, d - math.sqrt(6 * d * x) - centre)
     dominating = variance * a.init.gaussian_factor**2
     high = math.sqrt(dominating) * (math.sqrt(d) + math.sqrt(2 * x))

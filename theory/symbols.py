@@ -1,6 +1,7 @@
-"""Every symbol once: its name in code, its letter in the paper, what it means and where it lives.
+"""Every symbol once: its name in code, its letter in the paper, what it means, its range and where it lives.
 
-All symbols are positive (or non-negative) reals; the assumption is what lets sympy simplify roots.
+All symbols are positive (or non-negative) reals; the assumption is what lets sympy simplify roots. What a single
+derivation calls its matrices, tokens and places is in `theory.letters`.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ class SymbolEntry:
         latex: the paper's letter.
         meaning: one line.
         known: `config` if it follows from the configuration, `measured` if it needs weights or activations.
+        range: what its values may be; from 0 where nothing is said, and for an integer from 1.
     """
 
     name: str
@@ -26,20 +28,41 @@ class SymbolEntry:
     meaning: str
     known: str
     integer: bool = False
+    range: str = ""
+
+    @property
+    def values(self) -> str:
+        """Its range in words."""
+        return self.range or ("integer >= 1" if self.integer else ">= 0")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FunctionEntry:
+    """A function or sign of the theory's expressions: in print, what it means, and its range."""
+
+    latex: str
+    meaning: str
+    range: str
 
 
 _ALL = (
     SymbolEntry(name="d", latex="d", meaning="width d_model", known="config", integer=True),
     SymbolEntry(name="d_ffn", latex=r"d_{\mathrm{ffn}}", meaning="feed-forward width", known="config", integer=True),
     SymbolEntry(name="d_head", latex=r"d_h", meaning="width of a head", known="config", integer=True),
-    SymbolEntry(name="n_heads", latex="h", meaning="number of heads", known="config", integer=True),
+    SymbolEntry(name="n_heads", latex=r"n_h", meaning="number of heads", known="config", integer=True),
     SymbolEntry(name="n_layers", latex="N", meaning="number of layers", known="config", integer=True),
     SymbolEntry(name="n_tokens", latex="T", meaning="sequence length", known="config", integer=True),
     SymbolEntry(name="kv_group", latex="g", meaning="query heads that share a key head", known="config", integer=True),
-    SymbolEntry(name="sigma_e", latex=r"\sigma_e", meaning="std of the embedding output", known="config"),
-    SymbolEntry(name="sigma_x", latex=r"\sigma_x", meaning="std of x, entering the attention half", known="config"),
+    SymbolEntry(name="sigma_e", latex=r"\sigma_e", meaning="std of the embedding output", known="config", range="> 0"),
     SymbolEntry(
-        name="sigma_xp", latex=r"\sigma_{x'}", meaning="std of x', entering the feed-forward half", known="config"
+        name="sigma_x", latex=r"\sigma_x", meaning="std of x, entering the attention half", known="config", range="> 0"
+    ),
+    SymbolEntry(
+        name="sigma_xp",
+        latex=r"\sigma_{x'}",
+        meaning="std of x', entering the feed-forward half",
+        known="config",
+        range="> 0",
     ),
     SymbolEntry(name="sigma_1", latex=r"\sigma_1", meaning="std of W_1", known="config"),
     SymbolEntry(name="sigma_2", latex=r"\sigma_2", meaning="std of W_2", known="config"),
@@ -54,22 +77,39 @@ _ALL = (
     SymbolEntry(name="rows", latex="m", meaning="rows of a matrix", known="config", integer=True),
     SymbolEntry(name="columns", latex="n", meaning="columns of a matrix", known="config", integer=True),
     SymbolEntry(name="t", latex="t", meaning="deviation, failing with probability exp(-t^2/2)", known="config"),
-    SymbolEntry(name="s", latex="s", meaning="smallest normaliser sqrt(var + eps) over tokens", known="measured"),
+    SymbolEntry(
+        name="s", latex="s", meaning="smallest normaliser sqrt(var + eps) over tokens", known="measured", range="> 0"
+    ),
     SymbolEntry(name="gain", latex=r"\|\gamma\|_\infty", meaning="largest gain of the norm", known="measured"),
     SymbolEntry(
         name="inner_gain",
         latex=r"\gamma_{(k)}",
         meaning="k-th largest gain of the norm in size, k = 3 for LayerNorm and 2 for RMSNorm",
         known="measured",
+        range="> 0",
     ),
     SymbolEntry(
-        name="embedding_gradient", latex="c", meaning="factor on the gradient reaching the tables", known="config"
+        name="embedding_gradient",
+        latex="c",
+        meaning="factor on the gradient reaching the tables",
+        known="config",
+        range="0 to 1",
     ),
     SymbolEntry(name="multiplier", latex=r"\mu", meaning="factor on the token embeddings", known="config"),
     SymbolEntry(
-        name="norm_slope", latex=r"\kappa_E", meaning="steepest that the embedding's norm can be", known="config"
+        name="norm_slope",
+        latex=r"\kappa_E",
+        meaning="steepest that the embedding's norm can be",
+        known="config",
+        range="> 0",
     ),
-    SymbolEntry(name="position_rows", latex=r"\ell", meaning="1 if positions have a table, else 0", known="config"),
+    SymbolEntry(
+        name="position_rows",
+        latex=r"\ell",
+        meaning="1 if positions have a table, else 0",
+        known="config",
+        range="0 or 1",
+    ),
     SymbolEntry(
         name="token_weight",
         latex=r"\max_v \sum_{v_t = v} \kappa_t^2",
@@ -82,7 +122,7 @@ _ALL = (
         meaning="largest squared slope of the embedding's norm, if positions have a table",
         known="measured",
     ),
-    SymbolEntry(name="lipschitz", latex="L", meaning="largest slope of the activation", known="config"),
+    SymbolEntry(name="lipschitz", latex="L", meaning="largest slope of the activation", known="config", range="> 0"),
     SymbolEntry(name="opnorm_1", latex=r"\|W_1\|", meaning="spectral norm of W_1", known="measured"),
     SymbolEntry(name="opnorm_2", latex=r"\|W_2\|", meaning="spectral norm of W_2", known="measured"),
     SymbolEntry(
@@ -123,7 +163,7 @@ _ALL = (
         meaning="largest product of a head's value norm and its key norm, with RoPE key bias included",
         known="measured",
     ),
-    SymbolEntry(name="R", latex="R", meaning="largest norm of a normalised token", known="measured"),
+    SymbolEntry(name="R", latex="R", meaning="largest norm of a normalised token", known="measured", range="> 0"),
     SymbolEntry(name="logit_spread", latex="D", meaning="largest max - min of a row of logits", known="measured"),
     SymbolEntry(name="opnorm_P", latex=r"\max_h \|P_h\|", meaning="largest softmax matrix norm", known="measured"),
     SymbolEntry(
@@ -142,7 +182,10 @@ _ALL = (
         known="measured",
     ),
     SymbolEntry(
-        name="opnorm_OV", latex=r"\|W_O \tilde W_V\|", meaning="spectral norm of W_O times that", known="measured"
+        name="opnorm_OV",
+        latex=r"\|W_O \tilde W_V\|",
+        meaning="spectral norm of W_O times W_V, each group's rows repeated for its heads",
+        known="measured",
     ),
     SymbolEntry(
         name="heads_OV",
@@ -193,12 +236,58 @@ _ALL = (
         known="config",
     ),
     SymbolEntry(
-        name="residual_scale", latex=r"\alpha", meaning="factor on the stream at each half-layer", known="config"
+        name="residual_scale",
+        latex=r"\alpha",
+        meaning="factor on the stream at each half-layer",
+        known="config",
+        range="> 0",
     ),
     SymbolEntry(name="residual_multiplier", latex="r", meaning="factor on each branch", known="config"),
     SymbolEntry(name="b_ffn", latex=r"b_F", meaning="the feed-forward sub-layer's share of b", known="config"),
     SymbolEntry(name="b_attn", latex=r"b_A", meaning="the attention sub-layer's share of b", known="config"),
 )
+
+# By the name of the sympy function; `edge_ACT` stands for one of every activation.
+FUNCTIONS: dict[str, FunctionEntry] = {
+    "Norm": FunctionEntry(latex=r"\left\| A \right\|", meaning="spectral norm; length of a column", range=">= 0"),
+    "Transposed": FunctionEntry(latex=r"A^{\top}", meaning="transpose", range="as A"),
+    "SumOver": FunctionEntry(latex=r"\sum_{i}", meaning="sum over an index", range="as its terms"),
+    "MaxOver": FunctionEntry(latex=r"\max_{i}", meaning="largest over an index", range="as its terms"),
+    "ProductOver": FunctionEntry(latex=r"\prod_{i}", meaning="product over an index", range="as its factors"),
+    "ChiSquareAbove": FunctionEntry(
+        latex=r"P\left( \chi^2_{n} \geq a \right)", meaning="upper tail of a chi-square of n degrees", range="0 to 1"
+    ),
+    "ChiSquareBelow": FunctionEntry(
+        latex=r"P\left( \chi^2_{n} \leq a \right)", meaning="lower tail of a chi-square of n degrees", range="0 to 1"
+    ),
+    "harmonic": FunctionEntry(latex=r"H_{n}", meaning="harmonic number 1 + 1/2 + ... + 1/n", range=">= 1"),
+    "cesaro_opnorm": FunctionEntry(
+        latex=r"\|C_{T}\|",
+        meaning="norm of the causal running mean (Cesaro matrix): row t is 1/t on columns 1 to t, 0 beyond",
+        range="1 to 2",
+    ),
+    "F": FunctionEntry(latex=r"F\left( z \right)", meaning="activation, entry by entry", range="any real"),
+    "LN": FunctionEntry(latex=r"\mathrm{LN}\left( x \right)", meaning="LayerNorm of a token", range="any real"),
+    "Z": FunctionEntry(latex=r"Z\left( u \right)", meaning="concatenated heads' output at a token", range="any real"),
+    "Var": FunctionEntry(latex=r"\mathrm{Var}\left( v \right)", meaning="variance under a softmax row", range=">= 0"),
+    "edge_ACT": FunctionEntry(
+        latex=r"\mathrm{edge}",
+        meaning="norm of W_2 D W_1 over sigma_1 sigma_2 d, corrected for a finite width",
+        range="> 0",
+    ),
+    "gated_edge_ACT": FunctionEntry(
+        latex=r"\mathrm{gated\ edge}", meaning="the same of a gated layer, over sigma_2 sqrt(d)", range="> 0"
+    ),
+    "residual_edge_ACT": FunctionEntry(
+        latex=r"\mathrm{residual\ edge}", meaning="norm of I + J of a plain feed-forward half-layer", range=">= 1"
+    ),
+    "simulated_attention": FunctionEntry(
+        latex=r"\mathrm{simulated\ attention}", meaning="mean norm over simulated draws of attention", range="> 0"
+    ),
+    "steepest_norm": FunctionEntry(
+        latex=r"\mathrm{steepest\ norm}", meaning="mean of the largest 1/s of T normal tokens", range="> 0"
+    ),
+}
 
 SYMBOLS: dict[str, SymbolEntry] = {entry.name: entry for entry in _ALL}
 
@@ -212,6 +301,20 @@ def symbol(name: str) -> Any:
         raise ValueError(f"unknown symbol {name!r}; add it to theory.symbols")
     entry = SYMBOLS[name]
     return sp.Symbol(entry.name, positive=True, integer=True if entry.integer else None)
+
+
+def function_entry(name: str) -> FunctionEntry:
+    """The entry of a function by its name; one of a family, such as `edge_relu`, by the family's.
+
+    Raises:
+        ValueError: there is none.
+    """
+    families = [key.removesuffix("ACT") for key in FUNCTIONS if key.endswith("ACT")]
+    family = next((prefix for prefix in families if name.startswith(prefix)), "")
+    key = f"{family}ACT" if family else name
+    if key not in FUNCTIONS:
+        raise ValueError(f"unknown function {name!r}; add it to theory.symbols")
+    return FUNCTIONS[key]
 
 
 def latex_names() -> dict[Any, str]:
