@@ -18,7 +18,17 @@ from empirics.probes import measure_growth
 from empirics.spike_definitions import DEFINITIONS
 from empirics.tokenise_command import add_command as add_tokenise
 from empirics.train_command import add_command as add_train
-from theory.__main__ import EXIT_UNKNOWN, Parser, add_architecture_options, chosen, emit, natural, run_command, whole
+from theory.__main__ import (
+    EXIT_UNKNOWN,
+    Parser,
+    add_architecture_options,
+    add_version,
+    chosen,
+    emit,
+    natural,
+    run_command,
+    whole,
+)
 from theory.architecture import Architecture
 from theory.growth import gradient_growth
 from theory.hf_config import UnknownArchitecture
@@ -140,6 +150,7 @@ def parser() -> argparse.ArgumentParser:
         prog="python -m empirics",
         description="Measure real transformers, at initialisation, in training or on a text; attack bounds.",
     )
+    add_version(top, "torch", "numpy", "scipy", "sympy")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
 
     measure = commands.add_parser(

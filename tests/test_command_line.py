@@ -304,6 +304,14 @@ COMMANDS: dict[str, list[str]] = {
     "sweep of words": ["sweep", "--widths", "wide"],
     "sweep of too many tokens": ["sweep", "--seq-len", "1000000000"],
     "statements of nothing": ["statements", "ffn"],
+    "statements of no kind": ["statements", "--kind", "lower"],
+    "statements of no quantity": ["statements", "--quantity", "ffn"],
+    "statements that nobody made": ["statements", "--kind", "estimate", "--quantity", "ffn_jacobian"],
+    "plot of no records": ["statements", "--plot", "all.png", "--records", "none"],
+    "plot of another format": ["statements", "--plot", "all.gif"],
+    "every derivation and one": ["derive", "ffn", "--all"],
+    "derivation without a name": ["derive", ""],
+    "derivations nowhere": ["derive", "--out", "/proc/none/x"],
 }
 
 
@@ -311,6 +319,54 @@ COMMANDS: dict[str, list[str]] = {
 def test_bad_command(argv: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.chdir(ROOT)
     assert_refused(call(theory.__main__.main, argv, capsys))
+
+
+MEANT: dict[str, tuple[list[str], str]] = {
+    "preset": (["check", "tinny"], "did you mean tiny?"),
+    "preset in capitals": (["check", "350M"], "did you mean 350m?"),
+    "derivation": (["derive", "fnn"], "did you mean ffn?"),
+    "statement": (["derive", "attention-uper-apriori"], "did you mean attention-upper-apriori"),
+    "command": (["chek", "tiny"], "did you mean check?"),
+    "initialisation": (["check", "tiny", "--init", "xavierr"], "did you mean xavier?"),
+    "quantity": (["statements", "--quantity", "ffn_jacobean"], "did you mean ffn_jacobian"),
+}
+
+
+@pytest.mark.parametrize(("argv", "question"), MEANT.values(), ids=MEANT)
+def test_a_close_name_is_suggested(argv: list[str], question: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert_refused(call(theory.__main__.main, argv, capsys), question)
+
+
+def test_a_class_that_is_close_is_suggested(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(LLAMA | {"model_type": "lama"}))
+    status, out, _ = call(theory.__main__.main, ["check", str(path)], capsys)
+    assert status == theory.__main__.EXIT_UNKNOWN
+    assert "did you mean llama?" in out
+
+
+@pytest.mark.parametrize("kind", ["upper", "sharp", "estimate"])
+def test_statements_of_a_kind_or_a_quantity(kind: str, capsys: pytest.CaptureFixture[str]) -> None:
+    def rows(*argv: str) -> list[dict[str, Any]]:
+        status, out, _ = call(theory.__main__.main, ["statements", "--json", *argv], capsys)
+        assert status == 0
+        return json.loads(out)
+
+    every, of_kind = rows(), rows("--kind", kind)
+    assert of_kind == [row for row in every if row["kind"] == kind]
+    assert 0 < len(of_kind) < len(every)
+    quantity = of_kind[0]["quantity"]
+    assert rows("--quantity", quantity) == [row for row in every if row["quantity"] == quantity]
+    assert rows("--kind", kind, "--quantity", quantity) == [row for row in of_kind if row["quantity"] == quantity]
+
+
+@pytest.mark.parametrize(("main", "package"), [(theory.__main__.main, "sympy"), (empirics.__main__.main, "torch")])
+def test_versions(main: Main, package: str, capsys: pytest.CaptureFixture[str]) -> None:
+    status, out, err = call(main, ["--version"], capsys)
+    assert (status, err) == (0, "")
+    assert out.startswith("spikecheck ")
+    assert re.search(rf"\b{package} \d+\.\d+", out)
+    assert out.count("\n") == 1
 
 
 def test_unreadable_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -63,7 +63,7 @@ def numbered(name: str, place: int) -> Step:
 def test_names() -> None:
     assert all(derivation(name).name == name for name in NAMES)
     assert set(KINDS) < set(NAMES)
-    with pytest.raises(ValueError, match="unknown derivation 'fnn'; use one of activation-cost, "):
+    with pytest.raises(ValueError, match=r"unknown derivation 'fnn'; did you mean ffn\? run `spikecheck derive`"):
         derivation("fnn")
 
 

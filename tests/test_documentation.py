@@ -167,7 +167,7 @@ def test_a_registered_statement_has_a_page(monkeypatch: pytest.MonkeyPatch) -> N
     assert "$<$things$>$" in page("trace-of-things", "latex")
     assert "#### Statement trace-of-things" in document()
     assert "trace-of-things" in titles()
-    with pytest.raises(ValueError, match="unknown derivation 'trace'; use one of"):
+    with pytest.raises(ValueError, match="unknown derivation 'trace'; run `spikecheck derive` to list them"):
         page("trace")
 
 

@@ -598,7 +598,7 @@ def test_statement_is_sourced_and_argued(name: str) -> None:
 
 
 def test_errors_parameterthe_remedy() -> None:
-    with pytest.raises(ValueError, match=r"unknown statement 'ffn-uper'; use one of .*ffn-upper"):
+    with pytest.raises(ValueError, match=r"unknown statement 'ffn-uper'; did you mean ffn-upper"):
         find("ffn-uper")
     with pytest.raises(ValueError, match="ffn-upper needs a value for opnorm_1, opnorm_2"):
         find("ffn-upper").evaluate({"lipschitz": 1.0})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -13,6 +14,8 @@ from typing import Any, NoReturn
 
 from theory.architecture import EMBEDDINGS, INITS, PRESETS, Architecture, preset
 from theory.hf_config import Config, UnknownArchitecture, read_config
+from theory.names import meant, unknown
+from theory.quantities import QUANTITIES
 
 EXIT_STABLE, EXIT_AT_RISK, EXIT_BAD_INPUT, EXIT_UNKNOWN = 0, 1, 2, 3
 DEFAULT_SEQ_LEN = 2048
@@ -24,7 +27,10 @@ class Parser(argparse.ArgumentParser):
     """Argument parser whose errors are one line."""
 
     def error(self, message: str) -> NoReturn:
-        print(f"{self.prog}: {message}; see {self.prog} --help", file=sys.stderr)
+        choice = re.search(r"invalid choice: '(.*?)' \(choose from (.*)\)$", message)
+        if choice is not None and (question := meant(choice[1], choice[2].replace("'", "").split(", "))):
+            message = f"{message}; {question}"
+        print(f"{self.prog}: {message}{'' if message.endswith('?') else ';'} see {self.prog} --help", file=sys.stderr)
         raise SystemExit(EXIT_BAD_INPUT)
 
 
@@ -60,8 +66,30 @@ def load(config: str) -> Config:
         return Config(preset(config), (positions,))
     path = Path(config)
     if not os.path.exists(path) and path.suffix != ".json" and "/" not in config:
-        raise ValueError(f"unknown preset {config!r}; use one of {', '.join(PRESETS)} or the path of a config.json")
+        raise ValueError(f"{unknown('preset', config, PRESETS)} or the path of a config.json")
     return read_config(path)
+
+
+class _Version(argparse.Action):
+    """Print versions as they are installed, and leave."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> NoReturn:
+        from importlib.metadata import PackageNotFoundError, version
+
+        def of(package: str) -> str:
+            try:
+                return f"{package} {version(package)}"
+            except PackageNotFoundError:
+                return f"{package} (not installed)"
+
+        python = f"python {sys.version.split()[0]}"
+        print(", ".join([*map(of, ("spikecheck", *self.const)), python]))
+        parser.exit()
+
+
+def add_version(parser: argparse.ArgumentParser, *packages: str) -> None:
+    """`--version`: of spikecheck, of these packages and of Python."""
+    parser.add_argument("--version", action=_Version, nargs=0, const=packages, help="print versions and leave")
 
 
 def add_architecture_options(parser: argparse.ArgumentParser) -> None:
@@ -140,11 +168,11 @@ def _verdict_text(verdict: Any) -> str:
 def _derive(arguments: argparse.Namespace) -> int:
     from theory.documentation import document, page, titles
 
-    if arguments.all and arguments.name:
-        raise ValueError(f"--all prints every page, {arguments.name!r} too; leave out one of them")
+    if arguments.all and arguments.name is not None:
+        raise ValueError(f"--all prints every page, {arguments.name!r} too; give a name or --all, leave out one of them")
     if arguments.all:
         written = document(arguments.format)
-    elif arguments.name:
+    elif arguments.name is not None:
         written = page(arguments.name, arguments.format)
     else:
         width = max(map(len, titles()))
@@ -156,6 +184,14 @@ def _derive(arguments: argparse.Namespace) -> int:
 def _statements(arguments: argparse.Namespace) -> int:
     from theory.statements import catalogue
 
+    chosen = [
+        statement
+        for statement in catalogue().values()
+        if arguments.kind in (None, statement.kind) and arguments.quantity in (None, statement.quantity.name)
+    ]
+    if not chosen:
+        known = sorted({s.quantity.name for s in catalogue().values() if arguments.kind in (None, s.kind)})
+        raise ValueError(f"no {arguments.kind or ''} statement is of that quantity; use one of {', '.join(known)}")
     if arguments.plot is not None:
         from figures import statements as plot
         from figures.style import render
@@ -164,7 +200,9 @@ def _statements(arguments: argparse.Namespace) -> int:
         path, records = Path(arguments.plot), Path(arguments.records)
         if path.suffix not in (".png", ".svg", ".pdf"):
             raise ValueError(f"cannot draw {path.name}; name a file ending in .png, .svg or .pdf")
-        kinds = {name: statement.kind for name, statement in catalogue().items()}
+        if not records.is_dir():
+            raise ValueError(f"there is no folder {records}; run `python -m empirics attack all`, or give --records")
+        kinds = {statement.name: statement.kind for statement in chosen}
         write_bytes(
             path,
             render(plot.draw(kinds, plot.tightness(records), plot.accuracy(records)), path.suffix.removeprefix(".")),
@@ -176,12 +214,13 @@ def _statements(arguments: argparse.Namespace) -> int:
             "name": s.name,
             "kind": s.kind,
             "quantity": s.quantity.name,
+            "meaning": s.quantity.meaning,
             "expression": str(s.expression),
             "assumptions": list(s.assumptions),
             "source": str(s.source),
             "target": s.target,
         }
-        for s in catalogue().values()
+        for s in chosen
     ]
     if arguments.json:
         emit(json.dumps(rows, indent=2), arguments.out)
@@ -215,6 +254,7 @@ def _sweep(arguments: argparse.Namespace) -> int:
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     top = Parser(prog="spikecheck", description="Say whether a transformer will train, before it is trained.")
+    add_version(top, "numpy", "scipy", "sympy")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
 
     check = commands.add_parser(
@@ -236,7 +276,15 @@ def parser() -> argparse.ArgumentParser:
     derive.add_argument("--format", choices=("text", "markdown", "latex"), default="text", help="default: text")
     derive.set_defaults(run=_derive)
 
-    statements = commands.add_parser("statements", help="list every bound, prediction and estimate")
+    statements = commands.add_parser(
+        "statements",
+        help="list every bound, prediction and estimate",
+        description="List every bound (upper), prediction (sharp) and estimate, with its quantity and source.",
+    )
+    statements.add_argument("--kind", choices=("upper", "sharp", "estimate"), help="only this kind")
+    statements.add_argument(
+        "--quantity", choices=tuple(QUANTITIES), metavar="NAME", help="only of this quantity, for example ffn_jacobian"
+    )
     statements.add_argument(
         "--plot", metavar="FILE", help="draw how tight or how right each is, a line a statement (PNG, SVG or PDF)"
     )

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 from theory.initialisation import INITS, Init, Rule, Stds
+from theory.names import unknown
 
 Activation = Literal["identity", "relu", "gelu", "gelu-tanh", "silu", "relu-squared"]
 Norm = Literal["layernorm", "rmsnorm"]
@@ -344,7 +345,7 @@ def preset(name: str) -> Architecture:
     64
     """
     if name not in PRESETS:
-        raise ValueError(f"unknown preset {name!r}; use one of {', '.join(PRESETS)} or the path of a config.json")
+        raise ValueError(f"{unknown('preset', name, PRESETS)} or the path of a config.json")
     return PRESETS[name]()
 
 

@@ -28,7 +28,7 @@ def require_tokens(n_tokens: Any, architecture: Architecture | None = None) -> i
     return count
 
 
-def require_failure(failure: float) -> float:
+def require_failure(failure: Any) -> float:
     """A probability of failure, strictly between 0 and 1.
 
     Raises:

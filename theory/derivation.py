@@ -20,6 +20,7 @@ import numpy as np
 import sympy as sp  # pyright: ignore[reportMissingTypeStubs]
 
 from theory.derivations_expressions import Values, evaluate
+from theory.names import unknown
 from theory.sources import Source
 from theory.statements import Statement, find, residual
 
@@ -366,10 +367,10 @@ def derivation(name: str) -> Derivation:
     """A derivation by name.
 
     Raises:
-        ValueError: there is none; the message lists those there are.
+        ValueError: there is none; the message names close ones.
     """
     if name not in DERIVATIONS:
-        raise ValueError(f"unknown derivation {name!r}; use one of {', '.join(sorted(DERIVATIONS))}")
+        raise ValueError(unknown("derivation", name, DERIVATIONS, command="spikecheck derive"))
     return DERIVATIONS[name]()
 
 

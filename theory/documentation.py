@@ -22,6 +22,7 @@ from theory.derivations_rendering import (
     render_markdown,
     text,
 )
+from theory.names import unknown
 from theory.sources import REFERENCES
 from theory.statements import Kind, Statement
 from theory.statements import catalogue as registered
@@ -87,7 +88,7 @@ def page(name: str, format: Format = "text") -> str:
     """One page by the name of a derivation or of a statement.
 
     Raises:
-        ValueError: there is neither; the message lists what there is. Or the format is not known.
+        ValueError: there is neither; the message names close ones. Or the format is not known.
     """
     if name in DERIVATIONS:
         return render(derivation(name), format)
@@ -95,7 +96,7 @@ def page(name: str, format: Format = "text") -> str:
         return render_asymptotics(format)
     statements = catalogue()
     if name not in statements:
-        raise ValueError(f"unknown derivation {name!r}; use one of {', '.join(titles())}")
+        raise ValueError(unknown("derivation", name, titles(), command="spikecheck derive"))
     chains = arriving(name)
     if chains:
         return "\n".join(render(chain, format) for chain in chains)

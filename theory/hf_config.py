@@ -16,6 +16,7 @@ from theory.hf_experts import EXPERT_CLASSES
 from theory.hf_gpt import GPT_CLASSES
 from theory.hf_llama import LLAMA_CLASSES
 from theory.hf_reader import Reader, UnknownArchitecture
+from theory.names import meant
 
 __all__ = ["CLASSES", "Config", "UnknownArchitecture", "parse_config", "read_config"]
 
@@ -47,7 +48,8 @@ def parse_config(data: Any) -> Config:
     if not isinstance(kind, str):
         raise ValueError(f"model_type={kind!r} is not a name; use one of {KNOWN}")
     if kind not in CLASSES:
-        raise UnknownArchitecture(f"model_type {kind!r} has no prediction yet; there is one for {KNOWN}")
+        reason = " ".join(filter(None, (f"model_type {kind!r} has no prediction yet;", meant(kind, CLASSES))))
+        raise UnknownArchitecture(f"{reason} there is one for {KNOWN}")
     if data.get("per_layer_config"):
         raise UnknownArchitecture("per_layer_config is given; predictions cover layers of one kind")
     reader = Reader(data, ALIASES.get(kind))

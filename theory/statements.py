@@ -22,6 +22,7 @@ from typing import Any, Literal
 import numpy as np
 
 import theory
+from theory.names import unknown
 from theory.quantities import Quantity
 from theory.sources import Source
 
@@ -178,11 +179,11 @@ def find(name: str) -> Statement:
     """A statement by name.
 
     Raises:
-        ValueError: there is none; the message lists those there are.
+        ValueError: there is none; the message names close ones.
     """
     statements = catalogue()
     if name not in statements:
-        raise ValueError(f"unknown statement {name!r}; use one of {', '.join(sorted(statements))}")
+        raise ValueError(unknown("statement", name, statements, command="spikecheck statements"))
     return statements[name]
 
 
