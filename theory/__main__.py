@@ -169,7 +169,9 @@ def _derive(arguments: argparse.Namespace) -> int:
     from theory.documentation import document, page, titles
 
     if arguments.all and arguments.name is not None:
-        raise ValueError(f"--all prints every page, {arguments.name!r} too; give a name or --all, leave out one of them")
+        raise ValueError(
+            f"--all prints every page, {arguments.name!r} too; give a name or --all, leave out one of them"
+        )
     if arguments.all:
         written = document(arguments.format)
     elif arguments.name is not None:
