@@ -268,7 +268,12 @@ add_bench(
         module=feedforward_module,
         shape=sequence,
         truth=observables.true_feedforward,
-        symbols={FEEDFORWARD_SYMBOLS: observables.observe_feedforward, ("lipschitz",): slope_in_reach},
+        symbols={
+            FEEDFORWARD_SYMBOLS: observables.observe_feedforward,
+            ("open_1", "open_2"): observables.observe_open_units,
+            ("R",): observables.observe_reach,
+            ("lipschitz",): slope_in_reach,
+        },
         rounding=feedforward_rounding,
     )
 )

@@ -80,6 +80,24 @@ def observe_feedforward(feedforward: FeedForward, u_TD: Tensor) -> Observed:
     return values
 
 
+def observe_open_units(feedforward: FeedForward, u_TD: Tensor) -> Observed:
+    """Norms of the two matrices with each unit's share of its slope, largest over tokens; nothing with a gate."""
+    if feedforward.gate is not None:
+        return {}
+    sizes_TM = _slope(feedforward.activation, feedforward.enter(u_TD)).abs()
+    # A closed unit's root has no derivative; it is held at 0, or a climb would see nothing of the others.
+    roots_TM = torch.where(sizes_TM > 0, sizes_TM.clamp(min=torch.finfo(sizes_TM.dtype).tiny).sqrt(), 0.0)
+    return {
+        "open_1": torch.stack([opnorm(root_M[:, None] * feedforward.enter.weight) for root_M in roots_TM]).max(),
+        "open_2": torch.stack([opnorm(feedforward.leave.weight * root_M) for root_M in roots_TM]).max(),
+    }
+
+
+def observe_reach(module: nn.Module, u_TD: Tensor) -> Observed:
+    """The longest token of the input."""
+    return {"R": u_TD.norm(dim=-1).max()}
+
+
 def true_experts(experts: Experts, u_TD: Tensor) -> Tensor:
     """Largest over tokens of |d Experts / d u|; one token after another, since each has a routing of its own."""
     return torch.stack([true_opnorm(experts, u_D[None]) for u_D in u_TD]).max()

@@ -39,6 +39,7 @@ DERIVATION_MODULES = (
     "derivations_bounds",
     "derivations_norms",
     "derivations_sublayers",
+    "derivations_feedforward",
     "derivations_attention",
     "derivations_attention_variants",
     "derivations_embedding",

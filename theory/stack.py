@@ -15,8 +15,9 @@ from theory.architecture import Architecture
 from theory.arguments import require_failure, require_tokens
 from theory.attention import attention_estimate
 from theory.attention_variants import attention_general_upper
+from theory.bounds_feedforward import ffn_gated_upper_apriori
 from theory.experts import experts_upper
-from theory.feedforward import ffn_estimate, ffn_gated_upper, ffn_upper
+from theory.feedforward import ffn_estimate, ffn_upper
 from theory.gram_maps import steepest_alibi_slope
 from theory.grams import Gram
 from theory.growth import Growth, gradient_growth, routing
@@ -325,10 +326,8 @@ def _single_feedforward_bound(a: Architecture, stds: Stds, radius: float, failur
     slope, share = lipschitz(a.activation, largest), secant(a.activation, largest)
     if a.gated:
         gate = _opnorm(a, failure, stds.ffn_gate, m, d)
-        stacked = math.hypot(enter, gate)
-        # |F(z)| <= L |z|, so |(F'(z_1) z_3, F(z_1))| <= L |(z_3, z_1)| <= L |[W_1; W_3]| R for every unit.
-        symbols = {"opnorm_2": leave, "opnorm_13": stacked, "gate_slope": slope * stacked * radius}
-        return float(ffn_gated_upper().evaluate(symbols)), leave * share * largest * gate * radius
+        symbols = {"lipschitz": slope, "R": radius, "opnorm_2": leave, "opnorm_13": math.hypot(enter, gate)}
+        return float(ffn_gated_upper_apriori().evaluate(symbols)), leave * share * largest * gate * radius
     symbols = {"lipschitz": slope, "opnorm_1": enter, "opnorm_2": leave}
     return float(ffn_upper().evaluate(symbols)), leave * share * largest
 

@@ -135,6 +135,18 @@ _ALL = (
         known="measured",
     ),
     SymbolEntry(
+        name="open_1",
+        latex=r"\max_t \||D_t|^{1/2} W_1\|",
+        meaning="largest norm over tokens of W_1, its rows times the roots of their units' slopes",
+        known="measured",
+    ),
+    SymbolEntry(
+        name="open_2",
+        latex=r"\max_t \|W_2 |D_t|^{1/2}\|",
+        meaning="largest norm over tokens of W_2, its columns times the roots of their units' slopes",
+        known="measured",
+    ),
+    SymbolEntry(
         name="expert_jacobian",
         latex=r"\max_e \|J_e\|",
         meaning="largest Jacobian norm of an expert at a token",
