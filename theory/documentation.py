@@ -12,6 +12,7 @@ import textwrap
 from collections.abc import Iterator
 
 from theory.asymptotics import render_asymptotics
+from theory.coverage import table
 from theory.derivation import DERIVATIONS, Derivation, Format, Relation, derivation, known_functions, render
 from theory.derivations_rendering import (
     SIGNS,
@@ -187,8 +188,17 @@ def _markdown() -> Iterator[str]:
         "| $`\\approx`$ | estimate | what holds under the chain's assumptions, or is assumed |",
         "| $`\\lesssim`$ | estimate | a bound that an estimate went into |",
         "",
+        "## Coverage",
+        "",
+        "A bound is *a priori* if the configuration and the weights give it, or bound it for any input; *a posteriori* "
+        "if it needs activations. A half-layer, with its shortcut, has `residual` of the branch's statement (1 + it) "
+        "where no sharp one of its own is named.",
+        "",
+        *table(),
+        "",
         "## Contents",
         "",
+        "- [Coverage](#coverage)",
         "- [Questions](#questions)",
         "- [Statements](#statements)",
     )
@@ -237,13 +247,13 @@ def _symbols() -> Iterator[str]:
 
 def _cells(letter: str, name: str, meaning: str, range: str) -> str:
     """Cells of a table; a bar would end one."""
-    letter = letter.replace(r"\|", r"\Vert ")
+    letter = letter.replace(r"\|", r"\Vert ").replace("|", r"\vert ")
     words = (markdown_words(word).replace("|", r"\|") for word in (meaning, range))
     return f"| $`{letter}`$ | `{name}` | {' | '.join(words)} |"
 
 
 def _known(known: str) -> str:
-    return {"config": "the configuration", "measured": "weights or activations"}.get(known, known)
+    return {"config": "the configuration"}.get(known, known)
 
 
 def _link(name: str) -> str:

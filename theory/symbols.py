@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, Literal
+
+Known = Literal["config", "weights", "activations"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -19,14 +21,15 @@ class SymbolEntry:
         name: Python name, and the parameter name in formulas.
         latex: the paper's letter.
         meaning: one line.
-        known: `config` if it follows from the configuration, `measured` if it needs weights or activations.
+        known: from the configuration (`config`), from its weights besides (`weights`), where that is at least a bound
+            on it for any input; or only with `activations`.
         range: what its values may be; from 0 where nothing is said, and for an integer from 1.
     """
 
     name: str
     latex: str
     meaning: str
-    known: str
+    known: Known
     integer: bool = False
     range: str = ""
 
@@ -72,20 +75,20 @@ _ALL = (
         name="logit_variance", latex="a", meaning="variance of a logit between normalised tokens", known="config"
     ),
     SymbolEntry(name="c_VO", latex=r"c_V c_O", meaning="variance gain of W_V and W_O together", known="config"),
-    SymbolEntry(name="J_Z", latex=r"\|J^Z\|", meaning="norm of the concatenated heads' Jacobian", known="measured"),
+    SymbolEntry(name="J_Z", latex=r"\|J^Z\|", meaning="norm of the concatenated heads' Jacobian", known="activations"),
     SymbolEntry(name="sigma", latex=r"\sigma", meaning="std of a matrix's entries", known="config"),
     SymbolEntry(name="rows", latex="m", meaning="rows of a matrix", known="config", integer=True),
     SymbolEntry(name="columns", latex="n", meaning="columns of a matrix", known="config", integer=True),
     SymbolEntry(name="t", latex="t", meaning="deviation, failing with probability exp(-t^2/2)", known="config"),
     SymbolEntry(
-        name="s", latex="s", meaning="smallest normaliser sqrt(var + eps) over tokens", known="measured", range="> 0"
+        name="s", latex="s", meaning="smallest normaliser sqrt(var + eps) over tokens", known="activations", range="> 0"
     ),
-    SymbolEntry(name="gain", latex=r"\|\gamma\|_\infty", meaning="largest gain of the norm", known="measured"),
+    SymbolEntry(name="gain", latex=r"\|\gamma\|_\infty", meaning="largest gain of the norm", known="weights"),
     SymbolEntry(
         name="inner_gain",
         latex=r"\gamma_{(k)}",
         meaning="k-th largest gain of the norm in size, k = 3 for LayerNorm and 2 for RMSNorm",
-        known="measured",
+        known="weights",
         range="> 0",
     ),
     SymbolEntry(
@@ -114,133 +117,141 @@ _ALL = (
         name="token_weight",
         latex=r"\max_v \sum_{v_t = v} \kappa_t^2",
         meaning="largest sum of squared slopes of the embedding's norm over a token's places",
-        known="measured",
+        known="activations",
     ),
     SymbolEntry(
         name="position_weight",
         latex=r"\ell \max_t \kappa_t^2",
         meaning="largest squared slope of the embedding's norm, if positions have a table",
-        known="measured",
+        known="activations",
     ),
     SymbolEntry(name="lipschitz", latex="L", meaning="largest slope of the activation", known="config", range="> 0"),
-    SymbolEntry(name="opnorm_1", latex=r"\|W_1\|", meaning="spectral norm of W_1", known="measured"),
-    SymbolEntry(name="opnorm_2", latex=r"\|W_2\|", meaning="spectral norm of W_2", known="measured"),
+    SymbolEntry(name="opnorm_1", latex=r"\|W_1\|", meaning="spectral norm of W_1", known="weights"),
+    SymbolEntry(name="opnorm_2", latex=r"\|W_2\|", meaning="spectral norm of W_2", known="weights"),
     SymbolEntry(
-        name="opnorm_13", latex=r"\|[W_1; W_3]\|", meaning="spectral norm of W_1 stacked on W_3", known="measured"
+        name="opnorm_13", latex=r"\|[W_1; W_3]\|", meaning="spectral norm of W_1 stacked on W_3", known="weights"
     ),
     SymbolEntry(
         name="gate_slope",
         latex=r"D_{13}",
         meaning="largest sqrt((F'(z_1) z_3)^2 + F(z_1)^2) over units and tokens",
-        known="measured",
+        known="activations",
     ),
     SymbolEntry(
         name="open_1",
         latex=r"\max_t \||D_t|^{1/2} W_1\|",
         meaning="largest norm over tokens of W_1, its rows times the roots of their units' slopes",
-        known="measured",
+        known="activations",
     ),
     SymbolEntry(
         name="open_2",
         latex=r"\max_t \|W_2 |D_t|^{1/2}\|",
         meaning="largest norm over tokens of W_2, its columns times the roots of their units' slopes",
-        known="measured",
+        known="activations",
     ),
     SymbolEntry(
         name="expert_jacobian",
         latex=r"\max_e \|J_e\|",
         meaning="largest Jacobian norm of an expert at a token",
-        known="measured",
+        known="activations",
     ),
-    SymbolEntry(name="expert_output", latex=r"\max_e \|f_e\|", meaning="longest output of an expert", known="measured"),
+    SymbolEntry(
+        name="expert_output",
+        latex=r"\max_e \|f_e\|",
+        meaning="longest output of an expert",
+        known="activations",
+    ),
     SymbolEntry(
         name="router_spread",
         latex=r"\max_{e,e'} \|w_e - w_{e'}\|",
         meaning="largest distance between two experts' router rows",
-        known="measured",
+        known="weights",
     ),
-    SymbolEntry(name="opnorm_Q", latex=r"\|W_Q\|", meaning="spectral norm of W_Q, all heads", known="measured"),
-    SymbolEntry(name="opnorm_K", latex=r"\|W_K\|", meaning="spectral norm of W_K, all heads", known="measured"),
-    SymbolEntry(name="opnorm_V", latex=r"\|W_V\|", meaning="spectral norm of W_V, all heads", known="measured"),
-    SymbolEntry(name="opnorm_O", latex=r"\|W_O\|", meaning="spectral norm of W_O", known="measured"),
+    SymbolEntry(name="opnorm_Q", latex=r"\|W_Q\|", meaning="spectral norm of W_Q, all heads", known="weights"),
+    SymbolEntry(name="opnorm_K", latex=r"\|W_K\|", meaning="spectral norm of W_K, all heads", known="weights"),
+    SymbolEntry(name="opnorm_V", latex=r"\|W_V\|", meaning="spectral norm of W_V, all heads", known="weights"),
+    SymbolEntry(name="opnorm_O", latex=r"\|W_O\|", meaning="spectral norm of W_O", known="weights"),
     SymbolEntry(
         name="head_VQ",
         latex=r"\max_h \|W_V^h\| (\|W_Q^h\| + \|b_Q^h\| / R)",
         meaning="largest product of a head's value norm and its query norm, query bias included",
-        known="measured",
+        known="weights",
     ),
     SymbolEntry(
         name="head_VK",
         latex=r"\max_h \|W_V^h\| (\|W_K^h\| + \|b_K^h\| / R)",
         meaning="largest product of a head's value norm and its key norm, with RoPE key bias included",
-        known="measured",
+        known="weights",
     ),
-    SymbolEntry(name="R", latex="R", meaning="largest norm of a normalised token", known="measured", range="> 0"),
-    SymbolEntry(name="logit_spread", latex="D", meaning="largest max - min of a row of logits", known="measured"),
-    SymbolEntry(name="opnorm_P", latex=r"\max_h \|P_h\|", meaning="largest softmax matrix norm", known="measured"),
+    SymbolEntry(name="R", latex="R", meaning="largest norm of a normalised token", known="weights", range="> 0"),
+    SymbolEntry(name="logit_spread", latex="D", meaning="largest max - min of a row of logits", known="weights"),
+    SymbolEntry(name="opnorm_P", latex=r"\max_h \|P_h\|", meaning="largest softmax matrix norm", known="activations"),
     SymbolEntry(
-        name="key_term", latex=r"\max_j \|B_j\|^{1/2}", meaning="norm through the keys, from P", known="measured"
+        name="key_term", latex=r"\max_j \|B_j\|^{1/2}", meaning="norm through the keys, from P", known="activations"
     ),
     SymbolEntry(
         name="query_term",
         latex=r"\max_t \|\mathrm{Cov}_t(v, k)\|",
         meaning="largest covariance of values and keys under a softmax row, over heads",
-        known="measured",
+        known="activations",
     ),
     SymbolEntry(
         name="opnorm_VH",
         latex=r"\|\tilde W_V\|",
         meaning="spectral norm of W_V, each group's rows repeated for its heads",
-        known="measured",
+        known="weights",
     ),
     SymbolEntry(
         name="opnorm_OV",
         latex=r"\|W_O \tilde W_V\|",
         meaning="spectral norm of W_O times W_V, each group's rows repeated for its heads",
-        known="measured",
+        known="weights",
     ),
     SymbolEntry(
         name="heads_OV",
         latex=r"\|[W_O^h W_V^h]_h\|",
         meaning="spectral norm of the heads' W_O^h W_V^h side by side, or a bound on it",
-        known="measured",
+        known="weights",
     ),
     SymbolEntry(
-        name="opnorm_P_mean", latex=r"\|\bar P\|", meaning="norm of the heads' mean softmax matrix", known="measured"
+        name="opnorm_P_mean", latex=r"\|\bar P\|", meaning="norm of the heads' mean softmax matrix", known="activations"
     ),
     SymbolEntry(
         name="P_deviation",
         latex=r"\max_h \|P_h - \bar P\|",
         meaning="largest norm of a head's softmax matrix less the heads' mean",
-        known="measured",
+        known="activations",
     ),
     SymbolEntry(
         name="key_blocks",
         latex=r"\|(\|K_{tj}\|)_{tj}\|",
         meaning="norm of the T x T matrix of block norms through the keys",
-        known="measured",
+        known="activations",
     ),
     SymbolEntry(
-        name="query_blocks", latex=r"\max_t \|Q_t\|", meaning="largest block through the query", known="measured"
+        name="query_blocks", latex=r"\max_t \|Q_t\|", meaning="largest block through the query", known="activations"
     ),
     SymbolEntry(
         name="key_slope",
         latex=r"\kappa_K",
         meaning="bound on the root sum of squares over heads of dl_tj/du_j . x, for unit x",
-        known="measured",
+        known="weights",
     ),
     SymbolEntry(
         name="query_slope",
         latex=r"\kappa_Q",
         meaning="bound on the root sum over heads of a softmax row's variance of dl_tj/du_t . x, for unit x",
-        known="measured",
+        known="weights",
     ),
     SymbolEntry(name="n_seen", latex="w", meaning="tokens that a token sees at most", known="config", integer=True),
     SymbolEntry(name="eps", latex=r"\epsilon", meaning="eps of the normalisation", known="config"),
     SymbolEntry(
-        name="column_sum", latex=r"\chi", meaning="largest column sum of a softmax matrix, over heads", known="measured"
+        name="column_sum",
+        latex=r"\chi",
+        meaning="largest column sum of a softmax matrix, over heads",
+        known="activations",
     ),
-    SymbolEntry(name="value_range", latex=r"\omega", meaning="max - min of a vector's entries", known="measured"),
+    SymbolEntry(name="value_range", latex=r"\omega", meaning="max - min of a vector's entries", known="activations"),
     SymbolEntry(
         name="branch_variance",
         latex="b",
@@ -259,7 +270,7 @@ _ALL = (
     SymbolEntry(name="b_attn", latex=r"b_A", meaning="the attention sub-layer's share of b", known="config"),
 )
 
-# By the name of the sympy function; `edge_ACT` stands for one of every activation.
+# By the name of the sympy function; `edge_*` stands for every one that begins so, such as `edge_relu`.
 FUNCTIONS: dict[str, FunctionEntry] = {
     "Norm": FunctionEntry(latex=r"\left\| A \right\|", meaning="spectral norm; length of a column", range=">= 0"),
     "Transposed": FunctionEntry(latex=r"A^{\top}", meaning="transpose", range="as A"),
@@ -282,19 +293,22 @@ FUNCTIONS: dict[str, FunctionEntry] = {
     "LN": FunctionEntry(latex=r"\mathrm{LN}\left( x \right)", meaning="LayerNorm of a token", range="any real"),
     "Z": FunctionEntry(latex=r"Z\left( u \right)", meaning="concatenated heads' output at a token", range="any real"),
     "Var": FunctionEntry(latex=r"\mathrm{Var}\left( v \right)", meaning="variance under a softmax row", range=">= 0"),
-    "edge_ACT": FunctionEntry(
+    "edge_*": FunctionEntry(
         latex=r"\mathrm{edge}",
         meaning="norm of W_2 D W_1 over sigma_1 sigma_2 d, corrected for a finite width",
         range="> 0",
     ),
-    "gated_edge_ACT": FunctionEntry(
+    "gated_edge_*": FunctionEntry(
         latex=r"\mathrm{gated\ edge}", meaning="the same of a gated layer, over sigma_2 sqrt(d)", range="> 0"
     ),
-    "residual_edge_ACT": FunctionEntry(
-        latex=r"\mathrm{residual\ edge}", meaning="norm of I + J of a plain feed-forward half-layer", range=">= 1"
+    "residual_edge_*": FunctionEntry(
+        latex=r"\mathrm{residual\ edge}", meaning="norm of I + J of a half-layer", range="> 0"
     ),
-    "simulated_attention": FunctionEntry(
-        latex=r"\mathrm{simulated\ attention}", meaning="mean norm over simulated draws of attention", range="> 0"
+    "gated_residual_edge_*": FunctionEntry(
+        latex=r"\mathrm{gated\ residual\ edge}", meaning="the same of a gated half-layer", range="> 0"
+    ),
+    "simulated_*": FunctionEntry(
+        latex=r"\mathrm{simulated}", meaning="mean norm over simulated draws of attention", range="> 0"
     ),
     "steepest_norm": FunctionEntry(
         latex=r"\mathrm{steepest\ norm}", meaning="mean of the largest 1/s of T normal tokens", range="> 0"
@@ -321,9 +335,9 @@ def function_entry(name: str) -> FunctionEntry:
     Raises:
         ValueError: there is none.
     """
-    families = [key.removesuffix("ACT") for key in FUNCTIONS if key.endswith("ACT")]
+    families = [key.removesuffix("*") for key in FUNCTIONS if key.endswith("*")]
     family = next((prefix for prefix in families if name.startswith(prefix)), "")
-    key = f"{family}ACT" if family else name
+    key = f"{family}*" if family else name
     if key not in FUNCTIONS:
         raise ValueError(f"unknown function {name!r}; add it to theory.symbols")
     return FUNCTIONS[key]
