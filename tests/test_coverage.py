@@ -112,7 +112,7 @@ def test_slopes_shared_leave_closed_units_out() -> None:
     slope = activation_slope("relu", first @ (u * math.sqrt(d) / np.linalg.norm(u)))
     root = np.sqrt(np.abs(slope))
 
-    def opnorm(matrix: object) -> float:
+    def opnorm(matrix: Any) -> float:
         return float(np.linalg.norm(matrix, 2)) / math.sqrt(d)
 
     statement = find("ffn-upper-aposteriori")

@@ -303,6 +303,17 @@ def test_numbers_that_the_explanations_quote() -> None:
         found = {"n_layers": 1.0, "branch_variance": written, "sigma_e": std}
         assert right("shortcut-scale", 2, **found) == pytest.approx(growth, abs=5e-3)
         assert right("shortcut-scale", 3, **found) == pytest.approx(share, abs=5e-3)
+    depth = {
+        symbol("n_layers"): 48,
+        symbol("sigma_e"): 1.0,
+        entry("l=0..N-1"): [{entry("l"): float(n)} for n in range(48)],
+    }
+    for variance, post, pre in ((1.0, 18.0, 9.5), (0.16 / 48, 2.6, 2.6)):
+        values = depth | {symbol("branch_variance"): variance}
+        values |= {entry("|J|"): evaluate(numbered("post-ln", 13).right, values)}
+        bounds = evaluate(numbered("post-ln", 11).right, values), evaluate(numbered("post-ln", 12).left, values)
+        assert [math.log10(bound) for bound in bounds] == pytest.approx([post, pre], abs=0.05)
+        assert bounds[1] <= evaluate(numbered("post-ln", 12).right, values)
     degrees, deviation = 1023, math.log(2 * 2048 / 1e-6)
     values = {symbol("d"): 1024, symbol("sigma_x"): 1.0, entry("n"): degrees, entry("y"): deviation}
     assert evaluate(derivation("variance-suffices").conclusion.right, values) == pytest.approx(1.19, abs=5e-3)

@@ -79,7 +79,7 @@ _SIMULATED = "simulated from the configuration (`theory.attention_simulation`)"
 _SMALL_LOGITS = f"attention-sharp at small logits; at large ones {_SIMULATED}"
 _NO_NORM = "embedding-upper-aposteriori is the norm itself"
 _EMBEDDING: dict[Column, str] = {
-    "estimate": "the paper states none: it takes the std of the output as given",
+    "estimate": "the paper states none: its bounds end at the first block and take the std of the output as given",
     "sharp": _NO_NORM,
 }
 _EMBEDDINGS = ("embedding", "embedding-upper-apriori", "embedding-upper-aposteriori")
