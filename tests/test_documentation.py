@@ -192,7 +192,7 @@ def test_the_command_lists_and_refuses(tmp_path: Path, capsys: pytest.CaptureFix
     assert target.read_text().isascii()
 
 
-@pytest.mark.skipif(ENGINE is None, reason="no LaTeX engine on PATH")
+@pytest.mark.skipif(ENGINE is None, reason="no LaTeX engine on PATH: install tectonic or texlive-latex-base")
 def test_latex_compiles(tmp_path: Path) -> None:
     source = tmp_path / "theory.tex"
     source.write_text(document("latex"))
@@ -201,6 +201,9 @@ def test_latex_compiles(tmp_path: Path) -> None:
     done = subprocess.run([ENGINE, *options, source.name], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-2000:]
     assert (tmp_path / "theory.pdf").stat().st_size > 10_000
+    log = "" if ENGINE == "tectonic" else (tmp_path / "theory.log").read_text(errors="replace")
+    wide = [float(points) for points in re.findall(r"Overfull \\hbox \(([\d.]+)pt", log)]
+    assert max(wide, default=0.0) < 25, wide  # less than half a margin: no formula leaves the page
 
 
 def test_latex_is_balanced() -> None:

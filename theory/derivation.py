@@ -376,7 +376,8 @@ def derivation(name: str) -> Derivation:
 
 
 def render(chain: Derivation, format: Format = "text") -> str:
-    """The derivation as `text`, `markdown` (formulas between dollars) or `latex` (a fragment for amsmath, amssymb).
+    """The derivation as `text`, `markdown` (formulas between dollars) or `latex` (a fragment for amsmath, amssymb
+    and graphicx).
 
     Raises:
         ValueError: the format is not known.

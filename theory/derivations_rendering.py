@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import textwrap
 from collections.abc import Callable
+from itertools import groupby
 from typing import Any, Literal
 
 import sympy as sp  # pyright: ignore[reportMissingTypeStubs]
@@ -24,6 +25,7 @@ _sp: Any = sp
 SIGNS = {"=": "=", "<=": r"\leq", "~=": r"\simeq", "~": r"\approx", "<~": r"\lesssim"}
 _WIDTH = 110
 _LATEX_WIDTH = 180
+_WIDEST = 130  # characters of a line's text, beyond which its LaTeX does not fit on a page
 
 
 def _negative_last(expr: Any) -> list[Any]:
@@ -271,18 +273,31 @@ def render_markdown(chain: Derivation, heading: str = "") -> str:
     return "\n".join(lines) + "\n"
 
 
+def _displays(chain: Derivation) -> list[str]:
+    """The numbered lines: aligned, but for one that is wider than a page, which is shrunk to it."""
+    lines: list[str] = []
+    for wide, group in groupby(chain.steps, lambda step: len(formula(step, "text")) > _WIDEST):
+        steps = list(group)
+        if wide:
+            shrunk = (rf"  \resizebox{{0.92\linewidth}}{{!}}{{$\displaystyle {formula(step)}$}}" for step in steps)
+            lines += [line for row in shrunk for line in (r"\begin{equation}", row, r"\end{equation}")]
+            continue
+        rows = [f"  {latex(step.left)} &{SIGNS[step.relation]} {latex(step.right)}" for step in steps]
+        if max(map(len, rows)) <= _LATEX_WIDTH:  # a line that fills the page leaves the rules to the list below
+            rows = [rf"{row} && \text{{{escape(step.rule)}}}" for row, step in zip(rows, steps, strict=True)]
+        rows[:-1] = [rf"{row} \\" for row in rows[:-1]]
+        lines += [r"\begin{align}", *rows, r"\end{align}"]
+    return lines
+
+
 def render_latex(chain: Derivation) -> str:
-    """One align environment, a numbered line for each step, then the reasons."""
-    rows = [f"  {latex(step.left)} &{SIGNS[step.relation]} {latex(step.right)}" for step in chain.steps]
-    if max(map(len, rows)) <= _LATEX_WIDTH:  # a line that fills the page leaves the rules to the list below
-        rows = [rf"{row} && \text{{{escape(step.rule)}}}" for row, step in zip(rows, chain.steps)]
-    rows[:-1] = [rf"{row} \\" for row in rows[:-1]]
+    """Numbered lines, one for each step, then the reasons and the letters."""
     lines = [rf"\paragraph{{{escape(chain.title)}}} Kind: {chain.kind}."]
     if _target(chain):
         lines.append(rf"Arrives at \texttt{{{escape(_target(chain))}}}.")
     if chain.assumptions:
         lines.append("Assumes: " + "; ".join(escape(assumption) for assumption in chain.assumptions) + ".")
-    lines += [r"\begin{align}", *rows, r"\end{align}", r"\begin{enumerate}"]
+    lines += [*_displays(chain), r"\begin{enumerate}"]
     lines += [rf"  \item {escape(_reason(chain, step))}" for step in chain.steps]
     meant = (f"${latex(atom)}$ {escape(meaning)}" for atom, meaning in legend(chain))
     return "\n".join([*lines, r"\end{enumerate}", f"Letters: {'; '.join(meant)}."]) + "\n"

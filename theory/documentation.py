@@ -163,9 +163,10 @@ def document(format: Format = "markdown") -> str:
 
 
 LATEX_HEAD = r"""\documentclass{article}
-\usepackage{amsmath, amssymb}
+\usepackage{amsmath, amssymb, graphicx}
 \usepackage[margin=2cm]{geometry}
 \allowdisplaybreaks
+\sloppy
 \begin{document}"""
 
 

@@ -2,6 +2,8 @@
 
 It is a selection matrix, one row a token of the sequence, times the identity of width d: what repeats adds up.
 A fixed position, sinusoidal say, has no table and no slope. A detached embedding scales every gradient by c.
+The paper states no estimate of it: its bounds end at the first block, and take the std of the embedding's output as
+given: sqrt(2/(5d)), times sqrt(d), or 1 behind a norm. What these treatments make of growth is `theory.growth`'s.
 """
 
 from __future__ import annotations
