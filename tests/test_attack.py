@@ -426,6 +426,21 @@ def test_all_resumes_and_writes_the_table(
     assert run(capsys, "ffn-upper", "--replay", str(out))[1].count("ratio") == 1
 
 
+def test_published_page_has_every_bound_and_no_violation() -> None:
+    text = (Path(__file__).parents[1] / "docs" / "tightness.md").read_text()
+    assert "--budget 10000" in text
+    head, _, *rows = [
+        [cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("|")
+    ]
+    found = {row[0].strip("`"): dict(zip(head, row, strict=True)) for row in rows}
+    listed = {name for name in UPPER if not statements._REGISTRY[name].__module__.startswith("theory.bounds_")}
+    assert listed <= found.keys() <= UPPER.keys()  # a file of one's own need not be on the page
+    for name, row in found.items():
+        assert (row["cases"], row["violations"]) == ("10000", "0")
+        assert (row["tight"] == "yes") == UPPER[name].tight
+        assert (row["several tokens"] == "") == (find_bench(UPPER[name].quantity.name).several is None)
+
+
 def test_two_processes_give_the_records_of_one(tmp_path: Path) -> None:
     some = {name: UPPER[name] for name in ("ffn-upper", "softmax-jacobian", "norm-jacobian-upper")}
     options: dict[str, Any] = {"budget": 6, "seed": 0, "shrink": 1.0}
