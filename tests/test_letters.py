@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -14,7 +13,7 @@ import sympy as sp
 from theory import statements
 from theory.derivation import DERIVATIONS, Step, derivation, equal, known_functions, render
 from theory.derivations_expressions import array, entry
-from theory.derivations_rendering import latex, legend, plain, text
+from theory.derivations_rendering import is_product, latex, legend, plain, text
 from theory.letters import ANY, AT_LEAST_0, COLUMN, INDEX, MATRIX, UNIT, local_keys, local_letter
 from theory.statements import catalogue
 from theory.symbols import FUNCTIONS, SYMBOLS, function_entry, symbol
@@ -87,12 +86,20 @@ def test_the_test_tells_letters_apart() -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_a_letter_that_is_a_product_stands_by_itself(name: str) -> None:
     """Neither a power nor a denominator may be read as of its last factor alone."""
-    bare = {atom: re.sub(r"\|[^|]*\||\([^)]*\)", "", text(atom)) for atom in SHARED}  # without norms and brackets
-    products = {atom for atom, words in bare.items() if " " in words and "[" not in words}
-    assert {symbol("c_VO"), symbol("position_weight")} == products
     for _, side in sides(name):
         for power in side.atoms(sp.Pow):
-            assert power.base not in products or power.exp == sp.Rational(1, 2)
+            if power.base.is_Symbol and is_product(power.base) and power.exp != sp.Rational(1, 2):
+                assert power.exp > 0
+                assert text(power).startswith("(")
+                assert latex(power).startswith(r"\left(")
+
+
+def test_powers_of_products_are_bracketed() -> None:
+    assert {atom for atom in SHARED if is_product(atom)} == {symbol("c_VO"), symbol("position_weight")}
+    assert text(symbol("c_VO") ** 2) == "(c_V c_O)^2"
+    assert latex(symbol("c_VO") ** 2) == r"\left( c_V c_O \right)^{2}"
+    assert text(sp.sqrt(symbol("c_VO"))) == "sqrt(c_V c_O)"
+    assert text(symbol("sigma_xp") ** 2 * symbol("c_VO")) in ("c_V c_O sigma_x'^2", "sigma_x'^2 c_V c_O")
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -43,6 +43,11 @@ class PaperLatex(_Latex):  # pyright: ignore[reportUntypedBaseClass]
     def _as_ordered_terms(self, expr: Any, order: Any = None) -> list[Any]:
         return _negative_last(expr)
 
+    def parenthesize(self, item: Any, level: Any, is_neg: bool = False, strict: bool = False) -> str:
+        if _is_power_of_product(item, level):
+            return rf"\left( {self._print(item)} \right)"
+        return str(super().parenthesize(item, level, is_neg, strict))
+
     def _print_Norm(self, expr: Any, exp: str | None = None) -> str:
         return _power(rf"\left\| {self._print(expr.args[0])} \right\|", exp)
 
@@ -118,6 +123,11 @@ class PaperText(_Text):  # pyright: ignore[reportUntypedBaseClass]
     def _as_ordered_terms(self, expr: Any, order: Any = None) -> list[Any]:
         return _negative_last(expr)
 
+    def parenthesize(self, item: Any, level: Any, strict: bool = False) -> str:
+        if _is_power_of_product(item, level):
+            return f"({self._print(item)})"
+        return str(super().parenthesize(item, level, strict))
+
     def _print_Norm(self, expr: Any) -> str:
         return f"|{self._print(expr.args[0])}|"
 
@@ -167,6 +177,16 @@ class PaperText(_Text):  # pyright: ignore[reportUntypedBaseClass]
             return str(expr.name)
         letter = plain(latex_names()[expr])
         return f"[{letter}]" if letter.startswith("max") else letter
+
+
+def is_product(atom: Any) -> bool:
+    """Whether a symbol's letter is several factors, of which a power would seem to be of the last alone."""
+    words = text(atom)
+    return " " in re.sub(r"\|[^|]*\||\([^)]*\)|\{[^}]*\}|\[.*\]", "", words)
+
+
+def _is_power_of_product(item: Any, level: Any) -> bool:
+    return item.is_Symbol and level >= PRECEDENCE["Pow"] and is_product(item)
 
 
 def plain(latex: str) -> str:
