@@ -12,7 +12,7 @@ import sympy as sp
 
 from theory import statements
 from theory.derivation import DERIVATIONS, Step, derivation, equal, known_functions, render
-from theory.derivations_expressions import array, entry
+from theory.derivations_expressions import Values, array, entry
 from theory.derivations_rendering import is_product, latex, legend, plain, text
 from theory.letters import ANY, AT_LEAST_0, COLUMN, INDEX, MATRIX, UNIT, local_keys, local_letter
 from theory.statements import catalogue
@@ -126,13 +126,20 @@ def test_every_letter_of_a_statement_has_a_meaning(name: str) -> None:
             assert function_entry(str(part.func)).meaning
 
 
+def drawn(values: Values) -> Iterator[tuple[Any, Any]]:
+    """Symbols with their values, at every position of an index too."""
+    for atom, value in values.items():
+        if getattr(atom, "is_Symbol", False):
+            yield atom, value
+        for more in value if isinstance(value, list) else ():
+            yield from drawn(more)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_values_are_in_their_range(name: str) -> None:
     for step in derivation(name).steps:
         for sample in (step.sample, step.tight):
-            values = sample(np.random.default_rng(3)) if sample else {}
-            flat = [(atom, value) for atom, value in values.items() if getattr(atom, "is_Symbol", False)]
-            for atom, value in flat:
+            for atom, value in drawn(sample(np.random.default_rng(3)) if sample else {}):
                 used = atom in step.left.free_symbols | step.right.free_symbols
                 range = range_of(atom, name) if used else INDEX
                 assert RANGES[range](value), f"{atom} = {value} is not {range}"

@@ -29,8 +29,8 @@ value, slope = (
 beside, stacked = array("M"), array("[W_1; W_3]", r"\left[ W_1; W_3 \right]")
 unit, unit_slope, unit_value = (
     entry("i"),
-    entry("(F'(z_1i) z_3i)", r"\left( F'(z_{1i}) z_{3i} \right)"),
-    entry("F(z_1i)", "F(z_{1i})"),
+    entry("(F'(z_1i) z_3i)", r"\left( F'(z_{1i}) z_{3i} \right)", signed=True),
+    entry("F(z_1i)", "F(z_{1i})", signed=True),
 )
 norm_2, norm_13, gate_slope = symbol("opnorm_2"), symbol("opnorm_13"), symbol("gate_slope")
 _FFN = array("dFFN/du", r"\frac{\partial \mathrm{FFN}}{\partial u}")

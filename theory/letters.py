@@ -69,6 +69,8 @@ _SIGNED = {
     "tr DD'": "trace of the product of two tokens' gate Jacobians D = diag(g) - g p'",
     "kappa": "mean product of one expert's outputs at two tokens",
     "l_tj": "logit of token t at token j",
+    "(F'(z_1i) z_3i)": "slope at unit i times its other factor",
+    "F(z_1i)": "activation of unit i",
     "z_1i": "pre-activation of unit i",
     "z_3i": "other factor of gated unit i",
     "dlog(|g_0|/|g_N|)/dlog(sigma_e)": "elasticity of growth in the shortcut's std",
@@ -76,8 +78,6 @@ _SIGNED = {
 }
 
 _SCALARS = {
-    "(F'(z_1i) z_3i)": "slope at unit i times its other factor",
-    "F(z_1i)": "activation of unit i",
     "1/|J|": "one over the norm of the norm's Jacobian",
     "E |J'g|^2/|g|^2": "LayerNorm's mean square backward gain, over tokens and directions g",
     "E |J_R'g|^2/|g|^2": "RMSNorm's, likewise",
