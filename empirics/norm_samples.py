@@ -88,16 +88,27 @@ def feedforwards(statement: Statement) -> Iterator[Setting]:
 
             values = {"sigma_1": sigmas["enter"], "sigma_2": sigmas["leave"], "sigma_3": sigmas.get("gate", 0.0)}
             values |= {"d": d, "d_ffn": ratio * d}
-            yield Setting(label=f"d {d}, d_ffn {ratio * d}", values=values, draw=draw, seeds=16 if d == 512 else 40)
+            seeds = 16 if d == 512 else 40
+            if "relu-squared" in statement.covers.get("activation", ()):  # a draw varies by 6 to 12 per cent
+                seeds = {64: 200, 128: 200, 256: 1000 if ratio == 1 else 200, 512: 60}[d]
+            yield Setting(label=f"d {d}, d_ffn {ratio * d}", values=values, draw=draw, seeds=seeds)
 
 
 def half_layers(statement: Statement) -> Iterator[Setting]:
+    """|I + J| of half-layers: of one feed-forward token, or of attention over a sequence if it speaks of tokens."""
+    return attention_halves() if "n_tokens" in statement.parameters else feedforward_halves(statement)
+
+
+def feedforward_halves(statement: Statement) -> Iterator[Setting]:
     """|I + J| at one token of a pre-norm feed-forward half-layer, from weak branches to strong ones."""
     s = 0.3
     for d, strength in ((64, 0.1), (64, 1.0), (256, 0.02), (256, 0.1), (256, 0.5), (256, 3.0), (512, 0.5)):
         enter = 0.6 / math.sqrt(d)
         sigmas = {"enter": enter, "leave": strength * s / (enter * d)}
         module = feedforward(statement, d, 4 * d)
+        squared = "relu-squared" in statement.covers.get("activation", ())
+        if module.gate is not None:
+            sigmas["gate"] = 0.9 / math.sqrt(d)
         norm = make_norm(small_architecture({"d_model": d, "eps": 1e-12})).double().requires_grad_(False)
 
         def draw(seed: int, d: int = d, module: Any = module, sigmas: Any = sigmas, norm: Any = norm) -> float:
@@ -105,8 +116,42 @@ def half_layers(statement: Statement) -> Iterator[Setting]:
             x = s * torch.nn.functional.layer_norm(normal(seed + 1000, 1, d), (d,))
             return true_half_layer(module, norm, x).item()
 
-        values = {"sigma_1": enter, "sigma_2": sigmas["leave"], "s": s, "d": d, "d_ffn": 4 * d}
-        yield Setting(label=f"d {d}, |J| about {3 * strength:.2g}", values=values, draw=draw, seeds=12)
+        values = {"sigma_1": enter, "sigma_2": sigmas["leave"], "sigma_3": sigmas.get("gate", 0.0)}
+        values |= {"s": s, "d": d, "d_ffn": 4 * d}
+        # Where a few units decide, a norm varies more from draw to draw.
+        seeds = 48 if squared and strength > 0.1 and d < 512 else 16 if module.gate is not None else 12
+        yield Setting(label=f"d {d}, |J| about {3 * strength:.2g}", values=values, draw=draw, seeds=seeds)
+
+
+def attention_halves() -> Iterator[Setting]:
+    """|I + J| of a pre-norm attention half-layer over a sequence of normal tokens of one std."""
+    s, c_V = 0.3, 0.9
+    for d, length, a, strength in ((64, 16, 0.05, 0.5), (256, 16, 0.05, 0.1), (256, 16, 0.05, 0.5),
+                                   (256, 16, 0.05, 3.0), (256, 32, 0.16, 0.5), (256, 64, 0.1, 0.5),
+                                   (512, 16, 0.05, 0.5), (256, 16, 1.0, 0.5), (256, 16, 1.0, 3.0)):  # fmt: skip
+        c_VO = (strength * s) ** 2
+        module, sigmas = attention(d, a, c_V, c_VO / c_V)
+        norm = make_norm(small_architecture({"d_model": d, "eps": 1e-12})).requires_grad_(False)
+
+        def draw(seed: int, d: int = d, length: int = length, module: Any = module, sigmas: Any = sigmas,
+                 norm: Any = norm) -> float:  # fmt: skip
+            fill(module, sigmas, torch.Generator().manual_seed(seed))
+            x = (s * torch.nn.functional.layer_norm(normal(seed + 1000, 1, length, d), (d,))).float()
+            branch = PlainAttention(module)
+            return lanczos_opnorm(lambda x: x + branch(norm(x)), x, tolerance=PRECISE, limit=100).value
+
+        values = {"c_VO": c_VO, "s": s, "n_tokens": length, "d": d, "n_heads": HEADS, "d_head": d // HEADS}
+        values |= {"logit_variance": a, "numbers": d * length}
+        label = f"attention: d {d}, T {length}, logit variance {a:g}, |J| about {2.6 * 1.4 * strength:.2g}"
+        yield Setting(label=label, values=values, draw=draw, seeds=8 if a < 0.5 else 64)
+
+
+def attention(d: int, logit_variance: float, c_V: float, c_O: float) -> tuple[Attention, dict[str, float]]:
+    """An attention sub-layer to fill, and its weights' stds."""
+    stds = {"query": logit_variance**0.25, "key": logit_variance**0.25, "value": c_V**0.5, "output": c_O**0.5}
+    sizes = {"d_model": d, "n_heads": HEADS, "n_kv_heads": HEADS, "d_head": d // HEADS}
+    module = Attention(small_architecture(sizes)).requires_grad_(False)
+    return module, {name: std / math.sqrt(d) for name, std in stds.items()}
 
 
 def attentions(statement: Statement) -> Iterator[Setting]:
@@ -114,10 +159,7 @@ def attentions(statement: Statement) -> Iterator[Setting]:
     c_V, c_O = 0.9, 0.8
     for d, length, a in ((64, 16, 0.05), (256, 16, 0.05), (256, 32, 0.05), (256, 16, 0.16), (512, 16, 0.16),
                          (64, 16, 1.0), (256, 16, 1.0), (256, 64, 1.0), (256, 32, 4.0), (64, 16, 16.0)):  # fmt: skip
-        stds = {"query": a**0.25, "key": a**0.25, "value": c_V**0.5, "output": c_O**0.5}
-        sigmas = {name: std / math.sqrt(d) for name, std in stds.items()}
-        sizes = {"d_model": d, "n_heads": HEADS, "n_kv_heads": HEADS, "d_head": d // HEADS}
-        module = Attention(small_architecture(sizes)).requires_grad_(False)
+        module, sigmas = attention(d, a, c_V, c_O)
 
         def draw(seed: int, d: int = d, length: int = length, module: Any = module, sigmas: Any = sigmas) -> float:
             fill(module, sigmas, torch.Generator().manual_seed(seed))

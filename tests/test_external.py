@@ -25,7 +25,7 @@ from theory.activations import moments
 from theory.evaluate import paper_stds
 from theory.initialisation import INITS, truncated_std
 from theory.kernels import activation_kernel, erf_kernel
-from theory.random_matrix import TRACY_WIDOM_MEAN, cesaro_opnorm, feedforward_edge
+from theory.random_matrix import TRACY_WIDOM_MEAN, TRACY_WIDOM_VARIANCE, cesaro_opnorm, feedforward_edge
 from theory.sources import REFERENCES
 from theory.statements import find
 
@@ -220,6 +220,7 @@ def test_tracy_widom_moments() -> None:
     assert mean == pytest.approx(-1.2065335745820, abs=1e-10)
     assert variance == pytest.approx(1.607781034581, abs=1e-10)
     assert mean == pytest.approx(TRACY_WIDOM_MEAN, abs=1e-10)
+    assert variance == pytest.approx(TRACY_WIDOM_VARIANCE, abs=1e-9)
     assert mean != pytest.approx(-1.7710868074, abs=0.1)  # control: the law of complex matrices (beta = 2)
 
 

@@ -13,6 +13,7 @@ from typing import Any
 from theory.functions import exp, minimum, sqrt
 from theory.quantities import quantity
 from theory.random_matrix import cesaro_opnorm, harmonic_number
+from theory.residual_edges import attention_residual_opnorm
 from theory.sources import Source
 from theory.statements import Statement, register
 
@@ -190,3 +191,35 @@ def attention_sharp() -> Statement:
         target=0.03,
         domain={"d": (256.0, math.inf), "d_head": (0.0, 64.0), "logit_variance": (0.0, 0.2)},
     )
+
+
+@register
+def attention_half_layer_sharp() -> Statement:
+    r"""Predict |I + J| of a pre-norm attention half-layer at initialisation, over the whole sequence.
+
+    .. math:: \|I + J\| \approx \left\| I + C_T \otimes \frac{W_O W_V}{s} \right\|
+
+    Holds: near-uniform softmax (logit variance at most 0.2), heads at most 64 wide, d >= 256, at most 128 tokens, all
+        with one std s; `theory.residual_edges.mixing_edge` takes tokens of several.
+    Why: at T fixed and large d the norm tends to that of a matrix-valued sum of free elements, the least z at which
+        four T x T matrices solve its equations; less its Tracy-Widom offset. |C_T| times the branch of one token,
+        which leaves out that C_T is not normal, is up to 0.7 % higher.
+    """
+    return Statement(
+        name="attention-half-layer-sharp",
+        kind="sharp",
+        quantity=quantity("half_layer_jacobian"),
+        formula=attention_residual_opnorm,
+        source=Source(
+            key="haagerup2005application", label="convergence of the norm; equations and finite width derived here"
+        ),
+        assumptions=(
+            "independent normal weights", "logit variance at most 0.2", "d >= 256", "heads at most 64 wide",
+            "at most 128 tokens of one std",
+        ),
+        why="edge of I + C_T (x) W_O W_V / s with matrices of tokens for numbers, less its Tracy-Widom offset",
+        target=0.025,
+        domain={
+            "d": (256.0, math.inf), "d_head": (0.0, 64.0), "logit_variance": (0.0, 0.2), "n_tokens": (1.0, 128.0),
+        },
+    )  # fmt: skip

@@ -20,8 +20,9 @@ from theory.statements import Statement, register
 
 Array = NDArray[np.float64]
 
-# Mean of the Tracy-Widom law for real symmetric ensembles (beta = 1); tests integrate the law again.
+# Mean and variance of the Tracy-Widom law for real symmetric ensembles (beta = 1); tests integrate the law again.
 TRACY_WIDOM_MEAN = -1.2065335745820
+TRACY_WIDOM_VARIANCE = 1.6077810345
 
 
 @register
@@ -124,7 +125,14 @@ class Edge(NamedTuple):
 
     def opnorm(self, d: float) -> float:
         """Predicted mean norm at width d, over sigma_1 sigma_2 d: the edge less its Tracy-Widom offset."""
-        return float(np.sqrt(self.limit + TRACY_WIDOM_MEAN * d ** (-2 / 3) * (self.curvature / 2) ** (1 / 3)))
+        return math.sqrt(self.limit + TRACY_WIDOM_MEAN * self._scale(d))
+
+    def opnorm_std(self, d: float) -> float:
+        """Standard deviation of the norm from draw to draw."""
+        return math.sqrt(TRACY_WIDOM_VARIANCE) * self._scale(d) / (2 * self.opnorm(d))
+
+    def _scale(self, d: float) -> float:
+        return d ** (-2 / 3) * (self.curvature / 2) ** (1 / 3)
 
 
 def product_edge(squares: Array, weights: Array, ratio: float) -> Edge:
@@ -160,32 +168,6 @@ def product_edge(squares: Array, weights: Array, ratio: float) -> Edge:
     return Edge(limit=f**2 / w, curvature=in_w * (2 * f) ** 2)
 
 
-def residual_edge(squares: Array, weights: Array, ratio: float, strength: float) -> float:
-    """Edge of |I + strength W_2 diag(D) W_1 / d| for standard normal W_1, W_2 with hidden width ratio * d.
-
-    A random rotation of I changes no singular value, and makes a sum of free R-diagonal elements: their symmetrised
-    singular values add by free convolution. With q the resolvent, that of I has the R-transform
-    (sqrt(1 + 4 q^2) - 1) / (2 q), and the product takes the value q at sqrt(lambda), lambda = strength^2 (1 + t)^2 / w,
-    where q = (1 + t) / sqrt(lambda) = sqrt(w) / strength. The edge is the minimum over w of their sum.
-
-    Source: haagerup2000brown for the sum of R-diagonal elements.
-    """
-    from scipy.optimize import minimize_scalar
-
-    squares, weights = squares[squares > 0], weights[squares > 0]
-    largest = float(np.max(squares))
-
-    def height(log_share: float) -> float:
-        w = np.exp(log_share) / largest
-        t = ratio * float(np.sum(weights * w * squares / (1 - w * squares)))
-        q = np.sqrt(w) / strength
-        # Multiplied out, so that a small q loses no digits.
-        return float(2 * q / (np.sqrt(1 + 4 * q * q) + 1) + strength * (1 + t) / np.sqrt(w))
-
-    found: Any = minimize_scalar(height, bounds=(-40.0, -1e-9), method="bounded", options={"xatol": 1e-10})
-    return float(found.fun)
-
-
 MANY_UNITS = 8192  # more are stood for by as many
 GRID = 1024  # quantiles along either pre-activation of a gated unit
 
@@ -197,11 +179,11 @@ def feedforward_edge(activation: Activation, ratio: float, variance: float, unit
     The slopes of a layer of `units` units are put at their quantiles: a slope so rare that no unit has it makes
     no edge.
     """
-    return product_edge(*_slopes(activation, variance, units), ratio)
+    return product_edge(*plain_squares(activation, variance, units), ratio)
 
 
-def _slopes(activation: Activation, variance: float, units: int) -> tuple[Array, Array]:
-    """Squared slopes of a layer and their weights."""
+def plain_squares(activation: Activation, variance: float, units: int) -> tuple[Array, Array]:
+    """Squared slopes of a plain layer and their weights."""
     if activation in ("identity", "relu"):  # slopes 0 and 1 only: an atom, exactly
         return np.array([1.0]), np.array([1.0 if activation == "identity" else 0.5])
     squares = activation_slope(activation, math.sqrt(variance) * _normal_quantiles(units)) ** 2
@@ -210,7 +192,12 @@ def _slopes(activation: Activation, variance: float, units: int) -> tuple[Array,
 
 @lru_cache(maxsize=64)
 def gated_edge(activation: Activation, ratio: float, variance: float, gate_variance: float, units: int) -> Edge:
-    """Edge for W_2 (diag(F'(z_1) z_3) W_1 + diag(F(z_1)) W_3) over sigma_2 sqrt(d), hidden width ratio * d.
+    """Edge for W_2 (diag(F'(z_1) z_3) W_1 + diag(F(z_1)) W_3) over sigma_2 sqrt(d), hidden width ratio * d."""
+    return product_edge(*gated_squares(activation, variance, gate_variance, units), ratio)
+
+
+def gated_squares(activation: Activation, variance: float, gate_variance: float, units: int) -> tuple[Array, Array]:
+    """Squared slopes of the plain layer that a gated one is, and their weights.
 
     Given z_1 and z_3, a row of the sum is normal with variance D^2/d, D^2 = (F'(z_1) z_3)^2 variance +
     F(z_1)^2 gate_variance: the gated layer is a plain one with these slopes, whose tail is long, so that the
@@ -221,7 +208,7 @@ def gated_edge(activation: Activation, ratio: float, variance: float, gate_varia
     slope, value = activation_slope(activation, z_1), activation_function(activation, z_1)
     grid = np.sort((gate_variance * value**2)[:, None] + variance * np.outer(slope**2, z_3**2), None)
     places = ((np.arange(units) + 0.5) / units * grid.size).astype(np.int64)
-    return product_edge(grid[places], np.full(units, 1 / units), ratio)
+    return grid[places], np.full(units, 1 / units)
 
 
 def _normal_quantiles(count: int) -> Array:
@@ -248,16 +235,6 @@ def feedforward_edge_opnorm(activation: Activation, d: Any, d_ffn: Any, sigma_1:
         return feedforward_edge(activation, hidden / width, float(sigma**2 * width), units).opnorm(width)
 
     return elementwise(f"edge_{activation}", one, d, d_ffn, sigma_1)
-
-
-def residual_edge_opnorm(activation: Activation, d: Any, d_ffn: Any, sigma_1: Any, sigma_2: Any, s: Any) -> Any:
-    """Predicted |I + J| of a plain feed-forward half-layer, elementwise."""
-
-    def one(width: Any, hidden: Any, enter: Any, leave: Any, scale: Any) -> float:
-        slopes = _slopes(activation, float(enter**2 * width), min(int(hidden), MANY_UNITS))
-        return residual_edge(*slopes, hidden / width, float(enter * leave * width / scale))
-
-    return elementwise(f"residual_edge_{activation}", one, d, d_ffn, sigma_1, sigma_2, s)
 
 
 def gated_edge_opnorm(activation: Activation, d: Any, d_ffn: Any, sigma_1: Any, sigma_3: Any) -> Any:

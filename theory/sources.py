@@ -14,6 +14,10 @@ REFERENCES: dict[str, str] = {
     "analysis. Annals of Statistics, 2001.",
     "haagerup2000brown": "Haagerup, Larsen. Brown's spectral distribution measure for R-diagonal elements in finite "
     "von Neumann algebras. Journal of Functional Analysis, 2000.",
+    "haagerup2005application": "Haagerup, Thorbjornsen. A new application of random matrices: Ext(C*_red(F_2)) is not "
+    "a group. Annals of Mathematics, 2005.",
+    "helton2007operator": "Helton, Rashidi Far, Speicher. Operator-valued semicircular elements: solving a quadratic "
+    "matrix equation with positivity constraints. International Mathematics Research Notices, 2007.",
     "cho2009kernel": "Cho, Saul. Kernel methods for deep learning. NeurIPS 2009.",
     "williams1997infinite": "Williams. Computing with infinite networks. NeurIPS 1996.",
     "tsuchida2021avoiding": "Tsuchida, Pearce, van der Heide, Roosta, Gallagher. Avoiding kernel fixed points: "
