@@ -128,7 +128,8 @@ def attention_halves() -> Iterator[Setting]:
     s, c_V = 0.3, 0.9
     for d, length, a, strength in ((64, 16, 0.05, 0.5), (256, 16, 0.05, 0.1), (256, 16, 0.05, 0.5),
                                    (256, 16, 0.05, 3.0), (256, 32, 0.16, 0.5), (256, 64, 0.1, 0.5),
-                                   (512, 16, 0.05, 0.5), (256, 16, 1.0, 0.5), (256, 16, 1.0, 3.0)):  # fmt: skip
+                                   (512, 16, 0.05, 0.5), (256, 16, 1.0, 0.5), (256, 16, 1.0, 3.0),
+                                   (64, 16, 16.0, 0.5)):  # fmt: skip
         c_VO = (strength * s) ** 2
         module, sigmas = attention(d, a, c_V, c_VO / c_V)
         norm = make_norm(small_architecture({"d_model": d, "eps": 1e-12})).requires_grad_(False)
@@ -155,7 +156,53 @@ def attention(d: int, logit_variance: float, c_V: float, c_O: float) -> tuple[At
 
 
 def attentions(statement: Statement) -> Iterator[Setting]:
-    """|J_u| over a normal input's whole sequence, from near-uniform softmax rows to uneven ones."""
+    """|J_u| over a normal input's whole sequence, of plain attention, or of every kind if it speaks of kinds."""
+    return attention_kinds() if "rotary" in statement.parameters else plain_attentions()
+
+
+# Fields of `Architecture` with the symbols that stand for them.
+KINDS: dict[str, tuple[Mapping[str, Any], Mapping[str, Any]]] = {
+    "RoPE": ({"positions": "rope"}, {"rotary": 1.0}),
+    "half of RoPE, pairs of heads": (
+        {"positions": "rope", "rope_fraction": 0.5, "n_kv_heads": 2}, {"rotary": 0.5, "kv_group": 2},
+    ),
+    "ALiBi": ({"positions": "alibi"}, {"alibi": 1}),
+    "window 4": ({"window": 4}, {"n_seen": 4}),
+    "soft-cap 1": ({"attention_softcap": 1.0}, {"softcap": 1.0}),
+    "QK-norm of a head": ({"qk_norm": "head"}, {"qk_norm": 1}),
+    "QK-norm in full": ({"qk_norm": "full"}, {"qk_norm": 2}),
+    "RoPE, pairs of heads, window 8, soft-cap 2, QK-norm of a head": (
+        {"positions": "rope", "n_kv_heads": 2, "window": 8, "attention_softcap": 2.0, "qk_norm": "head"},
+        {"rotary": 1.0, "kv_group": 2, "n_seen": 8, "softcap": 2.0, "qk_norm": 1},
+    ),
+}  # fmt: skip
+
+
+def attention_kinds() -> Iterator[Setting]:
+    """|J_u| with every kind of position, mask, head and logit, at logit variance 1; one of larger logits."""
+    d, length, d_head, c_V, c_O = 64, 16, 16, 0.9, 0.8
+    for kind, a in (*((kind, 1.0) for kind in KINDS), ("RoPE", 16.0)):
+        fields, symbols = KINDS[kind]
+        sizes = {"d_model": d, "n_heads": HEADS, "n_kv_heads": HEADS, "d_head": d_head, **fields}
+        if "qk_norm" in fields:  # the scale then makes the logits' variance
+            sizes["attention_scale"] = math.sqrt(a / d_head)
+        module = Attention(small_architecture(sizes)).requires_grad_(False)
+        stds = {"query": a**0.25, "key": a**0.25, "value": c_V**0.5, "output": c_O**0.5}
+        sigmas = {name: std / math.sqrt(d) for name, std in stds.items()}
+
+        def draw(seed: int, module: Any = module, sigmas: Any = sigmas) -> float:
+            fill(module, sigmas, torch.Generator().manual_seed(seed))
+            u = torch.nn.functional.layer_norm(normal(seed + 1000, 1, length, d), (d,)).float()
+            return lanczos_opnorm(PlainAttention(module), u, tolerance=PRECISE, limit=100).value
+
+        values = {"c_VO": c_V * c_O, "n_tokens": length, "d": d, "n_heads": HEADS, "d_head": d_head, "kv_group": 1}
+        values |= {"rotary": 0.0, "rope_base": 10_000.0, "alibi": 0, "n_seen": length, "softcap": 0.0, "qk_norm": 0}
+        values |= {"logit_variance": a, "numbers": d * length, **symbols}
+        yield Setting(label=f"{kind}, logit variance {a:g}", values=values, draw=draw, seeds=256)
+
+
+def plain_attentions() -> Iterator[Setting]:
+    """|J_u| of attention without positions, from near-uniform softmax rows to uneven ones."""
     c_V, c_O = 0.9, 0.8
     for d, length, a in ((64, 16, 0.05), (256, 16, 0.05), (256, 32, 0.05), (256, 16, 0.16), (512, 16, 0.16),
                          (64, 16, 1.0), (256, 16, 1.0), (256, 64, 1.0), (256, 32, 4.0), (64, 16, 16.0)):  # fmt: skip

@@ -13,7 +13,7 @@ from empirics.model import Attention
 from empirics.probes import PlainAttention
 from empirics.spectral import explicit_jacobian, explicit_opnorm
 from theory.architecture import Architecture
-from theory.attention_simulation import DRAWS, LARGEST_INPUT, SimulatedAttention, _plain, simulated_norms
+from theory.attention_simulation import DRAWS, LARGEST_INPUT, SimulatedAttention, plain_attention, simulated_norms
 from theory.initialisation import flat
 from theory.statements import find
 
@@ -94,7 +94,7 @@ def test_norms_are_those_of_the_draws() -> None:
 
 
 def test_logits_have_the_variance_that_is_asked_for() -> None:
-    a = _plain(64, 4, 16, 16, 2.5)
+    a = plain_attention(64, 4, 16, 16, 2.5)
     draws = [SimulatedAttention(a, 16, np.random.default_rng(seed)) for seed in range(40)]
     logits = np.stack([(d.query @ d.key.mT / 4)[:, ~np.eye(16, dtype=bool)] for d in draws])
     assert np.mean(logits**2) == pytest.approx(2.5, rel=0.1)

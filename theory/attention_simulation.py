@@ -6,12 +6,14 @@ configuration decides, and it is found by drawing: weights and tokens from the l
 Jacobian's action written out, its largest singular value by a Krylov method. Nothing is measured on a model.
 
 `simulated_norms` takes any `Architecture`: grouped heads, rotary positions, ALiBi, windows, QK-norm, soft-caps and any
-scale. The statement is of plain attention, in symbols.
+scale; the statement here is of plain attention, those of variants and of half-layers are in
+`theory.attention_ensembles`.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from functools import lru_cache
 from typing import Any
@@ -96,6 +98,20 @@ class SimulatedAttention:
         )
         return sum((part.sum(axis=0) for part in parts), start=np.zeros(self.u.shape)).ravel()
 
+    def half_layer(self, std: float) -> tuple[Callable[[Array], Array], Callable[[Array], Array]]:
+        """The action of I + J and its transpose, J of the pre-normed branch in a stream whose tokens have this std."""
+
+        def through(change: Array) -> Array:
+            return (_norm_jacobian(self.architecture, change.reshape(self.u.shape), self.u) / std).ravel()
+
+        def forward(change: Array) -> Array:
+            return change.ravel() + self.forward(through(change))
+
+        def backward(cotangent: Array) -> Array:
+            return cotangent.ravel() + through(self.backward(cotangent))
+
+        return forward, backward
+
     def _project(self, name: str, x_TD: Array) -> Array:
         return x_TD @ self.weights[name].mT
 
@@ -116,13 +132,10 @@ class SimulatedAttention:
 
     def _through_norm(self, change: Array, normed: Array, scale: Array) -> Array:
         """The Jacobian of QK-norm, its own transpose: mean (of a LayerNorm) and radius taken out, over the scale."""
-        a = self.architecture
-        if a.qk_norm == "none":
+        if self.architecture.qk_norm == "none":
             return change
         change, normed = self._as_normed(change), self._as_normed(normed)
-        if a.norm == "layernorm":
-            change = change - change.mean(axis=-1, keepdims=True)
-        return self._as_heads((change - normed * np.mean(normed * change, axis=-1, keepdims=True)) / scale)
+        return self._as_heads(_norm_jacobian(self.architecture, change, normed) / scale)
 
     def _as_normed(self, x_HTE: Array) -> Array:
         """In the rows that QK-norm normalises: a head's, or all heads' of a token."""
@@ -158,6 +171,13 @@ def _normalised(a: Architecture, x: Array, eps: float) -> tuple[Array, Array]:
     return x / scale, scale
 
 
+def _norm_jacobian(a: Architecture, change: Array, normed: Array) -> Array:
+    """What a norm's Jacobian, its own transpose, makes of a change, times what the norm divides by."""
+    if a.norm == "layernorm":
+        change = change - change.mean(axis=-1, keepdims=True)
+    return change - normed * np.mean(normed * change, axis=-1, keepdims=True)
+
+
 def _rotation(n_tokens: int, width: int, base: float) -> tuple[Array, Array]:
     """(T, width/2) cosines and sines of rotary positions."""
     angles = np.outer(np.arange(n_tokens), base ** (-np.arange(0, width, 2) / width))
@@ -165,8 +185,13 @@ def _rotation(n_tokens: int, width: int, base: float) -> tuple[Array, Array]:
 
 
 @lru_cache(maxsize=64)
-def simulated_norms(architecture: Architecture, n_tokens: int, layer: int = 0) -> Array:
-    """(DRAWS,) norms of a layer's attention Jacobian in its normalised input, by a fixed seed.
+def simulated_norms(
+    architecture: Architecture, n_tokens: int, layer: int = 0, *, std: float | None = None, draws: int = DRAWS
+) -> Array:
+    """(draws,) norms of a layer's attention Jacobian in its normalised input, by fixed seeds.
+
+    Args:
+        std: of the stream; then the norms are those of the half-layer, |I + J|, behind a norm without eps.
 
     Raises:
         ValueError: an input is too large to draw many, and the message says how large; or n_tokens is below 1 or
@@ -183,17 +208,18 @@ def simulated_norms(architecture: Architecture, n_tokens: int, layer: int = 0) -
             f"{LARGEST_INPUT} numbers"
         )
     norms: list[float] = []
-    for seed in range(DRAWS):
+    for seed in range(draws):
         rng = np.random.default_rng(seed)
         drawn = SimulatedAttention(architecture, n_tokens, rng, layer)
-        operator = krylov.LinearOperator((size, size), matvec=drawn.forward, rmatvec=drawn.backward, dtype=np.float64)
+        forward, backward = (drawn.forward, drawn.backward) if std is None else drawn.half_layer(std)
+        operator = krylov.LinearOperator((size, size), matvec=forward, rmatvec=backward, dtype=np.float64)
         start = rng.standard_normal(size)
         found = krylov.svds(operator, k=1, tol=TOLERANCE, v0=start, return_singular_vectors=False)
         norms.append(float(found[0]))
     return np.array(norms)
 
 
-def _plain(width: int, heads: int, d_head: int, n_tokens: int, logit_variance: float) -> Architecture:
+def plain_attention(width: int, heads: int, d_head: int, n_tokens: int, logit_variance: float) -> Architecture:
     """Attention without positions, c_V c_O = 1, logits of this variance."""
     init = replace(
         flat(width**-0.5), query_key=width**-0.5 * logit_variance**0.25, writers=(heads * d_head) ** -0.5
@@ -218,7 +244,7 @@ def attention_simulated() -> Statement:
 
     def formula(c_VO: Any, d: Any, n_heads: Any, d_head: Any, n_tokens: Any, logit_variance: Any) -> Any:
         def one(gain: Any, width: Any, heads: Any, width_of_head: Any, length: Any, variance: Any) -> float:
-            a = _plain(int(width), int(heads), int(width_of_head), int(length), float(variance))
+            a = plain_attention(int(width), int(heads), int(width_of_head), int(length), float(variance))
             return math.sqrt(gain) * float(simulated_norms(a, a.context).mean())
 
         return elementwise("simulated_attention", one, c_VO, d, n_heads, d_head, n_tokens, logit_variance)

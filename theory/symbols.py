@@ -244,6 +244,19 @@ _ALL = (
         known="weights",
     ),
     SymbolEntry(name="n_seen", latex="w", meaning="tokens that a token sees at most", known="config", integer=True),
+    SymbolEntry(
+        name="rotary", latex=r"\rho", meaning="fraction of a head's width that RoPE turns, 0 without", known="config"
+    ),
+    SymbolEntry(name="rope_base", latex=r"\theta", meaning="base of RoPE's angles", known="config"),
+    SymbolEntry(name="alibi", latex=r"\iota_A", meaning="1 with ALiBi, else 0", known="config", integer=True),
+    SymbolEntry(name="softcap", latex=r"\bar l", meaning="cap of the logits, 0 without", known="config"),
+    SymbolEntry(
+        name="qk_norm",
+        latex=r"\iota_N",
+        meaning="QK-norm: 0 without, 1 of a head, 2 in full",
+        known="config",
+        integer=True,
+    ),
     SymbolEntry(name="eps", latex=r"\epsilon", meaning="eps of the normalisation", known="config"),
     SymbolEntry(
         name="column_sum",

@@ -32,7 +32,7 @@ def largest_units(units: int) -> Array:
     """
     middles = (np.arange(DRAWS) + 0.5) / DRAWS
     v = np.random.default_rng(0).permuted(np.tile(middles, (LARGEST, 1)), axis=1).T
-    return np.cumprod(v ** (1 / (units - np.arange(LARGEST))), axis=1)
+    return np.cumprod(v ** (1 / (units - np.arange(LARGEST))), axis=1).astype(np.float64, copy=False)
 
 
 @lru_cache(maxsize=64)

@@ -1,0 +1,130 @@
+"""Attention norms by simulation, in symbols: every kind of head and position, and half-layers with their shortcut."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+from theory.architecture import Architecture
+from theory.attention_simulation import DRAWS, LARGEST_INPUT, plain_attention, simulated_norms
+from theory.quantities import quantity
+from theory.random_matrix import elementwise
+from theory.sources import Source
+from theory.statements import Statement, register
+
+VARIANT_DRAWS = 256
+LARGEST_VARIANT = 2**13  # numbers in an input, with so many draws
+QK_NORMS = ("none", "head", "full")
+
+
+@register
+def attention_half_layer_simulated() -> Statement:
+    r"""Predict the mean |I + J| of an attention half-layer where softmax rows are uneven.
+
+    .. math:: E \|I + J\|, \qquad \text{mean over 64 draws of weights and tokens}
+
+    Holds: as `attention-simulated`, all tokens of one std s.
+    Why: it is the definition, evaluated on the law that the configuration states. Where rows are even
+        `attention-half-layer-sharp` is a closed form.
+    """
+
+    def formula(
+        c_VO: Any, s: Any, d: Any, n_heads: Any, d_head: Any, n_tokens: Any, logit_variance: Any
+    ) -> Any:  # fmt: skip
+        def one(
+            gain: Any, scale: Any, width: Any, heads: Any, width_of_head: Any, length: Any, variance: Any
+        ) -> float:  # fmt: skip
+            a = plain_attention(int(width), int(heads), int(width_of_head), int(length), float(variance))
+            return float(simulated_norms(a, a.context, std=float(scale) / math.sqrt(gain)).mean())
+
+        return elementwise("simulated_half_layer", one, c_VO, s, d, n_heads, d_head, n_tokens, logit_variance)
+
+    return Statement(
+        name="attention-half-layer-simulated",
+        kind="sharp",
+        quantity=quantity("half_layer_jacobian"),
+        formula=formula,
+        source=Source(key="spikecheck", label=f"simulation of the ensemble, {DRAWS} draws, seeds 0 to {DRAWS - 1}"),
+        assumptions=(
+            "independent normal weights and tokens of one std", "logit variance at most 4", "no positions inside",
+        ),
+        why="the exact Jacobian's norm, averaged over draws of the law that the configuration states",
+        target=0.03,
+        domain={"d": (64.0, 512.0), "numbers": (0.0, float(LARGEST_INPUT)), "logit_variance": (0.0, 4.0)},
+    )  # fmt: skip
+
+
+def variant(
+    d: int, heads: int, d_head: int, kv_group: int, n_tokens: int, logit_variance: float, *, rotary: float,
+    rope_base: float, alibi: int, n_seen: int, softcap: float, qk_norm: int,
+) -> Architecture:  # fmt: skip
+    """Attention of a kind, c_V c_O = 1, logits of this variance before a soft-cap and ALiBi.
+
+    Args:
+        rotary: fraction of a head's width that RoPE turns, 0 without it.
+        alibi: 1 with ALiBi, which excludes RoPE.
+        n_seen: tokens that a token sees at most.
+        softcap: 0 without one.
+        qk_norm: place in `QK_NORMS`; the logits' scale then makes their variance.
+    """
+    a = plain_attention(d, heads, d_head, n_tokens, logit_variance)
+    return replace(
+        a,
+        n_kv_heads=heads // kv_group,
+        positions="alibi" if alibi else "rope" if rotary else "none",
+        rope_fraction=rotary or 1.0,
+        rope_base=rope_base,
+        window=n_seen if n_seen < n_tokens else 0,
+        attention_softcap=softcap,
+        qk_norm=QK_NORMS[qk_norm],
+        attention_scale=math.sqrt(logit_variance / d_head) if qk_norm else None,
+    )
+
+
+@register
+def attention_variants_simulated() -> Statement:
+    r"""Predict the mean norm of the attention sub-layer's Jacobian for any kind of heads, positions and logits.
+
+    .. math:: E \|J_u\|, \qquad \text{mean over 256 draws of weights and tokens}
+
+    Holds: RoPE on all or part of a head or ALiBi, sliding windows, grouped heads, QK-norm of a head or in full,
+        soft-caps, and any of them together; logit variance (before a cap and ALiBi) up to 4, widths from 64 to 512,
+        at most 2^13 numbers in a sequence, independent normal weights and tokens.
+    Why: it is the definition, evaluated on the law that the configuration states; the mean is known to 1 %.
+    """
+
+    def formula(
+        c_VO: Any, d: Any, n_heads: Any, d_head: Any, kv_group: Any, n_tokens: Any, logit_variance: Any, rotary: Any,
+        rope_base: Any, alibi: Any, n_seen: Any, softcap: Any, qk_norm: Any,
+    ) -> Any:  # fmt: skip
+        def one(
+            gain: Any, width: Any, heads: Any, width_of_head: Any, group: Any, length: Any, variance: Any,
+            turned: Any, base: Any, biased: Any, seen: Any, cap: Any, normed: Any,
+        ) -> float:  # fmt: skip
+            a = variant(
+                int(width), int(heads), int(width_of_head), int(group), int(length), float(variance),
+                rotary=float(turned), rope_base=float(base), alibi=int(biased), n_seen=int(seen), softcap=float(cap),
+                qk_norm=int(normed),
+            )  # fmt: skip
+            return math.sqrt(gain) * float(simulated_norms(a, a.context, draws=VARIANT_DRAWS).mean())
+
+        return elementwise(
+            "simulated_variant", one, c_VO, d, n_heads, d_head, kv_group, n_tokens, logit_variance, rotary, rope_base,
+            alibi, n_seen, softcap, qk_norm,
+        )  # fmt: skip
+
+    return Statement(
+        name="attention-variants-simulated",
+        kind="sharp",
+        quantity=quantity("attention_jacobian"),
+        formula=formula,
+        source=Source(key="spikecheck", label=f"simulation of the ensemble, {VARIANT_DRAWS} draws"),
+        assumptions=("independent normal weights and tokens", "logit variance at most 4", "RoPE or ALiBi, not both"),
+        why="the exact Jacobian's norm, averaged over draws of the law that the configuration states",
+        target=0.03,
+        domain={
+            "d": (64.0, 512.0), "numbers": (0.0, float(LARGEST_VARIANT)), "logit_variance": (0.0, 4.0),
+            "rotary": (0.0, 1.0), "alibi": (0.0, 1.0), "qk_norm": (0.0, 2.0),
+        },
+    )  # fmt: skip
