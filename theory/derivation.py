@@ -47,6 +47,8 @@ DERIVATION_MODULES = (
     "derivations_logits",
     "derivations_masks",
     "derivations_constants",
+    "derivations_edges",
+    "derivations_attention_edge",
     "derivations_activation",
     "derivations_heads",
     "derivations_variance",
