@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -9,10 +10,11 @@ import pytest
 import torch
 from helpers.weights import architecture
 
-from empirics.model import Attention
+from empirics.model import Attention, make_norm
 from empirics.probes import PlainAttention
 from empirics.spectral import explicit_jacobian, explicit_opnorm
 from theory.architecture import Architecture
+from theory.attention_ensembles import variant as architecture_of
 from theory.attention_simulation import DRAWS, LARGEST_INPUT, SimulatedAttention, plain_attention, simulated_norms
 from theory.initialisation import flat
 from theory.statements import find
@@ -84,6 +86,24 @@ def test_each_variant_is_another_jacobian(variant: str) -> None:
     assert abs(explicit_opnorm(module, u) / expected - 1) > 1e-3
 
 
+@pytest.mark.parametrize("variant", ["plain", "RMSNorm", "all at once"])
+def test_a_half_layers_jacobian_is_the_models(variant: str) -> None:
+    """I + J behind the model's norm, at tokens of one std."""
+    std = 0.6
+    a = architecture(**(SIZES | VARIANTS[variant] | {"eps": 1e-12}))
+    drawn = draw(a, 3)
+    module, u = model_of(drawn)
+    norm = make_norm(a).double().requires_grad_(False)
+    expected = explicit_jacobian(lambda x: x + module(norm(x)), std * u).numpy()
+    forward, backward = drawn.half_layer(std)
+    basis = np.eye(expected.shape[0])
+    tolerance = 1e-8 * np.abs(expected).max()  # eps is left out
+    np.testing.assert_allclose(np.stack([forward(c) for c in basis], axis=1), expected, rtol=0, atol=tolerance)
+    np.testing.assert_allclose(np.stack([backward(r) for r in basis], axis=0), expected, rtol=0, atol=tolerance)
+    bare = np.eye(len(basis)) + explicit_jacobian(module, u).numpy() / std
+    assert np.abs(bare - expected).max() > 1e-2 * np.abs(expected).max()  # control: the norm is felt
+
+
 def test_norms_are_those_of_the_draws() -> None:
     a = architecture(**SIZES)
     norms = simulated_norms(a, LENGTH)
@@ -108,6 +128,29 @@ def test_where_the_closed_form_ends() -> None:
     even, uneven = (float(simulated.evaluate(values | {"logit_variance": a})) for a in (0.0, 1.0))
     assert closed == pytest.approx(even, rel=0.03)
     assert closed < 0.8 * uneven
+
+
+def test_a_half_layer_where_rows_are_even_is_the_closed_form() -> None:
+    values = {"c_VO": 0.02, "s": 0.3, "d": 256, "n_heads": 4, "d_head": 64, "n_tokens": 8, "logit_variance": 0.01}
+    closed = float(find("attention-half-layer-sharp").evaluate(values))
+    assert closed == pytest.approx(float(find("attention-half-layer-simulated").evaluate(values)), rel=0.02)
+
+
+def test_symbols_of_a_variant_are_its_fields() -> None:
+    sizes = {"d": 64, "heads": 4, "d_head": 16, "kv_group": 2, "n_tokens": 12, "logit_variance": 0.5}
+    off: dict[str, Any] = {"rotary": 0.0, "rope_base": 1e4, "alibi": 0, "n_seen": 12, "softcap": 0.0, "qk_norm": 0}
+    plain = architecture_of(**sizes, **off)
+    assert (plain.positions, plain.window, plain.qk_norm, plain.n_kv_heads) == ("none", 0, "none", 2)
+    all_of_them = architecture_of(**sizes, **(off | {"rotary": 0.5, "n_seen": 5, "softcap": 2.0, "qk_norm": 2}))
+    assert (all_of_them.positions, all_of_them.rope_fraction, all_of_them.window) == ("rope", 0.5, 5)
+    assert (all_of_them.attention_softcap, all_of_them.qk_norm) == (2.0, "full")
+    assert architecture_of(**sizes, **(off | {"alibi": 1})).positions == "alibi"
+    for qk_norm in (0, 1, 2):  # the logits have the variance that is asked for, however they come by it
+        a = architecture_of(**sizes, **(off | {"qk_norm": qk_norm}))
+        draws = [SimulatedAttention(a, 12, np.random.default_rng(seed)) for seed in range(60)]
+        logits = np.stack([a.logit_scale * d.left @ d.right.mT for d in draws])[:, :, ~np.eye(12, dtype=bool)]
+        each = np.mean(logits**2, axis=(1, 2))
+        assert abs(each.mean() - 0.5) <= 4 * each.std() / math.sqrt(len(each)) + 1 / 64  # tokens are normed
 
 
 def test_what_is_too_large_is_refused() -> None:

@@ -1,0 +1,109 @@
+"""Edges of the identity plus a random matrix, and of layers whose largest units decide, against draws and limits."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+from theory.residual_edges import mixing_edge, residual_edge
+from theory.unit_edges import DRAWS, FEWEST, LARGEST, _larger, largest_units, relu_squared_opnorm
+
+ONE = np.array([1.0])
+SHEAR = np.array([[0.1, 1.0], [0.0, 0.1]])  # far from normal
+RUNNING_MEAN = np.tril(np.ones((4, 4))) / np.arange(1, 5)[:, None]
+
+
+def drawn_norms(mixing: np.ndarray, d: int, draws: int) -> np.ndarray:
+    """|I + A (x) W_O W_V| by SVD of the whole matrix."""
+    rng = np.random.default_rng(1)
+    norms: list[float] = []
+    for _ in range(draws):
+        branch = rng.standard_normal((d, d)) @ rng.standard_normal((d, d)) / d
+        norms.append(float(np.linalg.norm(np.eye(len(mixing) * d) + np.kron(mixing, branch), 2)))
+    return np.array(norms)
+
+
+@pytest.mark.parametrize("strength", [0.02, 0.5, 4.0])
+def test_one_token_is_the_scalar_edge(strength: float) -> None:
+    whole, scalar = mixing_edge(np.array([[strength]])), residual_edge(ONE, ONE, 1.0, strength)
+    assert whole.limit == pytest.approx(scalar.limit, rel=1e-9)
+    assert whole.curvature == pytest.approx(scalar.curvature, rel=2e-3)  # a second difference at steps of 1 %
+
+
+def test_tokens_that_do_not_mix_are_the_strongest_of_them() -> None:
+    whole, scalar = mixing_edge(np.diag([0.2, 0.5, 0.3])), residual_edge(ONE, ONE, 1.0, 0.5)
+    assert whole.limit == pytest.approx(scalar.limit, rel=1e-9)
+    assert whole.opnorm(256) == pytest.approx(scalar.opnorm(256), rel=1e-4)
+
+
+def test_a_sign_or_a_rotation_of_tokens_changes_nothing() -> None:
+    turn = np.linalg.qr(np.random.default_rng(0).standard_normal((4, 4)))[0]
+    same = [mixing_edge(matrix).limit for matrix in (RUNNING_MEAN, -RUNNING_MEAN, turn @ RUNNING_MEAN @ turn.T)]
+    assert same == pytest.approx([same[0]] * 3, rel=1e-8)
+
+
+def test_strong_branches_have_the_norm_of_the_branch_alone() -> None:
+    strength = 1e4
+    limit = float(np.linalg.norm(RUNNING_MEAN, 2)) * math.sqrt(27) / 2
+    assert mixing_edge(strength * RUNNING_MEAN).limit / strength == pytest.approx(limit, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    "mixing", [0.3 * RUNNING_MEAN, 2 * RUNNING_MEAN, SHEAR, RUNNING_MEAN @ np.diag([2.0, 0.7, 0.5, 0.2])]
+)
+def test_against_draws(mixing: np.ndarray) -> None:
+    d, draws = 96, 16
+    norms = drawn_norms(mixing, d, draws)
+    error = float(norms.std(ddof=1)) / math.sqrt(draws)
+    edge = mixing_edge(mixing)
+    assert abs(edge.opnorm(d) - norms.mean()) <= 4 * error + 0.005 * edge.limit  # d is not infinite
+    assert norms.mean() < edge.limit
+
+
+def test_a_scalar_with_the_norm_of_the_mixing_is_no_substitute() -> None:
+    """Control: the same singular values without the angles are 3.5 % off where A is far from normal."""
+    scalar = residual_edge(ONE, ONE, 1.0, float(np.linalg.norm(SHEAR, 2)))
+    assert scalar.limit > 1.03 * mixing_edge(SHEAR).limit
+
+
+@pytest.mark.parametrize("units", [64, 1000])
+def test_largest_units_are_order_statistics(units: int) -> None:
+    """Means of Beta laws: the k-th largest of n uniform draws has mean (n + 1 - k)/(n + 1)."""
+    drawn = largest_units(units)
+    assert drawn.shape == (DRAWS, LARGEST)
+    assert np.all(np.diff(drawn, axis=1) < 0)
+    rank = np.arange(1, LARGEST + 1)
+    expected = (units + 1 - rank) / (units + 1)
+    spread = np.sqrt(rank * expected / ((units + 1) * (units + 2)))
+    assert np.all(np.abs(drawn.mean(0) - expected) <= 4 * spread / math.sqrt(DRAWS))
+    assert drawn[:, 0].std() == pytest.approx(spread[0], rel=0.05)
+
+
+def test_larger_of_two_normal_variables() -> None:
+    assert _larger((1.0, 0.3), (1.0, 0.4)) == pytest.approx(1 + 0.5 / math.sqrt(2 * math.pi), rel=1e-12)
+    assert _larger((9.0, 0.3), (1.0, 0.4)) == pytest.approx(9, rel=1e-12)
+    left, right = np.random.default_rng(0).standard_normal((2, 100_000)) * [[0.3], [0.2]] + [[1.0], [1.1]]
+    assert _larger((1.0, 0.3), (1.1, 0.2)) == pytest.approx(float(np.maximum(left, right).mean()), abs=4 * 0.25 / 300)
+
+
+def test_squared_relu_against_independent_draws() -> None:
+    """Rows of W_1 drawn, their pre-activation with them; the input's own column in and out."""
+    d, units, draws = 128, 512, 120
+    rng, norms, without = np.random.default_rng(0), list[float](), list[float]()
+    for _ in range(draws):
+        first, second = rng.standard_normal((units, d)), rng.standard_normal((d, units))
+        first *= (2 * np.maximum(first[:, 0], 0))[:, None]  # the input is the first axis, of length sqrt(d)
+        jacobian = second @ first / d
+        norms.append(float(np.linalg.norm(jacobian, 2)))
+        without.append(float(np.linalg.norm(jacobian[:, 1:], 2)))
+    error = float(np.std(norms)) / math.sqrt(draws)
+    predicted = relu_squared_opnorm(d, units)
+    assert abs(predicted - np.mean(norms)) <= 3.5 * error
+    assert np.mean(norms) > 1.02 * np.mean(without)  # control: without the column it is another number
+
+
+def test_too_few_units_are_refused() -> None:
+    with pytest.raises(ValueError, match=f"use {FEWEST} or more"):
+        relu_squared_opnorm(256, FEWEST - 1)
