@@ -45,7 +45,7 @@ KINDS = {
     **dict.fromkeys(("factor-two", "single-head"), "estimate"),  # bounds and sharp values, side by side
     **dict.fromkeys(("attention-sharp", "activation-cost", "routing"), "sharp"),
     **dict.fromkeys(("half-layer-sharp-relu", "half-layer-sharp-gated-relu", "ffn-sharp-relu-squared"), "sharp"),
-    "attention-half-layer-sharp": "sharp",
+    **dict.fromkeys(("attention-half-layer-sharp", "attention-uneven-sharp"), "sharp"),
     "norm-backward-gain": "exact",
 }
 # Tails and a product of maxima that nothing attains: how far below the bound their checks may stay.

@@ -327,6 +327,11 @@ def test_cesaro_norm() -> None:
 
 
 QUICK, MANY_SEEDS = 256, 255  # wider ones are in docs/accuracy.md
+# Measured as their like are: slow ones.
+ALIKE = {
+    *(f"half-layer-sharp-gated-{name}" for name in ("gelu", "gelu-tanh", "relu", "identity")),
+    "half-layer-sharp-gelu-tanh", "attention-half-layer-simulated",
+}  # fmt: skip
 MEASURED = [
     (name, setting)
     for name in SHARP
@@ -345,7 +350,7 @@ def test_sharp_is_measured_inside_its_domain_and_outside(name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "setting"),
     [
-        pytest.param(n, s, id=f"{n}: {s.label}", marks=[pytest.mark.slow] if s.seeds > MANY_SEEDS else [])
+        pytest.param(n, s, id=f"{n}: {s.label}", marks=[pytest.mark.slow] * (s.seeds > MANY_SEEDS or n in ALIKE))
         for n, s in MEASURED
     ],
 )
@@ -476,7 +481,7 @@ _INTEGERS = {"rows": (64, 2048), "columns": (64, 2048), "d": (64, 2048), "d_ffn"
 # Seconds each at the sizes they are for, so compared at tiny ones.
 SECONDS = (
     "attention-simulated", "attention-half-layer-sharp", "attention-half-layer-simulated",
-    "attention-variants-simulated",
+    "attention-variants-simulated", "attention-uneven-sharp",
 )  # fmt: skip
 _TINY = {"kv_group": (1, 1), "d_head": (2, 2), "alibi": (0, 1), "qk_norm": (0, 2)}
 
