@@ -116,8 +116,8 @@ def against_simulation(closed: str, simulated: str, **changes: float) -> float:
 @pytest.mark.xfail(
     strict=True,
     raises=AssertionError,
-    reason="the closed form leaves out that sizes vary from row to row: 4 to 6 % low at logit variance 1, where the "
-    "target is 3 %; the simulation is within 2 % of models",
+    reason="the outlier of one row leaves out that rows strengthen each other: 4.5 % low at 16 tokens and logit "
+    "variance 1, where the target is 3 %; the simulation is within 2 % of models",
 )
 def test_attention_norm_at_uneven_rows_in_closed_form() -> None:
     assert abs(against_simulation("attention-uneven-sharp", "attention-simulated")) <= 0.03
@@ -126,8 +126,8 @@ def test_attention_norm_at_uneven_rows_in_closed_form() -> None:
 @pytest.mark.xfail(
     strict=True,
     raises=AssertionError,
-    reason="with the shortcut there is a closed form at even rows alone: 28 % low at logit variance 1, where the target "
-    "is 2.5 %",
+    reason="with the shortcut there is a closed form at even rows alone: 28 % low at logit variance 1, where the "
+    "target is 2.5 %",
 )
 def test_attention_half_layer_at_uneven_rows_in_closed_form() -> None:
     gap = against_simulation("attention-half-layer-sharp", "attention-half-layer-simulated", c_VO=0.25)
@@ -136,7 +136,7 @@ def test_attention_half_layer_at_uneven_rows_in_closed_form() -> None:
 
 def test_both_closed_forms_hold_where_they_claim_to() -> None:
     """The control: at their own targets, and at even rows with the shortcut."""
-    assert abs(against_simulation("attention-uneven-sharp", "attention-simulated")) <= 0.07
+    assert abs(against_simulation("attention-uneven-sharp", "attention-simulated")) <= 0.06
     changes = {"c_VO": 0.25, "logit_variance": 0.05}
     gap = against_simulation("attention-half-layer-sharp", "attention-half-layer-simulated", **changes)
     assert abs(gap) <= 0.025

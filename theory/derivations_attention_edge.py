@@ -204,7 +204,7 @@ def _uneven(rng: Rng) -> Values:
     attention = plain_attention(256, 4, 64, 8, 2.0)
     return {
         **{_mean_norm: float(simulated_norms(attention, 8, draws=24).mean())},
-        **{c_VO: 1.0, d_head: 64, T: 8, a: 2.0},
+        **{c_VO: 1.0, d: 256, symbol("n_heads"): 4, d_head: 64, T: 8, a: 2.0},
     }
 
 
@@ -241,7 +241,7 @@ def attention_uneven_sharp() -> Derivation:
         "outlier of an operator-valued law",
         "x = W_O v is in the value term too, as C_T (x) (W_O v)(W_V' v)'. With both of finite rank, 1 is the largest "
         "eigenvalue of G (C_T H C_T' + theta^2 g e_t e_t'), G and H as in attention-half-layer-sharp without the "
-        "identity. Sizes vary from row to row and the largest counts: left out.",
+        "identity. theta is the line above times twice |S_t| and the vectors' sizes, of the strongest row and head.",
         source=SEMICIRCULAR,
         sample=_uneven,
         tolerance=0.15,
