@@ -285,7 +285,7 @@ def _with_input(rng: Rng) -> Values:
         return float(np.sum(others)) / width, float(np.sum(along)) / width
 
     end = 1 / squares[0]
-    root: Any = brentq(lambda x: 1 + sums(x)[0] - sums(x)[1], 1e-9 * end, (1 - 1e-12) * end, xtol=1e-18, rtol=1e-14)
+    root: Any = brentq(lambda x: 1 + sums(x)[0] - sums(x)[1], 1e-9 * end, (1 - 1e-12) * end, xtol=1e-18)
     first = np.concatenate([rng.normal(0, width**-0.5, (len(pre), width - 1)), pre[:, None] * width**-0.5], axis=1)
     J = rng.normal(0, width**-0.5, (width, len(pre))) @ (2 * pre[:, None] * first)
     return {w: float(root), t: sums(root)[0], _seen: sums(root)[1], _outlier: opnorm(J)}
