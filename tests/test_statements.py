@@ -330,7 +330,7 @@ QUICK, MANY_SEEDS = 256, 255  # wider ones are in docs/accuracy.md
 # Measured as their like are: slow ones.
 ALIKE = {
     *(f"half-layer-sharp-gated-{name}" for name in ("gelu", "gelu-tanh", "relu", "identity")),
-    "half-layer-sharp-gelu-tanh", "attention-half-layer-simulated",
+    "half-layer-sharp-gelu-tanh", "attention-half-layer-simulated", "attention-uneven-sharp",
 }  # fmt: skip
 MEASURED = [
     (name, setting)
