@@ -248,7 +248,7 @@ _ALL = (
         name="rotary", latex=r"\rho", meaning="fraction of a head's width that RoPE turns, 0 without", known="config"
     ),
     SymbolEntry(name="rope_base", latex=r"\theta", meaning="base of RoPE's angles", known="config"),
-    SymbolEntry(name="alibi", latex=r"\iota_A", meaning="1 with ALiBi, else 0", known="config", integer=True),
+    SymbolEntry(name="alibi", latex=r"\iota_A", meaning="1 with ALiBi, else 0", known="config", range="0 or 1"),
     SymbolEntry(name="softcap", latex=r"\bar l", meaning="cap of the logits, 0 without", known="config"),
     SymbolEntry(
         name="qk_norm",
@@ -322,6 +322,9 @@ FUNCTIONS: dict[str, FunctionEntry] = {
     ),
     "simulated_*": FunctionEntry(
         latex=r"\mathrm{simulated}", meaning="mean norm over simulated draws of attention", range="> 0"
+    ),
+    "attention_outlier": FunctionEntry(
+        latex=r"\mathrm{attention\ outlier}", meaning="norm of what the strongest softmax row adds", range="> 0"
     ),
     "steepest_norm": FunctionEntry(
         latex=r"\mathrm{steepest\ norm}", meaning="mean of the largest 1/s of T normal tokens", range="> 0"
