@@ -110,13 +110,13 @@ def test_importing_theory_is_light() -> None:
 
 
 def test_evaluating_every_statement_needs_no_algebra_system() -> None:
-    # Counts are 1 but for widths, which a sharp value wants large.
+    # Counts are 1 but for widths, which a sharp value wants large; a sixteenth of them is even, as rotary pairs are.
     code = """
 from theory.statements import catalogue
 from theory.symbols import SYMBOLS
 for statement in catalogue().values():
     counts = {name: 64 if name.startswith("d") else 1 for name in statement.parameters if SYMBOLS[name].integer}
-    statement.evaluate({name: counts.get(name, 0.05) for name in statement.parameters})
+    statement.evaluate({name: counts.get(name, 1 / 16) for name in statement.parameters})
 """
     assert not loaded(code) & {"torch", "sympy", "matplotlib"}
 
