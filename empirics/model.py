@@ -389,6 +389,13 @@ class Layer(nn.Module):
         """x -> new x, in the order and number of `Architecture.updates`; the layer is their composition."""
         return (self.parallel_update,) if self.parallel else (self.attention_update, self.feedforward_update)
 
+    def forward(self, x_BTD: Tensor, places: list[Tensor] | None = None) -> Tensor:
+        """The residual stream after the layer; what every update leaves is appended to `places`."""
+        for update in self.updates:
+            x_BTD = update(x_BTD)
+            _keep(places, x_BTD)
+        return x_BTD
+
     def _normalise(self, norm: nn.Module | None, x_BTD: Tensor) -> Tensor:
         return x_BTD if norm is None else times(norm(x_BTD), self.norm_factor)
 
@@ -440,10 +447,7 @@ class Transformer(nn.Module):
         a, x_BTD = self.architecture, self.embed(tokens_BT)
         _keep(places, x_BTD)
         for layer in self.layers:
-            assert isinstance(layer, Layer)
-            for update in layer.updates:
-                x_BTD = update(x_BTD)
-                _keep(places, x_BTD)
+            x_BTD = layer(x_BTD, places)
         return softcap(times(self.head(self.norm(x_BTD)), a.logit_multiplier), a.logit_softcap)
 
     def loss(self, tokens_BT: Tensor, targets_BT: Tensor, places: list[Tensor] | None = None) -> Tensor:
