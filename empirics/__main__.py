@@ -4,108 +4,16 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from tqdm import tqdm
-
-from empirics.command_line import check_device, check_memory, positive
-from empirics.data import Batch, batch, load_corpus, random_tokens
+from empirics.command_line import positive
+from empirics.measure_command import add_command as add_measure
 from empirics.perplexity_command import add_command as add_perplexity
-from empirics.probes import measure_growth
 from empirics.spike_definitions import DEFINITIONS
 from empirics.tokenise_command import add_command as add_tokenise
 from empirics.train_command import add_command as add_train
-from theory.__main__ import (
-    EXIT_UNKNOWN,
-    Parser,
-    add_architecture_options,
-    add_version,
-    chosen,
-    emit,
-    natural,
-    run_command,
-    whole,
-)
-from theory.architecture import Architecture
-from theory.growth import gradient_growth
-from theory.hf_config import UnknownArchitecture
-from theory.records import plain
-
-LARGEST_SEEDS = 100_000
-MEASURE_SEQ_LEN = 128  # default where the context is longer: activations of the whole batch are kept
-
-
-def batches_of(
-    architecture: Architecture, *, batch_size: int, seq_len: int, data: str | None, cache: Path | None
-) -> Callable[[int], Batch]:
-    """Batches by seed: uniformly random ids, or text where `data` names some."""
-    if data is None:
-        return lambda seed: random_tokens(architecture.vocab_size, seed=seed, batch_size=batch_size, seq_len=seq_len)
-    corpus = load_corpus(data, vocab_size=architecture.vocab_size, cache=cache)
-    return lambda seed: batch(corpus, seed=seed, step=0, batch_size=batch_size, seq_len=seq_len)
-
-
-def _measure(arguments: argparse.Namespace) -> int:
-    try:
-        architecture, longest, _ = chosen(arguments)
-    except UnknownArchitecture as reason:
-        answer = {"verdict": "unknown", "why": [str(reason)]}
-        emit(json.dumps(answer) if arguments.json else f"unknown: {reason}", arguments.out)
-        return EXIT_UNKNOWN
-    device = check_device(arguments.device)
-    if arguments.seeds > LARGEST_SEEDS:
-        raise ValueError(f"--seeds {arguments.seeds} is out of range; use at most {LARGEST_SEEDS}")
-    seq_len = arguments.seq_len or min(longest, MEASURE_SEQ_LEN)
-    check_memory(architecture, arguments.batch * seq_len)
-    batches = batches_of(
-        architecture, batch_size=arguments.batch, seq_len=seq_len, data=arguments.data, cache=arguments.cache
-    )
-    with tqdm(total=arguments.seeds, desc="seeds", unit="seed", disable=arguments.seeds < 2) as bar:
-        growth, profile, residual = measure_growth(
-            architecture,
-            seeds=tuple(range(arguments.seeds)),
-            batches=batches,
-            device=device,
-            on_seed=lambda _: bar.update(1),
-        )
-    predicted = gradient_growth(architecture, seq_len)
-    log_sd = None if growth.log_sd is None or not math.isfinite(growth.log_sd[0]) else growth.log_sd[0]
-    answer: dict[str, Any] = {
-        "architecture": architecture,
-        "seq_len": seq_len,
-        "batch": arguments.batch,
-        "tokens": arguments.data or "uniformly random",
-        "gradient_growth": {"value": growth.values[0], "log_sd": log_sd, "seeds": list(growth.seeds)},
-        "gradient_profile": {"values": profile.values, "log_sd": profile.log_sd},
-        "residual_std": {"values": residual.values, "log_sd": residual.log_sd},
-        "predicted": {
-            "gradient_growth": predicted.value,
-            "kind": "sharp",
-            "in_domain": predicted.in_domain,
-            "reasons": predicted.reasons,
-            "gradient_profile": predicted.gradient,
-            "residual_std": predicted.residual_std,
-        },
-    }
-    if arguments.json:
-        emit(json.dumps(plain(answer), indent=2, allow_nan=False), arguments.out)
-        return 0
-    spread = "" if log_sd is None else f" (log sd {log_sd:.3f} over {arguments.seeds} seeds)"
-    domain = "" if predicted.in_domain else ", outside its domain"
-    lines = [
-        f"{architecture.name}, {seq_len} tokens: gradient growth {growth.values[0]:.4g}{spread}",
-        f"predicted {predicted.value:.4g} (sharp{domain}): {predicted.value / growth.values[0] - 1:+.2%}",
-        f"{'place':>6}{'residual std':>14}{'gradient':>12}{'predicted':>12}",
-        *(
-            f"{n:>6}{std:>14.4g}{g:>12.4g}{p:>12.4g}"
-            for n, (std, g, p) in enumerate(zip(residual.values, profile.values, predicted.gradient, strict=True))
-        ),
-    ]
-    emit("\n".join(lines), arguments.out)
-    return 0
+from theory.__main__ import Parser, add_version, emit, natural, run_command, whole
 
 
 def _accuracy(arguments: argparse.Namespace) -> int:
@@ -128,6 +36,17 @@ def _accuracy(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _classes(arguments: argparse.Namespace) -> int:
+    from empirics.class_configs import CASES
+    from empirics.classes import markdown, records
+
+    only = arguments.only or ""
+    if not any(only in label for label in CASES):
+        raise ValueError(f"no class has {only!r} in its name; use one of {', '.join(CASES)}")
+    emit(markdown(records(Path(arguments.out), only=only, seeds=arguments.seeds)), arguments.markdown)
+    return 0
+
+
 def _attack(arguments: argparse.Namespace) -> int:
     from empirics.falsify import command
 
@@ -144,29 +63,23 @@ def _spikes(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _several(text: str) -> int:
+    """A whole number from 2 for argparse: a standard error needs two."""
+    if (value := whole(text)) < 2:
+        raise argparse.ArgumentTypeError(f"{value} seed has no standard error; use at least 2")
+    return value
+
+
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     top = Parser(
         prog="python -m empirics",
-        description="Measure real transformers, at initialisation, in training or on a text; attack bounds.",
+        description="Measure real transformers, at initialisation, in training, after it or on a text; attack bounds.",
     )
     add_version(top, "torch", "numpy", "scipy", "sympy")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
 
-    measure = commands.add_parser(
-        "measure",
-        help="gradient growth of a network at initialisation",
-        description="Build the network (float32, no dropout) and measure its gradient growth beside the prediction.",
-    )
-    add_architecture_options(measure)
-    measure.add_argument("--batch", type=whole, default=4, metavar="B", help="sequences (default 4)")
-    measure.add_argument("--seeds", type=whole, default=3, metavar="K", help="seeds 0..K-1 (default 3)")
-    measure.add_argument("--data", metavar="TEXT", help="text to measure on, as train takes it; default random ids")
-    measure.add_argument("--cache", type=Path, metavar="DIR", help="folder that keeps tokenised text")
-    measure.add_argument("--json", action="store_true", help="print JSON")
-    measure.add_argument("--out", metavar="FILE", help="write to a file instead of standard output")
-    measure.set_defaults(run=_measure)
-
+    measure = add_measure(commands)
     train = add_train(commands)
     add_tokenise(commands)
     perplexity = add_perplexity(commands)
@@ -181,6 +94,18 @@ def parser() -> argparse.ArgumentParser:
     accuracy.add_argument("--out", default="results/accuracy", metavar="DIR", help="records (default results/accuracy)")
     accuracy.add_argument("--markdown", metavar="FILE", help="write the table, for example docs/accuracy.md")
     accuracy.set_defaults(run=_accuracy)
+
+    classes = commands.add_parser(
+        "classes",
+        help="every decoder class of transformers: what it is, and its growth beside the prediction",
+        description="Measure every class at d about 250, 6 layers (about ten minutes on one core; a killed run "
+        "resumes) and print the table.",
+    )
+    classes.add_argument("--only", metavar="TEXT", help="classes with this in their name")
+    classes.add_argument("--seeds", type=_several, default=32, metavar="K", help="seeds 0..K-1 (default 32)")
+    classes.add_argument("--out", default="results/classes", metavar="DIR", help="records (default results/classes)")
+    classes.add_argument("--markdown", metavar="FILE", help="write the table, for example docs/classes.md")
+    classes.set_defaults(run=_classes)
 
     attack = commands.add_parser(
         "attack",

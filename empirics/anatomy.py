@@ -29,6 +29,7 @@ from empirics.running import (
     replaced,
     require_stream,
     stream_tensors,
+    uncompiled,
     with_first,
 )
 
@@ -262,7 +263,7 @@ def find_blocks(model: nn.Module) -> tuple[nn.Module, ...]:
     for container in model.modules():
         if not isinstance(container, nn.ModuleList | nn.ModuleDict | nn.Sequential):
             continue
-        children = tuple(container.children())
+        children = tuple(map(uncompiled, container.children()))
         if len({type(child) for child in children}) == 1 and n_parameters(*children) > n_parameters(*best):
             best = children
     if not best:

@@ -5,6 +5,7 @@ A checkpoint is a folder `step-NNNNNNNN` (N steps have been taken):
     model.safetensors      every parameter by its name; a tied table once
     optimizer.safetensors  Adam's moments and step count, `PARAMETER.exp_avg`, `.exp_avg_sq`, `.step`
     series.json            what was written down so far
+    architecture.json      what the weights are of, for those who only look at them
     manifest.json          the step, the run's identity, size and SHA-256 of the files above; written last
 
 Nothing else decides the steps to come: batches and rates are functions of the step, and no step draws from a global
@@ -59,6 +60,7 @@ class Checkpoints:
             save_file(_parameters(model), temporary / MODEL)
             save_file(_moments(model, optimizer), temporary / OPTIMIZER)
             write_json(temporary / SERIES, series)
+            write_json(temporary / ARCHITECTURE, plain(model.architecture))
             files = {file: _seal(temporary / file) for file in (MODEL, OPTIMIZER, SERIES)}
             write_json(temporary / MANIFEST, {"step": step, "run": self.identity, "files": files})
         self._good = [*(good for good in self._good if good != name), name][-KEPT:]

@@ -52,9 +52,18 @@ def check_memory(architecture: Architecture, n_tokens: int) -> None:
     Counted in float32: weights and gradients, and what one pass over n_tokens tokens keeps for the backward pass.
     """
     needed = 8 * architecture.n_parameters + 4 * n_tokens * kept_numbers(architecture)
+    require_memory(f"{architecture.name} with {n_tokens} tokens at once", needed)
+
+
+def require_memory(what: str, needed: float, *, smaller: str = "fewer --layers or a smaller preset") -> None:
+    """Refuse what needs more bytes than this machine has.
+
+    Raises:
+        ValueError: with the remedy; `smaller` names the options that make the network smaller.
+    """
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if needed > 0.9 * total:
         raise ValueError(
-            f"{architecture.name} with {n_tokens} tokens at once needs {needed / 1e9:.3g} GB and this machine has "
-            f"{total / 1e9:.3g} GB; use a smaller --batch or --seq-len, fewer --layers or a smaller preset"
+            f"{what} needs {needed / 1e9:.3g} GB and this machine has {total / 1e9:.3g} GB; "
+            f"use a smaller --batch or --seq-len, {smaller}"
         )

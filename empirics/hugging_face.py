@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 from transformers import TrainerCallback
 
-from empirics.monitor import StabilityMonitor, require_steps
+from empirics.stability import StabilityMonitor, require_steps
 from theory.records import plain
 
 

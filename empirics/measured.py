@@ -6,6 +6,7 @@ Each answer is what a block, or the way into the first one, does when its input 
 from __future__ import annotations
 
 import math
+import re
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -47,6 +48,19 @@ class Measured:
     embedding_norm: bool
     tied: bool
     stds: dict[str, tuple[float, ...]]
+
+    def __str__(self) -> str:
+        order = {True: "parallel", False: "serial", None: "of unknown order"}[self.parallel]
+        embedding = "normalised" if self.embedding_norm else f"times {_number(self.embedding_multiplier)}"
+        return (
+            f"d_model {self.d_model}, {self.n_layers} layers, {self.block or 'of unknown layout'}, {order}, "
+            f"embedding {embedding}, residual multiplier {_number(self.residual_multiplier)}, "
+            f"shortcut multiplier {_number(self.shortcut_multiplier)}, {'tied' if self.tied else 'untied'} head"
+        )
+
+
+def _number(value: float | None) -> str:
+    return "unknown" if value is None else f"{value:.4g}"
 
 
 def describe(model: nn.Module, tokens: Tensor | None = None) -> Measured:
@@ -186,12 +200,16 @@ def _matrices(block: Block, wired: Wiring) -> Iterator[tuple[str, float]]:
         roles |= _attention_roles(block, run, wired.attention)
     if wired.feedforward is not None:
         roles |= _feedforward_roles(block, run, wired.feedforward)
+    others: dict[str, list[Tensor]] = defaultdict(list)
     for name, module in block.module.named_modules():
         own = {key: p for key, p in module.named_parameters(recurse=False) if p.ndim > 1}
         if module in roles:
             yield roles[module], _rms(_response(module, run))
         else:
-            yield from ((f"{name}.{key}", _rms(p)) for key, p in own.items())
+            for key, p in own.items():
+                others[re.sub(r"\.\d+\.", ".*.", f"{name}.{key}")].append(p)
+    for name, alike in others.items():  # one name for all experts
+        yield name, math.sqrt(sum(_rms(p) ** 2 * p.numel() for p in alike) / sum(p.numel() for p in alike))
 
 
 def _leaves(run: Run, sublayer: SubLayer) -> tuple[list[nn.Module], list[nn.Module]]:

@@ -12,16 +12,44 @@ from torch import Tensor, nn
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Every module in eval mode, and as it was afterwards; random states too."""
+    """Every module in eval mode and uncompiled, and as it was afterwards; random states too."""
     training = [(module, module.training) for module in model.modules()]
     devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
-    with torch.random.fork_rng(devices=devices):
+    with torch.random.fork_rng(devices=devices), run_eagerly(model):
         try:
             model.eval()
             yield
         finally:
             for module, was in training:
                 module.training = was
+
+
+def is_compiled(model: nn.Module) -> bool:
+    """Whether it, or a module in it, is compiled."""
+    return any(hasattr(m, "_orig_mod") or m._compiled_call_impl is not None for m in model.modules())
+
+
+def uncompiled(module: nn.Module) -> nn.Module:
+    """The module inside a compiled one, else itself."""
+    inside = getattr(module, "_orig_mod", module)
+    assert isinstance(inside, nn.Module)
+    return inside
+
+
+@contextmanager
+def run_eagerly(model: nn.Module) -> Iterator[None]:
+    """A compiled model's forward passes run uncompiled, so that hooks are called; compiled graphs stay as they are.
+
+    Raises:
+        ValueError: it is compiled, and this torch has no way to run it otherwise.
+    """
+    if not is_compiled(model):
+        yield
+        return
+    if not hasattr(torch.compiler, "set_stance"):
+        raise ValueError("the model is compiled, and hooks on it are not called; use torch 2.6, or leave it uncompiled")
+    with torch.compiler.set_stance("force_eager"):
+        yield
 
 
 @contextmanager

@@ -55,8 +55,8 @@ def test_callback_writes_the_probed_steps_and_changes_nothing(tmp_path: Path) ->
     assert [row["step"] for row in rows] == [0, 2, 4]
     for row in rows:
         assert row["n_tokens"] == 2 * 2 * 16  # both parts of the step
-        assert row["growth"] == pytest.approx(row["gradient"][0] / row["gradient"][-1], rel=1e-12)
-        assert len(row["places"]) == len(row["residual_std"]) == len(row["gradient"])
+        assert row["growth"] == pytest.approx(row["place_gradient"][0] / row["place_gradient"][-1], rel=1e-12)
+        assert len(row["places"]) == len(row["residual_std"]) == len(row["place_gradient"])
     assert isinstance(StabilityCallback(out), transformers.TrainerCallback)
 
 

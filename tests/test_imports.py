@@ -18,8 +18,9 @@ MODULES = [path for package in PACKAGES for path in sorted((ROOT / package).rglo
 # A probe may share types with the theory it tests, never a formula.
 TYPES = {"theory.architecture", "theory.initialisation", "theory.records", "theory.quantities", "theory.sources"}
 # The doors: these put a prediction, or a bound, beside a measurement.
-DOORS = {"empirics.__main__", "empirics.initialisation", "empirics.run", "empirics.monitor"}
+DOORS = {"empirics.__main__", "empirics.initialisation", "empirics.run", "empirics.comparison"}
 DOORS |= {"empirics.tokenise_command", "empirics.perplexity_command"}  # the options and output of every command
+DOORS |= {"empirics.measure_command", "empirics.classes", "empirics.networks"}
 DOORS |= {"empirics.train_command", "empirics.attack", "empirics.falsify", "empirics.accuracy", "empirics.norm_samples"}
 
 

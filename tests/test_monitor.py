@@ -154,9 +154,9 @@ def test_the_stream_and_its_gradient_are_those_of_the_class(kind: str) -> None:
         rows = x.detach().double().reshape(24, -1)
         deviation = math.sqrt(float((rows - rows.mean(1, keepdim=True)).square().mean()))
         assert record.residual_std[n] == pytest.approx(deviation, rel=TOLERANCE)
-        assert record.gradient[n] == pytest.approx(float(gradient.square().sum().sqrt()), rel=TOLERANCE)
+        assert record.place_gradient[n] == pytest.approx(float(gradient.square().sum().sqrt()), rel=TOLERANCE)
         assert record.token_gradient[n] == pytest.approx(float(gradient.norm(dim=1).mean()), rel=TOLERANCE)
-    assert record.growth == record.gradient[0] / record.gradient[-1]
+    assert record.growth == record.place_gradient[0] / record.place_gradient[-1]
     # And by the class's own account of its layers; its last one is normalised.
     with torch.no_grad():
         states = model(some_batch(), output_hidden_states=True).hidden_states
@@ -283,7 +283,7 @@ def test_micro_batches_count_as_one_batch() -> None:
             total(half).backward()
     whole, halves = monitor.records
     assert halves.n_tokens == whole.n_tokens == 48
-    for name in ("residual_std", "gradient", "token_gradient"):
+    for name in ("residual_std", "place_gradient", "token_gradient"):
         assert getattr(halves, name) == pytest.approx(getattr(whole, name), rel=1e-4)
 
 
@@ -300,7 +300,7 @@ def test_activation_checkpointing_is_seen_once(reentrant: bool) -> None:
         loss_of(model, some_batch()).backward()
     plain_record, again = monitor.records
     assert again.n_tokens == plain_record.n_tokens
-    for name in ("residual_std", "gradient", "token_gradient"):
+    for name in ("residual_std", "place_gradient", "token_gradient"):
         assert getattr(again, name) == pytest.approx(getattr(plain_record, name), rel=1e-5)
 
 
@@ -354,8 +354,8 @@ def test_an_untrained_part_has_no_gradient() -> None:
     with monitor.probe():
         loss_of(model, some_batch()).backward()
     record = monitor.records[-1]
-    assert math.isnan(record.gradient[0])
-    assert math.isfinite(record.gradient[1])
+    assert math.isnan(record.place_gradient[0])
+    assert math.isfinite(record.place_gradient[1])
     growth, profile, residual = record.measurements()
     assert math.isnan(growth.values[0])
     assert profile.values[-1] == 1

@@ -18,7 +18,7 @@ from theory.hf_llama import LLAMA_CLASSES
 from theory.hf_reader import Reader, UnknownArchitecture
 from theory.names import meant
 
-__all__ = ["CLASSES", "Config", "UnknownArchitecture", "parse_config", "read_config"]
+__all__ = ["CLASSES", "Config", "UnknownArchitecture", "parse_config", "read_config", "read_json"]
 
 
 class Config(NamedTuple):
@@ -63,6 +63,15 @@ def read_config(path: Path) -> Config:
     Raises:
         ValueError: missing, unreadable or not JSON.
     """
+    return parse_config(read_json(path))
+
+
+def read_json(path: Path) -> Any:
+    """What a `config.json`, or the one in a folder, holds.
+
+    Raises:
+        ValueError: missing, unreadable or not JSON.
+    """
     if os.path.isdir(path):  # unlike Path.is_dir, false for a name that is too long
         path = path / "config.json"
     try:
@@ -73,11 +82,10 @@ def read_config(path: Path) -> Config:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
         raise ValueError(f"cannot read {path}: {reason}; give a readable config.json") from None
     try:
-        data = json.loads(text)
+        return json.loads(text)
     except (ValueError, RecursionError) as error:
         detail = "it is nested too deeply" if isinstance(error, RecursionError) else str(error).split(";")[0]
         raise ValueError(f"{path} is not valid JSON ({detail}); fix it and try again") from None
-    return parse_config(data)
 
 
 def _json_kind(value: Any) -> str:

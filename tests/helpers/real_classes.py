@@ -1,7 +1,7 @@
-"""The real decoder classes of transformers: small configs of each, built, and their gradient growth measured.
+"""The real decoder classes of transformers: tiny configs of each, and their gradient growth measured by name.
 
-`REAL` are small models of odd sizes whose growth a prediction can be held to; `TINY` are for structure, with
-weights so large that every setting shows in the output. Both are as a `config.json` would be.
+`REAL` are small models of odd sizes whose growth a prediction can be held to (`empirics.class_configs`); `TINY` are for
+structure, with weights so large that every setting shows in the output. Both are as a `config.json` would be.
 """
 
 from __future__ import annotations
@@ -14,68 +14,17 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+from empirics.class_configs import REAL, VOCABULARY, gpt_sizes, llama_sizes
+
+__all__ = ["FIRST_TOKEN", "REAL", "TINY", "VOCABULARY", "blocks", "build", "measured_growth", "residual_ends"]
+
 transformers.logging.set_verbosity_error()  # it warns of token ids outside these small vocabularies
 
-VOCAB = 500
 FIRST_TOKEN = 2  # the tokens before it are padding in one class or another
 
-
-def _llama_sizes(d: int, layers: int, heads: int, ffn: int, kv: int | None = None) -> dict[str, Any]:
-    sizes = {
-        "hidden_size": d, "num_hidden_layers": layers, "num_attention_heads": heads, "intermediate_size": ffn,
-        "max_position_embeddings": 64,
-    }  # fmt: skip
-    return sizes if kv is None else sizes | {"num_key_value_heads": kv}
-
-
-def _gpt_sizes(d: int, layers: int, heads: int) -> dict[str, Any]:
-    return {"n_embd": d, "n_layer": layers, "n_head": heads, "n_positions": 64}
-
-
-_REAL: dict[str, dict[str, Any]] = {
-    "gpt2": _gpt_sizes(252, 6, 6) | {"n_inner": 900},
-    "gptj": _gpt_sizes(240, 6, 5) | {"rotary_dim": 20},
-    "gpt_neo": {
-        "hidden_size": 248, "num_layers": 6, "num_heads": 8, "intermediate_size": 700, "window_size": 20,
-        "attention_types": [[["global", "local"], 3]], "max_position_embeddings": 64,
-    },
-    "gpt_neox": _llama_sizes(264, 6, 11, 1000),
-    "opt": {
-        "hidden_size": 252, "num_hidden_layers": 6, "num_attention_heads": 6, "ffn_dim": 900,
-        "max_position_embeddings": 64,
-    },
-    "bloom": {"hidden_size": 256, "n_layer": 6, "n_head": 8},
-    "falcon": {"hidden_size": 252, "num_hidden_layers": 6, "num_attention_heads": 7, "ffn_hidden_size": 900},
-    "mpt": {"d_model": 240, "n_layers": 6, "n_heads": 6, "max_seq_len": 64},
-    "llama": _llama_sizes(252, 6, 6, 680, 3),
-    "mistral": _llama_sizes(252, 6, 6, 680, 2) | {"sliding_window": 20},
-    "qwen2": _llama_sizes(240, 6, 6, 660, 2),
-    "qwen3": _llama_sizes(240, 6, 6, 660, 3) | {"head_dim": 48},
-    "gemma": _llama_sizes(252, 6, 6, 900, 1) | {"head_dim": 48},
-    "gemma2": _llama_sizes(252, 6, 6, 900, 3) | {"head_dim": 48, "sliding_window": 20},
-    "gemma3_text": _llama_sizes(252, 6, 6, 900, 3) | {"head_dim": 48, "sliding_window": 20},
-    "olmo": _llama_sizes(252, 6, 6, 680),
-    "olmo2": _llama_sizes(252, 6, 6, 680),
-    "granite": _llama_sizes(252, 6, 6, 680, 2) | {
-        "embedding_multiplier": 12, "residual_multiplier": 0.22, "attention_multiplier": 1 / 42, "logits_scaling": 8,
-    },
-    "phi": _llama_sizes(240, 6, 6, 960),
-    "phi3": _llama_sizes(252, 6, 6, 680, 3) | {"pad_token_id": None},
-    "cohere": _llama_sizes(252, 6, 6, 680, 3),
-    "starcoder2": _llama_sizes(252, 6, 6, 1000, 2),
-    "stablelm": _llama_sizes(240, 6, 6, 660, 3),
-    "smollm3": _llama_sizes(252, 6, 6, 680, 3) | {"pad_token_id": None},
-    "mixtral": _llama_sizes(252, 6, 6, 400, 3),
-    "olmoe": _llama_sizes(252, 6, 6, 200) | {"num_experts": 16, "num_experts_per_tok": 4},
-    "qwen3_moe": _llama_sizes(240, 6, 6, 660, 3) | {
-        "head_dim": 48, "moe_intermediate_size": 200, "num_experts": 12, "num_experts_per_tok": 3,
-    },
-}  # fmt: skip
-REAL = {kind: {"model_type": kind, "vocab_size": VOCAB} | config for kind, config in _REAL.items()}
-
-_TINY_LLAMA = _llama_sizes(32, 4, 4, 52) | {"initializer_range": 0.25}
+_TINY_LLAMA = llama_sizes(32, 4, 4, 52) | {"initializer_range": 0.25}
 _TINY_GROUPED = _TINY_LLAMA | {"num_key_value_heads": 2}
-_TINY_GPT = _gpt_sizes(32, 4, 4) | {"initializer_range": 0.25}
+_TINY_GPT = gpt_sizes(32, 4, 4) | {"initializer_range": 0.25}
 _TINY: dict[str, dict[str, Any]] = {
     "gpt2": _TINY_GPT | {"n_inner": 40},
     "gptj": _TINY_GPT | {"rotary_dim": 4},

@@ -1,0 +1,266 @@
+"""A decoder's measured growth beside the prediction for its configuration, and whether it is what its config says."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from empirics.anatomy import forward, some_tokens, token_table
+from empirics.measured import Measured, describe
+from empirics.running import evaluating, first_tensor
+from empirics.stability import StabilityMonitor, StabilityRecord
+from theory.architecture import Architecture
+from theory.growth import Growth, gradient_growth
+from theory.hf_config import UnknownArchitecture, parse_config
+from theory.initialisation import Stds
+
+Loss = Callable[[nn.Module, Tensor, Tensor], Tensor]
+Outcome = Literal["agrees", "differs", "unknown"]
+
+CHECK_SHAPE = (4, 48)  # sequences and tokens that `check` runs
+STD_LIMIT = 0.15  # relative: five standard errors of the smallest matrices of a network 32 wide are 0.11
+ACCURACY = 0.08  # relative, of the predicted growth inside its domain: what docs/accuracy.md holds the worst case to
+SCATTER = 0.5
+LONGEST_EXACT = 256  # repeated tokens are predicted position by position, in a time that grows like T^3
+MOST_EXACT = 4  # sequences
+NEARLY_DISTINCT = 0.95  # share of a sequence's tokens that are; the rest moves the growth by less than its accuracy
+# What a measured role holds of `Stds`, where it is not one of its names.
+ROLES: dict[str, tuple[str, ...]] = {field: (field,) for field in Stds._fields} | {
+    "query_key_value": ("query", "key", "value"),
+    "key_value": ("key", "value"),
+    "ffn_in_gate": ("ffn_in", "ffn_gate"),
+}
+
+
+class Prediction(NamedTuple):
+    """What theory says of the growth on some tokens, and why it does not hold there, if it does not."""
+
+    growth: Growth
+    reasons: tuple[str, ...]
+
+
+def predict(architecture: Architecture, tokens: Tensor) -> Prediction:
+    """The growth at initialisation on (B, T) tokens.
+
+    Where tokens repeat and the sequences are short enough it is that of the very tokens, the geometric mean over
+    sequences (the first few, which is what a mean of them needs); else tokens are taken as distinct.
+    """
+    rows = tokens.cpu().numpy().astype(np.int64)
+    share = min(len(set(row)) / len(row) for row in rows.tolist())
+    if share == 1 or rows.shape[1] > LONGEST_EXACT:
+        growth = gradient_growth(architecture, rows.shape[1])
+        repeats = f"tokens repeat, and beyond {LONGEST_EXACT} tokens the prediction takes them as distinct"
+        return Prediction(growth, growth.reasons if share >= NEARLY_DISTINCT else (*growth.reasons, repeats))
+    each = [gradient_growth(architecture, row.size, tokens=row) for row in rows[:MOST_EXACT]]
+
+    def mean(values: Iterable[Sequence[float]]) -> tuple[float, ...]:
+        return tuple(float(x) for x in np.exp(np.log(np.array(list(values))).mean(0)))
+
+    gradient = mean(growth.gradient for growth in each)
+    growth = replace(
+        each[0], value=gradient[0], gradient=gradient, residual_std=mean(growth.residual_std for growth in each)
+    )
+    return Prediction(growth, tuple(dict.fromkeys(reason for growth in each for reason in growth.reasons)))
+
+
+def allowed(growth: float, *, d_model: int, log_sd: float | None, n_seeds: int) -> float:
+    """How far the log of a measured growth may be from the prediction's before they are said to differ.
+
+    The stated accuracy of the prediction, and three standard errors of the measurement: from the scatter over seeds
+    where there are several, else from `SCATTER`, as one network has only itself.
+    """
+    scatter = SCATTER * (1 + abs(math.log(growth))) / math.sqrt(d_model) if log_sd is None else log_sd
+    return math.log1p(ACCURACY) + 3 * scatter / math.sqrt(n_seeds)
+
+
+def outcome(
+    predicted: float | None, measured: float, *, d_model: int, log_sd: float | None, n_seeds: int
+) -> tuple[Outcome, float, tuple[str, ...]]:
+    """Whether a prediction agrees with a measurement, the limit on the difference of their logs, and why not known."""
+    if not math.isfinite(measured) or measured <= 0:
+        return "unknown", math.nan, ("the measured growth is zero or not finite",)
+    limit = allowed(measured, d_model=d_model, log_sd=log_sd, n_seeds=n_seeds)
+    if predicted is None:
+        return "unknown", limit, ()
+    if not math.isfinite(predicted) or predicted <= 0:
+        return "unknown", limit, ("the predicted growth is zero or not finite",)
+    return "agrees" if abs(math.log(predicted / measured)) <= limit else "differs", limit, ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Check:
+    """Measured growth beside the prediction for the module's configuration; prints as a table.
+
+    Attributes:
+        verdict: `agrees`, `differs` (by more than `limit`), or `unknown` where there is no prediction to hold it to.
+        measured: of this network at its present weights, on one batch.
+        predicted: a sharp prediction, for the initialisation that the configuration names; None without one.
+        limit: on |log(predicted / measured)|, from `allowed`.
+        reasons: why the verdict is `unknown`, or where the module is not what its config says.
+        architecture: what `describe` measured.
+        record: the probed pass.
+    """
+
+    verdict: Outcome
+    measured: float
+    predicted: float | None
+    limit: float
+    reasons: tuple[str, ...]
+    architecture: Measured
+    record: StabilityRecord
+
+    def __str__(self) -> str:
+        r = self.record
+        predicted = "none" if self.predicted is None else f"{self.predicted:.4g} (sharp)"
+        error = "" if self.predicted is None else f": {self.predicted / self.measured - 1:+.2%}"
+        allowed_ = "" if self.verdict == "unknown" else f" (one network: {math.expm1(self.limit):.0%} is allowed)"
+        return "\n".join(
+            [
+                f"{self.verdict}: gradient growth {self.measured:.4g}, predicted {predicted}{error}{allowed_}",
+                f"measured: {self.architecture}",
+                *(f"why: {reason}" for reason in self.reasons),
+                f"{'place':<20}{'residual std':>14}{'gradient':>12}",
+                *(
+                    f"{name:<20}{deviation:>14.4g}{gradient:>12.4g}"
+                    for name, deviation, gradient in zip(r.places, r.residual_std, r.place_gradient)
+                ),
+            ]
+        )
+
+
+def check(model: nn.Module, tokens: Tensor | None = None, *, loss: Loss | None = None) -> Check:
+    """Measure a decoder's gradient growth at its present weights, and hold it against the prediction.
+
+    The module is left as it was: weights, gradients, modes and random states. What it is said to be is read from the
+    `config` of a class of transformers, or the `architecture` of our own.
+
+    Args:
+        tokens: (B, T) ids; each token's target is the next one. Random, distinct ones unless given.
+        loss: from (model, (B, T) tokens, (B, T) targets); the mean cross entropy of the model's logits unless given.
+
+    Raises:
+        ValueError: no residual stream is found, or the loss has no gradient; the message says why.
+    """
+    measured = describe(model, tokens)
+    if tokens is None:
+        context = getattr(getattr(model, "config", None), "max_position_embeddings", None) or CHECK_SHAPE[1]
+        tokens_ = some_tokens(model, (CHECK_SHAPE[0], min(CHECK_SHAPE[1], int(context)) + 1))
+    else:
+        tokens_ = tokens
+    inputs, targets = tokens_[:, :-1], tokens_[:, 1:]
+    monitor = StabilityMonitor(model, tokens=tokens)
+    record = one_pass(monitor, model, inputs, targets, loss=loss)
+    architecture, reasons = said_to_be(model)
+    predicted = None
+    if architecture is not None:
+        growth, outside = predict(architecture, inputs)
+        predicted = growth.value
+        reasons = (*outside, *disagreements(measured, architecture))
+    verdict, limit, why = outcome(predicted, record.growth, d_model=measured.d_model, log_sd=None, n_seeds=1)
+    return Check(
+        verdict="unknown" if reasons else verdict,
+        measured=record.growth,
+        predicted=predicted,
+        limit=limit,
+        reasons=(*reasons, *why),
+        architecture=measured,
+        record=record,
+    )
+
+
+def one_pass(
+    monitor: StabilityMonitor, model: nn.Module, inputs: Tensor, targets: Tensor, *, loss: Loss | None = None
+) -> StabilityRecord:
+    """One probed forward and backward pass in eval mode; no parameter's gradient is kept.
+
+    Raises:
+        ValueError: the loss has no gradient.
+    """
+    with evaluating(model), torch.enable_grad(), monitor.probe():
+        value = (loss or cross_entropy)(model, inputs, targets)
+        # The way to the table passes every place; the other parameters' gradients are only needed without it.
+        table = token_table(model).weight
+        wanted = [table] if table.requires_grad else [p for p in model.parameters() if p.requires_grad]
+        if not value.requires_grad or not wanted:
+            raise ValueError(f"the loss of {type(model).__name__} has no gradient; let its parameters require one")
+        torch.autograd.grad(value, wanted, allow_unused=True)
+    return monitor.records[-1]
+
+
+def cross_entropy(model: nn.Module, tokens: Tensor, targets: Tensor) -> Tensor:
+    """Mean cross entropy of a decoder's logits in nats; or the loss that it returns beside them, given targets.
+
+    Raises:
+        ValueError: it answers neither; the message names the remedy.
+    """
+    answer = forward(model, tokens)
+    logits = first_tensor((getattr(answer, "logits", answer),))
+    if logits is not None and logits.shape[:2] == tokens.shape:
+        return nn.functional.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+    try:  # nanoGPT's gives the last token's logits unless it has targets
+        loss = model(tokens, targets)[1]
+    except (TypeError, IndexError, RuntimeError, ValueError):
+        loss = None
+    if not isinstance(loss, Tensor):
+        raise ValueError(
+            f"{type(model).__name__} gives no logits of every token; give loss=(model, tokens, targets) -> mean"
+        )
+    return loss
+
+
+def said_to_be(model: nn.Module) -> tuple[Architecture | None, tuple[str, ...]]:
+    """The architecture that a module names itself; or None, and why there is no prediction for it."""
+    own = getattr(model, "architecture", None)
+    if isinstance(own, Architecture):
+        return own, ()
+    config = getattr(model, "config", None)
+    if not hasattr(config, "to_dict"):
+        return None, ("the module has no config to predict from",)
+    try:
+        return parse_config(config.to_dict()).architecture, ()  # type: ignore[union-attr]
+    except (UnknownArchitecture, ValueError) as reason:
+        return None, (str(reason),)
+
+
+def disagreements(measured: Measured, architecture: Architecture, *, weights: bool = True) -> tuple[str, ...]:
+    """Where what was measured is not what an architecture says; empty if it is, as far as it could be told.
+
+    Args:
+        weights: hold the matrices to their initialisation too.
+    """
+    a, found = architecture, list[str]()
+    numbers = ("shortcut_multiplier", "residual_multiplier", "embedding_multiplier")
+    for name in ("n_layers", "d_model", "block", "parallel", "embedding_norm", "tied", *numbers):
+        seen, said = getattr(measured, name), getattr(a, name)
+        same = math.isclose(seen, said, rel_tol=0.01) if isinstance(seen, float) else seen == said
+        if seen is not None and not same:
+            found.append(f"{name} is measured {_plain(seen)}, the config says {_plain(said)}")
+    for role, stds in initial_stds(measured, a).items() if weights else ():
+        for layer, (std, said) in enumerate(zip(measured.stds[role], stds)):
+            if not said / (1 + STD_LIMIT) <= std <= said * (1 + STD_LIMIT):
+                at = "" if len(stds) == 1 else f" of layer {layer}"
+                found.append(f"{role}{at} has std {std:.4g}, it starts with {said:.4g}: not as initialised")
+                break
+    return tuple(found)
+
+
+def initial_stds(measured: Measured, architecture: Architecture) -> Mapping[str, tuple[float, ...]]:
+    """What each measured matrix is drawn with, by role and layer, for the roles that an architecture knows."""
+    a, stds = architecture, dict[str, tuple[float, ...]]()
+    for role, fields in ROLES.items():
+        if role in measured.stds:
+            layers = (a.layer_stds(min(layer, a.n_layers - 1)) for layer in range(len(measured.stds[role])))
+            stds[role] = tuple(
+                math.sqrt(sum(getattr(layer, field) ** 2 for field in fields) / len(fields)) for layer in layers
+            )
+    return stds
+
+
+def _plain(value: object) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,114 @@
+"""Gradient growth of any decoder over several seeds: ours, a class of transformers, or a checkpoint's one network."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from torch import Tensor, nn
+
+from empirics.anatomy import some_tokens
+from empirics.comparison import one_pass
+from empirics.measured import Measured, describe
+from empirics.stability import StabilityMonitor
+from theory.records import Measurement
+
+Tokens = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DecoderGrowth:
+    """What was measured over seeds, at the places of the residual stream.
+
+    Attributes:
+        growth, gradient, residual_std: geometric means over seeds; the gradient over that at the last place.
+        places: names, as in `StabilityRecord`.
+        architecture: what the first network was measured to be.
+        model: the network of the last seed.
+        tokens: (B, T), of the first seed.
+    """
+
+    growth: Measurement
+    gradient: Measurement
+    residual_std: Measurement
+    places: tuple[str, ...]
+    architecture: Measured
+    model: nn.Module
+    tokens: Tensor
+
+    @property
+    def log_sd(self) -> float | None:
+        """Standard deviation of the log of the growth over seeds; None for one seed."""
+        assert self.growth.log_sd is not None
+        return self.growth.log_sd[0] if len(self.growth.seeds) > 1 else None
+
+
+def distinct_tokens(model: nn.Module, seed: int, *, batch_size: int, seq_len: int) -> Tokens:
+    """Random tokens and, independent of them, next tokens, (B, T) each; none is padding, none twice in a sequence."""
+    shape = (batch_size, seq_len)
+    return some_tokens(model, shape, seed=2 * seed), some_tokens(model, shape, seed=2 * seed + 1)
+
+
+def measure_decoder(
+    make: Callable[[int], nn.Module],
+    *,
+    seeds: tuple[int, ...],
+    batches: Callable[[nn.Module, int], Tokens],
+    device: str = "cpu",
+    on_seed: Callable[[int], object] | None = None,
+) -> DecoderGrowth:
+    """Growth, gradient and residual profile over seeds, and which architecture it is.
+
+    The residual stream is searched for once; the weights of later seeds are loaded into the first network.
+
+    Args:
+        make: the network of a seed; where it is the same one each time, the seeds are of the tokens alone.
+        batches: tokens and next tokens of a network and a seed, on its device.
+
+    Raises:
+        ValueError: there is no residual stream, or the gradient or the stream is zero somewhere.
+    """
+    model = make(seeds[0]).to(device)
+    architecture, monitor = describe(model), StabilityMonitor(model)
+    first = batches(model, seeds[0])
+    logs: list[list[float]] = []
+    deviations: list[list[float]] = []
+    for seed in seeds:
+        if seed != seeds[0]:
+            other = make(seed)
+            if other is not model:
+                model.load_state_dict(other.state_dict())
+                del other
+        record = one_pass(monitor, model, *(first if seed == seeds[0] else batches(model, seed)))
+        if any(not math.isfinite(x) or x == 0 for x in (*record.place_gradient, *record.residual_std)):
+            raise ValueError(
+                f"{type(model).__name__}: the residual stream or its gradient is zero or not finite somewhere; "
+                "use a width above 1 and weights whose embedding and head are not zero"
+            )
+        logs.append([math.log(value / record.place_gradient[-1]) for value in record.place_gradient])
+        deviations.append([math.log(value) for value in record.residual_std])
+        if on_seed is not None:
+            on_seed(seed)
+    profile = np.array(logs)
+    return DecoderGrowth(
+        growth=_measurement("gradient_growth", profile[:, :1], seeds),
+        gradient=_measurement("gradient_profile", profile, seeds),
+        residual_std=_measurement("residual_std", np.array(deviations), seeds),
+        places=monitor.records[-1].places,
+        architecture=architecture,
+        model=model,
+        tokens=first[0],
+    )
+
+
+def _measurement(quantity: str, logs: np.ndarray, seeds: tuple[int, ...]) -> Measurement:
+    spread = logs.std(0, ddof=1) if len(seeds) > 1 else np.full(logs.shape[1], math.nan)
+    return Measurement(
+        quantity=quantity,
+        values=tuple(float(v) for v in np.exp(logs.mean(0))),
+        seeds=seeds,
+        log_sd=tuple(float(v) for v in spread),
+        lower_estimate=False,
+    )

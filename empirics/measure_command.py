@@ -1,0 +1,281 @@
+"""`python -m empirics measure`: what a network is and how its gradient grows, beside what theory says of it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from empirics.anatomy import anatomy
+from empirics.block_norms import block_norms
+from empirics.command_line import check_device, require_memory
+from empirics.comparison import Prediction, disagreements, initial_stds, outcome, predict
+from empirics.decoder_growth import DecoderGrowth, measure_decoder
+from empirics.measured import Measured
+from empirics.networks import Network, network
+from empirics.plan import kept_numbers
+from empirics.real_classes import n_parameters
+from empirics.measure_tokens import batches_of
+from theory.__main__ import EXIT_UNKNOWN, LARGEST_SEQ_LEN, add_architecture_options, emit, whole
+from theory.hf_config import UnknownArchitecture
+from theory.records import plain
+
+LARGEST_SEEDS = 100_000
+SEQ_LEN = 128  # default where the context is longer: activations of the whole batch are kept
+KINDS = "preset, the path of a config.json, or a folder with weights"
+
+
+def add_command(commands: Any) -> argparse.ArgumentParser:
+    """Add `measure` to the commands of a parser."""
+    measure = commands.add_parser(
+        "measure",
+        help="what a network is and how its gradient grows, beside the prediction",
+        description="Measure a decoder in float32 without dropout: which architecture it is, by perturbing its forward "
+        "pass, and its gradient growth, beside the prediction. CONFIG is a preset; a config.json, built as the class "
+        "of transformers with the weights that its own initialiser draws; or a folder with weights: a checkpoint of "
+        "transformers (config.json, model.safetensors), or what `train` left (with --keep-checkpoint, or a checkpoint "
+        "of an unfinished run). No code of a folder runs. Exit status: 0 measured, whatever came out; 2 bad input; 3 "
+        "there is no prediction for it (it is measured all the same, if it can be).",
+    )
+    add_architecture_options(measure)
+    measure.add_argument("--width", type=whole, metavar="D", help="another d_model, with heads as wide as before")
+    measure.add_argument(
+        "--implementation", choices=("own", "transformers"),
+        help="for a config.json: our Transformer or the real class (default the class, where transformers has it)",
+    )  # fmt: skip
+    measure.add_argument("--batch", type=whole, default=4, metavar="B", help="sequences (default 4)")
+    measure.add_argument(
+        "--seeds", type=whole, default=3, metavar="K", help="seeds 0..K-1 of weights and tokens (default 3)"
+    )
+    measure.add_argument("--norms", action="store_true", help="Jacobian norms of every layer, on one sequence")
+    measure.add_argument(
+        "--data", metavar="TEXT",
+        help="text to measure on (sympy, a file, hf:NAME), by the tokenizer.json of a folder that has one; "
+        "default random ids",
+    )  # fmt: skip
+    measure.add_argument("--cache", type=Path, metavar="DIR", help="folder that keeps tokenised text")
+    measure.add_argument("--json", action="store_true", help="print JSON")
+    measure.add_argument("--out", metavar="FILE", help="write to a file instead of standard output")
+    measure.set_defaults(run=run)
+    return measure
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """The command."""
+    if arguments.seeds > LARGEST_SEEDS:
+        raise ValueError(f"--seeds {arguments.seeds} is out of range; use at most {LARGEST_SEEDS}")
+    device = check_device(arguments.device)
+    unknown = None
+    try:
+        subject = network(
+            arguments.config,
+            implementation=arguments.implementation,
+            n_layers=arguments.layers,
+            width=arguments.width,
+            embedding=arguments.embedding,
+            init=arguments.init,
+        )
+        unknown = subject.unknown
+        answer = _measured(subject, arguments, device)
+    except (UnknownArchitecture, ValueError) as reason:
+        if isinstance(reason, ValueError) and unknown is None:
+            raise
+        why = [reason_ for reason_ in (unknown, str(reason)) if reason_]
+        nothing = {"verdict": "unknown", "why": why}
+        emit(json.dumps(nothing) if arguments.json else f"unknown: {'; '.join(why)}", arguments.out)
+        return EXIT_UNKNOWN
+    emit(json.dumps(answer, indent=2, allow_nan=False) if arguments.json else text(answer), arguments.out)
+    return 0 if unknown is None else EXIT_UNKNOWN
+
+
+def _measured(subject: Network, arguments: argparse.Namespace, device: str) -> dict[str, Any]:
+    seq_len = arguments.seq_len or min(subject.context, SEQ_LEN)
+    a = subject.architecture
+    if seq_len > LARGEST_SEQ_LEN:
+        raise ValueError(f"--seq-len {seq_len} is out of range; use at most {LARGEST_SEQ_LEN}")
+    if seq_len > subject.context and (a is None or a.positions == "learned"):
+        raise ValueError(f"--seq-len {seq_len} exceeds the {subject.context} positions; use fewer tokens")
+    _require_memory(subject, arguments.batch, seq_len)
+    tokens = batches_of(
+        subject, batch_size=arguments.batch, seq_len=seq_len, data=arguments.data, cache=arguments.cache, device=device
+    )
+    with tqdm(total=arguments.seeds, desc="seeds", unit="seed", disable=arguments.seeds < 2) as bar:
+        grown = measure_decoder(
+            subject.make,
+            seeds=tuple(range(arguments.seeds)),
+            batches=tokens.of,
+            device=device,
+            on_seed=lambda _: bar.update(1),
+        )
+    predicted = None if a is None else predict(a, grown.tokens)
+    return _answer(subject, arguments, grown, predicted, tokens.description, _norms(arguments, grown))
+
+
+def _norms(arguments: argparse.Namespace, grown: DecoderGrowth) -> list[dict[str, Any]] | None:
+    if not arguments.norms:
+        return None
+    found, _ = anatomy(grown.model)
+    with tqdm(total=len(found.blocks), desc="norms", unit="layer", disable=None) as bar:
+        rows = block_norms(grown.model, found, grown.tokens, on_layer=lambda _: bar.update(1))
+    names = ("value", "likely_upper", "residual", "kind")
+    return [{name: {key: getattr(e, key) for key in names} for name, e in row.items()} for row in rows]
+
+
+def _require_memory(subject: Network, batch: int, seq_len: int) -> None:
+    """In float32: two sets of weights (the present and the next seed's), and what the pass keeps."""
+    a = subject.architecture
+    if a is not None:
+        parameters, kept = a.n_parameters, float(kept_numbers(a))
+        if subject.implementation == "transformers":  # its attention is written out: logits and probabilities
+            kept += 4.0 * a.n_layers * a.n_heads * seq_len
+    else:
+        parameters, kept = n_parameters(subject.settings), 3.0 * subject.settings.vocab_size
+    needed = (4 if subject.trained else 8) * parameters + 4 * batch * seq_len * kept
+    smaller = "or a machine with more memory" if subject.trained else "fewer --layers or a smaller --width"
+    require_memory(f"{subject.name} with {batch * seq_len} tokens at once", needed, smaller=smaller)
+
+
+# --- the answer -----------------------------------------------------------------------------------------------------
+
+
+def _answer(
+    subject: Network,
+    arguments: argparse.Namespace,
+    grown: DecoderGrowth,
+    predicted: Prediction | None,
+    tokens: str,
+    norms: list[dict[str, Any]] | None,
+) -> dict[str, Any]:
+    """Everything that was measured and predicted, ready for JSON; the same keys whatever was given."""
+    a, growth = subject.architecture, grown.growth.values[0]
+    drawn = initial_stds(grown.architecture, a) if a is not None else {}
+    differences = () if a is None else disagreements(grown.architecture, a)
+    if subject.trained and a is not None:
+        said = disagreements(grown.architecture, a, weights=False)
+        moved = len(differences) - len(said)
+        trained = f"{moved} kinds of matrices are not as initialised, and the prediction is of the initialisation"
+        differences = (*said, *([trained] if moved else []))
+    verdict, limit, why = outcome(
+        None if predicted is None else predicted.growth.value,
+        growth,
+        d_model=grown.architecture.d_model,
+        log_sd=grown.log_sd,
+        n_seeds=len(grown.growth.seeds),
+    )
+    outside = (subject.unknown or "no prediction",) if predicted is None else predicted.reasons
+    reasons = (*outside, *differences, *why)
+    expected = None
+    if a is not None and predicted is not None:
+        names = dict(zip(place_names(a), zip(predicted.growth.gradient, predicted.growth.residual_std)))
+        at = [names.get(place, (math.nan, math.nan)) for place in grown.places]
+        expected = {
+            "kind": "sharp",
+            "of": "the initialisation",
+            "gradient_growth": predicted.growth.value,
+            "in_domain": not predicted.reasons,
+            "reasons": predicted.reasons,
+            "gradient_profile": [gradient for gradient, _ in at],
+            "residual_std": [std for _, std in at],
+        }
+    seeds_of = "tokens" if subject.trained else "weights and tokens"
+    answer = {
+        "verdict": "unknown" if reasons else verdict,
+        "limit": limit,
+        "why": reasons,
+        "name": subject.name,
+        "implementation": subject.implementation,
+        "class": type(grown.model).__name__,
+        "trained": subject.trained,
+        "reduced": subject.reduced,
+        "assumed": subject.assumed,
+        "architecture": a,
+        "seq_len": grown.tokens.shape[1],
+        "batch": grown.tokens.shape[0],
+        "tokens": tokens,
+        "seeds_of": seeds_of,
+        "measured_architecture": grown.architecture,
+        "stds": {
+            role: {"kind": "measured", "values": values, "drawn_with": drawn.get(role)}
+            for role, values in grown.architecture.stds.items()
+        },
+        "places": grown.places,
+        "gradient_growth": {
+            "kind": "measured",
+            "value": growth,
+            "log_sd": grown.log_sd,
+            "seeds": grown.growth.seeds,
+        },
+        "gradient_profile": {
+            "kind": "measured", "values": grown.gradient.values, "log_sd": grown.gradient.log_sd,
+        },
+        "residual_std": {
+            "kind": "measured", "values": grown.residual_std.values, "log_sd": grown.residual_std.log_sd,
+        },
+        "norms": norms,
+        "predicted": expected,
+    }  # fmt: skip
+    return plain(answer)
+
+
+def place_names(architecture: Any) -> list[str]:
+    """The places of `Growth`, by the names of `StabilityRecord`."""
+    halves = [""] if architecture.parallel else [" attention", ""]
+    return ["embedding", *(f"layer {n}{half}" for n in range(architecture.n_layers) for half in halves)]
+
+
+def text(answer: dict[str, Any]) -> str:
+    """The answer as a page to read."""
+    growth, predicted = answer["gradient_growth"], answer["predicted"]
+    n = len(growth["seeds"])
+    spread = (
+        "" if growth["log_sd"] is None else f" (log sd {growth['log_sd']:.3f} over {n} seeds of {answer['seeds_of']})"
+    )
+    whose = {"own": "our Transformer", "transformers": f"{answer['class']} of transformers"}[answer["implementation"]]
+    lines = [f"{answer['name']} ({whose}), {answer['seq_len']} tokens: gradient growth {growth['value']:.4g}{spread}"]
+    if predicted is None:
+        lines.append("predicted: none")
+    elif predicted["gradient_growth"] is None:
+        lines.append("predicted: not a number (sharp, outside its domain)")
+    else:
+        domain = "" if predicted["in_domain"] else ", outside its domain"
+        start = ", at initialisation" if answer["trained"] else ""
+        error = predicted["gradient_growth"] / growth["value"] - 1
+        lines.append(f"predicted {predicted['gradient_growth']:.4g} (sharp{domain}{start}): {error:+.2%}")
+    allowed = f" (within {math.expm1(answer['limit']):.1%})" if answer["verdict"] != "unknown" else ""
+    lines.append(f"verdict: {answer['verdict']}{allowed}")
+    lines += [f"why: {reason}" for reason in answer["why"]]
+    lines.append(f"measured to be: {Measured(**answer['measured_architecture'])}")
+    lines += [f"reduced: {change}" for change in answer["reduced"]]
+    lines.append(f"{'place':<20}{'residual std':>14}{'predicted':>12}{'gradient':>12}{'predicted':>12}")
+    blank = [None] * len(answer["places"])
+    rows = zip(
+        answer["places"],
+        answer["residual_std"]["values"],
+        predicted["residual_std"] if predicted else blank,
+        answer["gradient_profile"]["values"],
+        predicted["gradient_profile"] if predicted else blank,
+    )
+    lines += [
+        f"{name:<20}{std:>14.4g}{_number(said):>12}{gradient:>12.4g}{_number(foretold):>12}"
+        for name, std, said, gradient, foretold in rows
+    ]
+    lines.append(f"{'matrix':<34}{'std, first layer':>18}{'last layer':>12}{'drawn with':>12}{'':>12}")
+    for role, stds in answer["stds"].items():
+        values, drawn = stds["values"], stds["drawn_with"] or [None]
+        last = "" if len(values) == 1 else f"{values[-1]:.4g}"
+        lines.append(f"{role:<34}{values[0]:>18.4g}{last:>12}{_number(drawn[0]):>12}{_number(drawn[-1]):>12}")
+    if answer["norms"] is not None:
+        lines.append("Jacobian norms, lower estimates:")
+        lines += [
+            f"layer {n}: " + ", ".join(f"{name} {e['value']:.4g}" for name, e in row.items())
+            for n, row in enumerate(answer["norms"])
+        ]
+    return "\n".join(lines)
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4g}"
