@@ -9,6 +9,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
+from scipy.special import stdtrit
 from torch import Tensor, nn
 
 from empirics.anatomy import forward, some_tokens, token_table
@@ -26,7 +27,9 @@ Outcome = Literal["agrees", "differs", "unknown"]
 CHECK_SHAPE = (4, 48)  # sequences and tokens that `check` runs
 STD_LIMIT = 0.15  # relative: five standard errors of the smallest matrices of a network 32 wide are 0.11
 ACCURACY = 0.08  # relative, of the predicted growth inside its domain: what docs/accuracy.md holds the worst case to
-SCATTER = 0.5
+CHANCE = 0.01  # of calling a right prediction wrong, beyond the accuracy that it states
+SHUFFLE_SEED = 0x5CA77E12  # one that nobody draws weights with: rows drawn and shuffled by one stream come out sorted
+SHUFFLES = 8  # draws that the scatter of one network is taken from
 LONGEST_EXACT = 256  # repeated tokens are predicted position by position, in a time that grows like T^3
 MOST_EXACT = 4  # sequences
 NEARLY_DISTINCT = 0.95  # share of a sequence's tokens that are; the rest moves the growth by less than its accuracy
@@ -69,28 +72,74 @@ def predict(architecture: Architecture, tokens: Tensor) -> Prediction:
     return Prediction(growth, tuple(dict.fromkeys(reason for growth in each for reason in growth.reasons)))
 
 
-def allowed(growth: float, *, d_model: int, log_sd: float | None, n_seeds: int) -> float:
+class Scatter(NamedTuple):
+    """How a measured log growth scatters: its standard deviation, of how many draws that is, how many were averaged."""
+
+    log_sd: float
+    draws: int
+    averaged: int
+
+
+def allowed(scatter: Scatter) -> float:
     """How far the log of a measured growth may be from the prediction's before they are said to differ.
 
-    The stated accuracy of the prediction, and three standard errors of the measurement: from the scatter over seeds
-    where there are several, else from `SCATTER`, as one network has only itself.
+    The stated accuracy of the prediction inside its domain, and beyond it what chance explains: Student's quantile of
+    the measurement's scatter, exceeded by chance once in `1 / CHANCE`.
     """
-    scatter = SCATTER * (1 + abs(math.log(growth))) / math.sqrt(d_model) if log_sd is None else log_sd
-    return math.log1p(ACCURACY) + 3 * scatter / math.sqrt(n_seeds)
+    quantile = float(stdtrit(scatter.draws - 1, 1 - CHANCE / 2))
+    return math.log1p(ACCURACY) + quantile * scatter.log_sd / math.sqrt(scatter.averaged)
 
 
 def outcome(
-    predicted: float | None, measured: float, *, d_model: int, log_sd: float | None, n_seeds: int
+    predicted: float | None, measured: float, scatter: Scatter | None
 ) -> tuple[Outcome, float, tuple[str, ...]]:
     """Whether a prediction agrees with a measurement, the limit on the difference of their logs, and why not known."""
     if not math.isfinite(measured) or measured <= 0:
         return "unknown", math.nan, ("the measured growth is zero or not finite",)
-    limit = allowed(measured, d_model=d_model, log_sd=log_sd, n_seeds=n_seeds)
+    limit = math.nan if scatter is None else allowed(scatter)
     if predicted is None:
         return "unknown", limit, ()
     if not math.isfinite(predicted) or predicted <= 0:
         return "unknown", limit, ("the predicted growth is zero or not finite",)
+    if not math.isfinite(limit):
+        return "unknown", limit, ("how much such networks scatter could not be measured",)
     return "agrees" if abs(math.log(predicted / measured)) <= limit else "differs", limit, ()
+
+
+def scatter_of_one(
+    monitor: StabilityMonitor,
+    model: nn.Module,
+    inputs: Tensor,
+    targets: Tensor,
+    *,
+    loss: Loss | None = None,
+) -> Scatter | None:
+    """How the growth of networks like this one scatters: with the entries of every row of its matrices shuffled.
+
+    Shuffled rows of independent numbers are a further draw of the same ensemble. The weights are put back, to the bit.
+
+    Returns:
+        None where a shuffled network has no finite growth, or the matrices are spread over several processes.
+    """
+    if any(hasattr(p, "to_local") for p in model.parameters()):
+        return None
+    device_ = {p.device for p in model.parameters() if p.ndim > 1}
+    generators = {device: torch.Generator(device).manual_seed(SHUFFLE_SEED) for device in device_}
+    kept = {p: p.detach().clone() for p in model.parameters() if p.ndim > 1}
+    records, logs = list(monitor.records), list[float]()
+    try:
+        for _ in range(SHUFFLES):
+            for p, before in kept.items():
+                order = torch.rand(before.shape, generator=generators[p.device], device=p.device).argsort(-1)
+                p.data.copy_(before.gather(-1, order))
+            logs.append(math.log(one_pass(monitor, model, inputs, targets, loss=loss).growth or math.nan))
+    except ValueError:  # the log of what is no number
+        return None
+    finally:
+        for p, before in kept.items():
+            p.data.copy_(before)
+        monitor.records = records
+    return Scatter(float(np.std(logs, ddof=1)), SHUFFLES, 1) if all(map(math.isfinite, logs)) else None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,7 +150,7 @@ class Check:
         verdict: `agrees`, `differs` (by more than `limit`), or `unknown` where there is no prediction to hold it to.
         measured: of this network at its present weights, on one batch.
         predicted: a sharp prediction, for the initialisation that the configuration names; None without one.
-        limit: on |log(predicted / measured)|, from `allowed`.
+        limit: on |log(predicted / measured)|, from `allowed`; not a number where it was not needed.
         reasons: why the verdict is `unknown`, or where the module is not what its config says.
         architecture: what `describe` measured.
         record: the probed pass.
@@ -119,10 +168,10 @@ class Check:
         r = self.record
         predicted = "none" if self.predicted is None else f"{self.predicted:.4g} (sharp)"
         error = "" if self.predicted is None else f": {self.predicted / self.measured - 1:+.2%}"
-        allowed_ = "" if self.verdict == "unknown" else f" (one network: {math.expm1(self.limit):.0%} is allowed)"
+        within = "" if self.verdict == "unknown" else f" (one network is held to {math.expm1(self.limit):.0%})"
         return "\n".join(
             [
-                f"{self.verdict}: gradient growth {self.measured:.4g}, predicted {predicted}{error}{allowed_}",
+                f"{self.verdict}: gradient growth {self.measured:.4g}, predicted {predicted}{error}{within}",
                 f"measured: {self.architecture}",
                 *(f"why: {reason}" for reason in self.reasons),
                 f"{'place':<20}{'residual std':>14}{'gradient':>12}",
@@ -162,9 +211,12 @@ def check(model: nn.Module, tokens: Tensor | None = None, *, loss: Loss | None =
         growth, outside = predict(architecture, inputs)
         predicted = growth.value
         reasons = (*outside, *disagreements(measured, architecture))
-    verdict, limit, why = outcome(predicted, record.growth, d_model=measured.d_model, log_sd=None, n_seeds=1)
+    scatter = None
+    if predicted is not None and not reasons:
+        scatter = scatter_of_one(monitor, model, inputs, targets, loss=loss)
+    verdict, limit, why = outcome(None if reasons else predicted, record.growth, scatter)
     return Check(
-        verdict="unknown" if reasons else verdict,
+        verdict=verdict,
         measured=record.growth,
         predicted=predicted,
         limit=limit,

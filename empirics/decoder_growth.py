@@ -27,7 +27,7 @@ class DecoderGrowth:
         places: names, as in `StabilityRecord`.
         architecture: what the first network was measured to be.
         model: the network of the last seed.
-        tokens: (B, T), of the first seed.
+        tokens, targets: (B, T), of the first seed.
     """
 
     growth: Measurement
@@ -37,6 +37,7 @@ class DecoderGrowth:
     architecture: Measured
     model: nn.Module
     tokens: Tensor
+    targets: Tensor
 
     @property
     def log_sd(self) -> float | None:
@@ -100,6 +101,7 @@ def measure_decoder(
         architecture=architecture,
         model=model,
         tokens=first[0],
+        targets=first[1],
     )
 
 

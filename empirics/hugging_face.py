@@ -16,6 +16,9 @@ from theory.records import plain
 class StabilityCallback(TrainerCallback):
     """Probes every `every`-th optimiser step and appends a line to a file; the training itself is not changed.
 
+    With several processes each probes its own tokens, and the first one writes. With `torch_compile` the probed steps
+    run uncompiled.
+
     Args:
         out: JSON lines, one a probed step: the step, standard deviation and gradient norm at every place, the growth.
     """
@@ -31,7 +34,7 @@ class StabilityCallback(TrainerCallback):
         """Find the residual stream, before any step is spent on a model that has none."""
         assert model is not None  # the Trainer passes it to every event
         self.out.parent.mkdir(parents=True, exist_ok=True)
-        self.monitor = StabilityMonitor(model)
+        self.monitor = StabilityMonitor(model, eager=bool(getattr(args, "torch_compile", False)))
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.monitor is not None and state.global_step % self.every == 0:
@@ -41,7 +44,7 @@ class StabilityCallback(TrainerCallback):
         if self.monitor is None or not self.monitor.active:
             return
         record = self.monitor.finish(state.global_step - 1)  # the Trainer has counted the step already
-        if record is not None:
+        if record is not None and getattr(state, "is_world_process_zero", True):
             with self.out.open("a") as file:
                 file.write(json.dumps(plain(record) | {"growth": plain(record.growth)}, allow_nan=False) + "\n")
 

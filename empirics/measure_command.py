@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,13 @@ from tqdm import tqdm
 from empirics.anatomy import anatomy
 from empirics.block_norms import block_norms
 from empirics.command_line import check_device, require_memory
-from empirics.comparison import Prediction, disagreements, initial_stds, outcome, predict
+from empirics.comparison import Prediction, Scatter, disagreements, initial_stds, outcome, predict, scatter_of_one
 from empirics.decoder_growth import DecoderGrowth, measure_decoder
 from empirics.measured import Measured
 from empirics.networks import Network, network
 from empirics.plan import kept_numbers
 from empirics.real_classes import n_parameters
+from empirics.stability import StabilityMonitor
 from empirics.measure_tokens import batches_of
 from theory.__main__ import EXIT_UNKNOWN, LARGEST_SEQ_LEN, add_architecture_options, emit, whole
 from theory.hf_config import UnknownArchitecture
@@ -103,13 +105,17 @@ def _measured(subject: Network, arguments: argparse.Namespace, device: str) -> d
     tokens = batches_of(
         subject, batch_size=arguments.batch, seq_len=seq_len, data=arguments.data, cache=arguments.cache, device=device
     )
-    with tqdm(total=arguments.seeds, desc="seeds", unit="seed", disable=arguments.seeds < 2) as bar:
+    with ExitStack() as bars:
+        bar: list[Any] = []
+
+        def on_seed(_: int) -> None:
+            if not bar:  # not before the first network is made: what is wrong with it is one line
+                bar.append(tqdm(total=arguments.seeds, desc="seeds", unit="seed", disable=arguments.seeds < 2))
+                bars.callback(bar[0].close)
+            bar[0].update(1)
+
         grown = measure_decoder(
-            subject.make,
-            seeds=tuple(range(arguments.seeds)),
-            batches=tokens.of,
-            device=device,
-            on_seed=lambda _: bar.update(1),
+            subject.make, seeds=tuple(range(arguments.seeds)), batches=tokens.of, device=device, on_seed=on_seed
         )
     predicted = None if a is None else predict(a, grown.tokens)
     return _answer(subject, arguments, grown, predicted, tokens.description, _norms(arguments, grown))
@@ -157,17 +163,15 @@ def _answer(
     if subject.trained and a is not None:
         said = disagreements(grown.architecture, a, weights=False)
         moved = len(differences) - len(said)
-        trained = f"{moved} kinds of matrices are not as initialised, and the prediction is of the initialisation"
+        trained = (
+            f"{moved} of {len(drawn)} kinds of matrix are not as initialised; the prediction is of the initialisation"
+        )
         differences = (*said, *([trained] if moved else []))
-    verdict, limit, why = outcome(
-        None if predicted is None else predicted.growth.value,
-        growth,
-        d_model=grown.architecture.d_model,
-        log_sd=grown.log_sd,
-        n_seeds=len(grown.growth.seeds),
-    )
     outside = (subject.unknown or "no prediction",) if predicted is None else predicted.reasons
-    reasons = (*outside, *differences, *why)
+    reasons = (*outside, *differences)
+    verdict, limit, why = "unknown", math.nan, ()
+    if predicted is not None and not reasons:
+        verdict, limit, why = outcome(predicted.growth.value, growth, _scatter(subject, grown))
     expected = None
     if a is not None and predicted is not None:
         names = dict(zip(place_names(a), zip(predicted.growth.gradient, predicted.growth.residual_std)))
@@ -183,9 +187,9 @@ def _answer(
         }
     seeds_of = "tokens" if subject.trained else "weights and tokens"
     answer = {
-        "verdict": "unknown" if reasons else verdict,
+        "verdict": verdict,
         "limit": limit,
-        "why": reasons,
+        "why": (*reasons, *why),
         "name": subject.name,
         "implementation": subject.implementation,
         "class": type(grown.model).__name__,
@@ -219,6 +223,14 @@ def _answer(
         "predicted": expected,
     }  # fmt: skip
     return plain(answer)
+
+
+def _scatter(subject: Network, grown: DecoderGrowth) -> Scatter | None:
+    """Over seeds; of one network, whose seeds are of its tokens alone, over its shuffled weights."""
+    seeds = len(grown.growth.seeds)
+    if not subject.trained and grown.log_sd is not None:
+        return Scatter(grown.log_sd, seeds, seeds)
+    return scatter_of_one(StabilityMonitor(grown.model), grown.model, grown.tokens, grown.targets)
 
 
 def place_names(architecture: Any) -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -117,7 +117,7 @@ def network(
         raise UnknownArchitecture(unknown)
     if not real and read is not None:
         return _own(read, n_layers=n_layers, width=width, embedding=embedding, init=init)
-    _require_depth(n_layers or (read.architecture.n_layers if read else 1))
+    _require_sane(data)
     settings, reduced = real_classes.settings(data, n_layers=n_layers, width=width)
     _require_depth(int(settings.num_hidden_layers))
     return Network(
@@ -160,6 +160,13 @@ def _own(
         assumed=assumed,
         reduced=(*narrower, *reduced),
     )
+
+
+def _require_sane(data: Mapping[str, Any]) -> None:
+    """Before transformers reads a config: it makes lists with an entry a layer."""
+    for key, value in data.items():
+        if "layer" in key and isinstance(value, int):
+            _require_depth(value)
 
 
 def _require_depth(n_layers: int) -> None:
@@ -225,8 +232,8 @@ def _checkpoint(folder: Path) -> Network:
         raise ValueError(
             f"transformers has no decoder {data.get('model_type')!r}; give a checkpoint of one that it has"
         )
+    _require_sane(data)
     settings, _ = real_classes.settings(data)
-    _require_depth(int(settings.num_hidden_layers))
     return Network(
         name=f"{settings.model_type} of {folder}",
         make=_once(lambda: real_classes.load(folder, settings)),

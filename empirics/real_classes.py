@@ -154,8 +154,10 @@ def load(folder: Path, configuration: Any) -> nn.Module:
             attn_implementation="eager",
             dtype=torch.float32,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # what does not fit is reported, and refused below
         )
-    lacking = sorted(map(str, report["missing_keys"])) or sorted(map(str, report["mismatched_keys"]))
+    misfits = [key if isinstance(key, str) else key[0] for key in report["mismatched_keys"]]
+    lacking = sorted(report["missing_keys"]) + sorted(misfits)
     if lacking:
         raise ValueError(
             f"{folder} has no weights that fit {lacking[0]} ({len(lacking)} in all); give the config.json that belongs "

@@ -37,13 +37,16 @@ def uncompiled(module: nn.Module) -> nn.Module:
 
 
 @contextmanager
-def run_eagerly(model: nn.Module) -> Iterator[None]:
+def run_eagerly(model: nn.Module, *, always: bool = False) -> Iterator[None]:
     """A compiled model's forward passes run uncompiled, so that hooks are called; compiled graphs stay as they are.
+
+    Args:
+        always: also where the model does not show that it is compiled.
 
     Raises:
         ValueError: it is compiled, and this torch has no way to run it otherwise.
     """
-    if not is_compiled(model):
+    if not (always or is_compiled(model)):
         yield
         return
     if not hasattr(torch.compiler, "set_stance"):

@@ -116,21 +116,23 @@ class StabilityMonitor:
 
     In a step that is not probed the model carries no hook. A probed step may have several micro-batches; they count
     as one batch. Of a compiled model, or one of compiled blocks, the probed steps run uncompiled, since a compiled
-    graph calls no hook: their losses differ by rounding, all other steps are as they were. For a sharded model
-    (`fully_shard`, DistributedDataParallel) make the monitor before it is wrapped, on every rank; a record is then of
-    the rank's own tokens, and of the loss as the rank scales it.
+    graph calls no hook: their losses differ by rounding, all other steps are as they were. Of a sharded model
+    (`fully_shard`, DistributedDataParallel) make a monitor on every rank; a record is of the rank's own tokens, and of
+    the loss as the rank scales it.
 
     Args:
         model: any decoder with a list of equal blocks that add to a residual stream.
         every: `step()` probes each `every`-th step, from the first on.
         tokens: (B, T) ids to find the stream with; random ones unless given.
+        eager: run probed steps uncompiled; needed where what is called is a compiled wrapper around this model.
 
     Raises:
         ValueError: no residual stream is found; the message says why.
     """
 
-    def __init__(self, model: nn.Module, *, every: int = 1, tokens: Tensor | None = None) -> None:
+    def __init__(self, model: nn.Module, *, every: int = 1, tokens: Tensor | None = None, eager: bool = False) -> None:
         require_steps(every)
+        self.eager = eager
         self.anatomy, _ = anatomy(model, tokens)
         self._model = model
         self.every = every
@@ -149,7 +151,7 @@ class StabilityMonitor:
         """Begin a probed step."""
         self.detach()
         self._sums = [_Sums() for _ in self.anatomy.places]
-        self._eager.enter_context(run_eagerly(self._model))
+        self._eager.enter_context(run_eagerly(self._model, always=self.eager))
         self._hooks = [hook(place, sums) for place, sums in zip(self.anatomy.places, self._sums, strict=True)]
 
     def finish(self, step: int | None = None) -> StabilityRecord | None:
