@@ -165,7 +165,6 @@ class Check:
     record: StabilityRecord
 
     def __str__(self) -> str:
-        r = self.record
         predicted = "none" if self.predicted is None else f"{self.predicted:.4g} (sharp)"
         error = "" if self.predicted is None else f": {self.predicted / self.measured - 1:+.2%}"
         within = "" if self.verdict == "unknown" else f" (one network is held to {math.expm1(self.limit):.0%})"
@@ -174,11 +173,7 @@ class Check:
                 f"{self.verdict}: gradient growth {self.measured:.4g}, predicted {predicted}{error}{within}",
                 f"measured: {self.architecture}",
                 *(f"why: {reason}" for reason in self.reasons),
-                f"{'place':<20}{'residual std':>14}{'gradient':>12}",
-                *(
-                    f"{name:<20}{deviation:>14.4g}{gradient:>12.4g}"
-                    for name, deviation, gradient in zip(r.places, r.residual_std, r.place_gradient)
-                ),
+                *str(self.record).splitlines()[1:],
             ]
         )
 

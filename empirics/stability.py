@@ -38,6 +38,16 @@ class StabilityRecord:
     token_gradient: tuple[float, ...]
     n_tokens: int
 
+    def __str__(self) -> str:
+        rows = zip(self.places, self.residual_std, self.place_gradient, self.token_gradient)
+        return "\n".join(
+            [
+                f"step {self.step}, {self.n_tokens} tokens: gradient growth {self.growth:.4g}",
+                f"{'place':<20}{'residual std':>14}{'gradient':>12}{'a token':>12}",
+                *(f"{name:<20}{std:>14.4g}{norm:>12.4g}{token:>12.4g}" for name, std, norm, token in rows),
+            ]
+        )
+
     @property
     def growth(self) -> float:
         """Gradient norm at the first place over that at the last."""

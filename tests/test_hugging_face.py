@@ -67,3 +67,82 @@ def test_callback_refuses_what_it_cannot_do(tmp_path: Path) -> None:
         StabilityCallback(tmp_path / "x.jsonl", every=0)
     with pytest.raises(ValueError, match="block"):
         StabilityCallback(tmp_path / "x.jsonl").on_train_begin(None, None, None, model=torch.nn.Linear(2, 2))
+
+
+def rows_of(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_only_the_first_process_writes(tmp_path: Path) -> None:
+    from empirics.hugging_face import StabilityCallback
+
+    out = tmp_path / "stability.jsonl"
+    callback, state = StabilityCallback(out, every=1), SimpleNamespace(global_step=0, is_world_process_zero=False)
+    model = tiny()
+    callback.on_train_begin(None, state, None, model=model)
+    callback.on_step_begin(None, state, None)
+    tokens = torch.zeros(1, 4, dtype=torch.long)
+    model(tokens, labels=tokens).loss.backward()
+    state.global_step = 1
+    callback.on_step_end(None, state, None)
+    assert not out.exists()
+    assert callback.monitor is not None
+    assert len(callback.monitor.records) == 1
+
+
+# --- the real Trainer ---------------------------------------------------------------------------------------------
+
+
+class Tokens(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
+    def __len__(self) -> int:
+        return 64
+
+    def __getitem__(self, place: int) -> dict[str, torch.Tensor]:
+        row = torch.randint(64, (16,), generator=torch.Generator().manual_seed(place))
+        return {"input_ids": row, "labels": row}
+
+
+def trainer(out: Path, callbacks: list[Any], **options: Any) -> Any:
+    """Six steps of two micro-batches, done."""
+    pytest.importorskip("accelerate")
+    transformers.set_seed(0)
+    arguments = transformers.TrainingArguments(
+        str(out), max_steps=6, per_device_train_batch_size=2, gradient_accumulation_steps=2, logging_steps=1,
+        report_to=[], save_strategy="no", use_cpu=True, disable_tqdm=True, seed=0, **options,
+    )  # fmt: skip
+    done = transformers.Trainer(tiny(), arguments, train_dataset=Tokens(), callbacks=callbacks)
+    done.train()
+    return done
+
+
+def losses(done: Any) -> list[float]:
+    return [entry["loss"] for entry in done.state.log_history if "loss" in entry]
+
+
+def test_the_trainer_is_watched_and_not_changed(tmp_path: Path) -> None:
+    from empirics.hugging_face import StabilityCallback
+
+    out = tmp_path / "stability.jsonl"
+    plain = trainer(tmp_path, [])
+    watched = trainer(tmp_path, [StabilityCallback(out, every=2)])
+    assert len(losses(plain)) == 6
+    assert losses(watched) == losses(plain)
+    assert all(torch.equal(a, b) for a, b in zip(watched.model.parameters(), plain.model.parameters(), strict=True))
+    rows = rows_of(out)
+    assert [row["step"] for row in rows] == [0, 2, 4]
+    for row in rows:
+        assert row["n_tokens"] == 2 * 2 * 16  # both micro-batches
+        assert row["places"] == ["embedding", "layer 0 attention", "layer 0", "layer 1 attention", "layer 1"]
+        assert row["growth"] == row["place_gradient"][0] / row["place_gradient"][-1] > 1
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_a_compiling_trainer_is_watched(tmp_path: Path) -> None:
+    """The Trainer compiles a wrapper that the callback is not shown."""
+    from empirics.hugging_face import StabilityCallback
+
+    out = tmp_path / "stability.jsonl"
+    trainer(tmp_path, [StabilityCallback(out, every=3)], torch_compile=True, torch_compile_backend="aot_eager")
+    assert [row["step"] for row in rows_of(out)] == [0, 3]
+    assert all(row["growth"] > 1 for row in rows_of(out))
