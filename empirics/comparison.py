@@ -178,7 +178,13 @@ class Check:
         )
 
 
-def check(model: nn.Module, tokens: Tensor | None = None, *, loss: Loss | None = None) -> Check:
+def check(
+    model: nn.Module,
+    tokens: Tensor | None = None,
+    *,
+    loss: Loss | None = None,
+    architecture: Architecture | None = None,
+) -> Check:
     """Measure a decoder's gradient growth at its present weights, and hold it against the prediction.
 
     The module is left as it was: weights, gradients, modes and random states. What it is said to be is read from the
@@ -187,6 +193,7 @@ def check(model: nn.Module, tokens: Tensor | None = None, *, loss: Loss | None =
     Args:
         tokens: (B, T) ids; each token's target is the next one. Random, distinct ones unless given.
         loss: from (model, (B, T) tokens, (B, T) targets); the mean cross entropy of the model's logits unless given.
+        architecture: what to hold it to, where the module has no `config` or `architecture` of its own.
 
     Raises:
         ValueError: no residual stream is found, or the loss has no gradient; the message says why.
@@ -200,12 +207,12 @@ def check(model: nn.Module, tokens: Tensor | None = None, *, loss: Loss | None =
     inputs, targets = tokens_[:, :-1], tokens_[:, 1:]
     monitor = StabilityMonitor(model, tokens=tokens)
     record = one_pass(monitor, model, inputs, targets, loss=loss)
-    architecture, reasons = said_to_be(model)
+    said, reasons = said_to_be(model) if architecture is None else (architecture, ())
     predicted = None
-    if architecture is not None:
-        growth, outside = predict(architecture, inputs)
+    if said is not None:
+        growth, outside = predict(said, inputs)
         predicted = growth.value
-        reasons = (*outside, *disagreements(measured, architecture))
+        reasons = (*outside, *disagreements(measured, said))
     scatter = None
     if predicted is not None and not reasons:
         scatter = scatter_of_one(monitor, model, inputs, targets, loss=loss)
@@ -268,7 +275,7 @@ def said_to_be(model: nn.Module) -> tuple[Architecture | None, tuple[str, ...]]:
         return own, ()
     config = getattr(model, "config", None)
     if not hasattr(config, "to_dict"):
-        return None, ("the module has no config to predict from",)
+        return None, ("the module has no config to predict from; give check(module, architecture=...)",)
     try:
         return parse_config(config.to_dict()).architecture, ()  # type: ignore[union-attr]
     except (UnknownArchitecture, ValueError) as reason:
@@ -288,6 +295,8 @@ def disagreements(measured: Measured, architecture: Architecture, *, weights: bo
         same = math.isclose(seen, said, rel_tol=0.01) if isinstance(seen, float) else seen == said
         if seen is not None and not same:
             found.append(f"{name} is measured {_plain(seen)}, the config says {_plain(said)}")
+    if weights and measured.bias_rms:
+        found.append(f"a bias has root mean square {measured.bias_rms:.4g}, it starts with 0: not as initialised")
     for role, stds in initial_stds(measured, a).items() if weights else ():
         for layer, (std, said) in enumerate(zip(measured.stds[role], stds)):
             if not said / (1 + STD_LIMIT) <= std <= said * (1 + STD_LIMIT):

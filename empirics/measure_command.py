@@ -163,9 +163,8 @@ def _answer(
     if subject.trained and a is not None:
         said = disagreements(grown.architecture, a, weights=False)
         moved = len(differences) - len(said)
-        trained = (
-            f"{moved} of {len(drawn)} kinds of matrix are not as initialised; the prediction is of the initialisation"
-        )
+        kinds = f"{moved} of {len(drawn) + 1} kinds of weights"  # biases are one
+        trained = f"{kinds} are not as initialised, and the prediction is of the initialisation"
         differences = (*said, *([trained] if moved else []))
     outside = (subject.unknown or "no prediction",) if predicted is None else predicted.reasons
     reasons = (*outside, *differences)

@@ -36,6 +36,7 @@ class Measured:
         tied: the head is the token table.
         stds: root mean square of each matrix's entries by role, over the layers that have it. A matrix counts as what
             its module does to unit vectors; `query_key_value` and the like are held in one.
+        bias_rms: the largest root mean square of a module's bias, 0 without any.
     """
 
     n_layers: int
@@ -48,6 +49,7 @@ class Measured:
     embedding_norm: bool
     tied: bool
     stds: dict[str, tuple[float, ...]]
+    bias_rms: float
 
     def __str__(self) -> str:
         order = {True: "parallel", False: "serial", None: "of unknown order"}[self.parallel]
@@ -99,6 +101,7 @@ def describe(model: nn.Module, tokens: Tensor | None = None) -> Measured:
         embedding_norm=normalised,
         tied=tied,
         stds={role: tuple(values) for role, values in stds.items()},
+        bias_rms=max((_rms(p) for name, p in model.named_parameters() if name.endswith("bias")), default=0.0),
     )
 
 

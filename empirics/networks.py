@@ -189,7 +189,10 @@ def _own_folder(folder: Path) -> Path | None:
 
 def _has_weights(folder: Path) -> bool:
     endings = (".safetensors", real_classes.INDEX, *real_classes.PICKLED)
-    return any(name.endswith(endings) for name in os.listdir(folder))
+    try:
+        return any(name.endswith(endings) for name in os.listdir(folder))
+    except OSError as error:
+        raise ValueError(f"cannot read {folder}: {error.strerror}; give a readable folder") from None
 
 
 def _own_checkpoint(folder: Path) -> Network:

@@ -274,7 +274,7 @@ def test_a_wrong_initialisation_differs(tmp_path: Path, capsys: pytest.CaptureFi
     capsys.readouterr()
     status, answer = measure(str(tmp_path / "loud"), "--seeds", "2", "--seq-len", "32", capsys=capsys)
     assert (status, answer["verdict"]) == (0, "unknown")
-    assert "1 of 9 kinds of matrix are not as initialised" in answer["why"][0]
+    assert "1 of 10 kinds of weights are not as initialised" in answer["why"][0]
     ratio = answer["gradient_growth"]["value"] / answer["predicted"]["gradient_growth"]
     assert abs(math.log(ratio)) > math.log(1.5)
     drawn = answer["stds"]["value"]["drawn_with"][0]

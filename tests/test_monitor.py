@@ -30,6 +30,7 @@ from empirics.monitor import StabilityMonitor, check, describe, series
 from empirics.probes import gradient_profile, layer_norms
 from empirics.running import first_tensor, replaced
 from theory.architecture import Architecture, preset
+from theory.initialisation import flat
 
 # The monitor sums in float64 what the reference sums in float64, over at most 2^11 entries.
 TOLERANCE = 2.0**-40
@@ -329,7 +330,29 @@ def test_a_nanogpt() -> None:
     )
     assert set(seen.stds) == {"embedding", "query_key_value", "output", "ffn_in", "ffn_out"}
     answer = check(NanoGPT())
-    assert (answer.verdict, answer.reasons) == ("unknown", ("the module has no config to predict from",))
+    assert (answer.verdict, answer.reasons) == (
+        "unknown",
+        ("the module has no config to predict from; give check(module, architecture=...)",),
+    )
+
+
+def test_a_nanogpt_held_to_an_architecture() -> None:
+    """A module without a config of its own; its biases are torch's, until they are what the architecture says."""
+    torch.manual_seed(0)
+    model = NanoGPT()
+    said = Architecture(
+        name="nano", d_model=64, n_layers=3, n_heads=4, n_kv_heads=4, d_head=16, d_ffn=256, vocab_size=50, context=128,
+        activation="gelu", positions="learned", biases=True, tied=True, init=flat(0.1),
+    )  # fmt: skip
+    assert check(model, architecture=said).reasons[0].startswith("a bias has root mean square")
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                parameter.zero_()
+    answer = check(model, architecture=said)
+    assert (answer.verdict, answer.reasons) == ("agrees", ())
+    wrong = check(model, architecture=replace(said, parallel=True))
+    assert wrong.reasons == ("parallel is measured False, the config says True",)
 
 
 def test_a_titan() -> None:
