@@ -28,8 +28,8 @@ CHECK_SHAPE = (4, 48)  # sequences and tokens that `check` runs
 STD_LIMIT = 0.15  # relative: five standard errors of the smallest matrices of a network 32 wide are 0.11
 ACCURACY = 0.08  # relative, of the predicted growth inside its domain: what docs/accuracy.md holds the worst case to
 CHANCE = 0.01  # of calling a right prediction wrong, beyond the accuracy that it states
-SHUFFLE_SEED = 0x5CA77E12  # one that nobody draws weights with: rows drawn and shuffled by one stream come out sorted
-SHUFFLES = 8  # draws that the scatter of one network is taken from
+SIGN_SEED = 0x5CA77E12  # one that nobody draws weights with, whose signs would then be of the same stream
+DRAWS = 8  # that the scatter of one network is taken from
 LONGEST_EXACT = 256  # repeated tokens are predicted position by position, in a time that grows like T^3
 MOST_EXACT = 4  # sequences
 NEARLY_DISTINCT = 0.95  # share of a sequence's tokens that are; the rest moves the growth by less than its accuracy
@@ -113,33 +113,41 @@ def scatter_of_one(
     targets: Tensor,
     *,
     loss: Loss | None = None,
+    on_draw: Callable[[int], object] = lambda n: None,
 ) -> Scatter | None:
-    """How the growth of networks like this one scatters: with the entries of every row of its matrices shuffled.
+    """How the growth of networks like this one scatters: with the sign of every entry of its matrices drawn anew.
 
-    Shuffled rows of independent numbers are a further draw of the same ensemble. The weights are put back, to the bit.
+    Of independent numbers that are as likely positive as negative that is a further draw of the same ensemble. The
+    weights are put back, to the bit.
+
+    Args:
+        on_draw: called after each draw.
 
     Returns:
-        None where a shuffled network has no finite growth, or the matrices are spread over several processes.
+        None where a network so drawn has no finite growth, or the matrices are spread over several processes.
     """
     if any(hasattr(p, "to_local") for p in model.parameters()):
         return None
     device_ = {p.device for p in model.parameters() if p.ndim > 1}
-    generators = {device: torch.Generator(device).manual_seed(SHUFFLE_SEED) for device in device_}
+    generators = {device: torch.Generator(device).manual_seed(SIGN_SEED) for device in device_}
     kept = {p: p.detach().clone() for p in model.parameters() if p.ndim > 1}
     records, logs = list(monitor.records), list[float]()
     try:
-        for _ in range(SHUFFLES):
+        for n in range(DRAWS):
             for p, before in kept.items():
-                order = torch.rand(before.shape, generator=generators[p.device], device=p.device).argsort(-1)
-                p.data.copy_(before.gather(-1, order))
+                signs = torch.randint(
+                    2, before.shape, generator=generators[p.device], device=p.device, dtype=torch.int8
+                )
+                p.data.copy_(before * (2 * signs - 1))
             logs.append(math.log(one_pass(monitor, model, inputs, targets, loss=loss).growth or math.nan))
+            on_draw(n)
     except ValueError:  # the log of what is no number
         return None
     finally:
         for p, before in kept.items():
             p.data.copy_(before)
         monitor.records = records
-    return Scatter(float(np.std(logs, ddof=1)), SHUFFLES, 1) if all(map(math.isfinite, logs)) else None
+    return Scatter(float(np.std(logs, ddof=1)), DRAWS, 1) if all(map(math.isfinite, logs)) else None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

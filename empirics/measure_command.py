@@ -14,7 +14,16 @@ from tqdm import tqdm
 from empirics.anatomy import anatomy
 from empirics.block_norms import block_norms
 from empirics.command_line import check_device, require_memory
-from empirics.comparison import Prediction, Scatter, disagreements, initial_stds, outcome, predict, scatter_of_one
+from empirics.comparison import (
+    DRAWS,
+    Prediction,
+    Scatter,
+    disagreements,
+    initial_stds,
+    outcome,
+    predict,
+    scatter_of_one,
+)
 from empirics.decoder_growth import DecoderGrowth, measure_decoder
 from empirics.measured import Measured
 from empirics.networks import Network, network
@@ -225,11 +234,14 @@ def _answer(
 
 
 def _scatter(subject: Network, grown: DecoderGrowth) -> Scatter | None:
-    """Over seeds; of one network, whose seeds are of its tokens alone, over its shuffled weights."""
+    """Over seeds; of few, or of one network whose seeds are of its tokens alone, over draws of its weights' signs."""
     seeds = len(grown.growth.seeds)
-    if not subject.trained and grown.log_sd is not None:
+    if not subject.trained and grown.log_sd is not None and seeds >= DRAWS:
         return Scatter(grown.log_sd, seeds, seeds)
-    return scatter_of_one(StabilityMonitor(grown.model), grown.model, grown.tokens, grown.targets)
+    with tqdm(total=DRAWS, desc="scatter", unit="draw", disable=None) as bar:
+        monitor = StabilityMonitor(grown.model)
+        drawn = scatter_of_one(monitor, grown.model, grown.tokens, grown.targets, on_draw=lambda _: bar.update(1))
+    return None if drawn is None else drawn._replace(averaged=1 if subject.trained else seeds)
 
 
 def place_names(architecture: Any) -> list[str]:

@@ -246,7 +246,7 @@ def test_outcomes() -> None:
     assert outcome(2.0, 2.1, None)[0] == "unknown"
 
 
-def test_shuffled_weights_scatter_as_seeds_do_and_are_put_back() -> None:
+def test_weights_of_other_signs_scatter_as_seeds_do_and_are_put_back() -> None:
     a = replace(preset("wide"), n_layers=2)
     tokens, targets = distinct_tokens(build(a, seed=0), 0, batch_size=2, seq_len=16)
     model = build(a, seed=0)
