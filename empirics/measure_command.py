@@ -25,12 +25,12 @@ from empirics.comparison import (
     scatter_of_one,
 )
 from empirics.decoder_growth import DecoderGrowth, measure_decoder
+from empirics.measure_tokens import batches_of
 from empirics.measured import Measured
 from empirics.networks import Network, network
 from empirics.plan import kept_numbers
 from empirics.real_classes import n_parameters
 from empirics.stability import StabilityMonitor
-from empirics.measure_tokens import batches_of
 from theory.__main__ import EXIT_UNKNOWN, LARGEST_SEQ_LEN, add_architecture_options, emit, whole
 from theory.hf_config import UnknownArchitecture
 from theory.records import plain

@@ -360,7 +360,7 @@ def test_an_unfinished_run_is_measured(tmp_path: Path, capsys: pytest.CaptureFix
 def test_text_by_the_folders_own_tokenizer(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from tokenizers import Tokenizer, models, pre_tokenizers
 
-    words = {f"w{n}": n for n in range(50)}
+    words = {f"w{n}": n for n in range(50)} | {"<|endoftext|>": 50}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="w0"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()  # type: ignore[assignment]
     tokenizer.save(str(folder / "tokenizer.json"))
@@ -368,7 +368,7 @@ def test_text_by_the_folders_own_tokenizer(folder: Path, tmp_path: Path, capsys:
     text.write_text(" ".join(f"w{n % 40}" for n in range(500)))
     _, answer = measure(str(folder), "--data", str(text), *QUICK, capsys=capsys)
     assert answer["tokens"].endswith(f"by {folder / 'tokenizer.json'}")
-    from empirics.texts import batches_of
+    from empirics.measure_tokens import batches_of
 
     of = batches_of(network(str(folder)), batch_size=2, seq_len=12, data=str(text), cache=None, device="cpu").of
     tokens, targets = of(llama(), 0)
