@@ -55,4 +55,8 @@ def batches_of(
     else:
         tokenizer, how = "bpe", "by a tokenizer trained on it"
     corpus = load_corpus(data, vocab_size=vocab_size, tokenizer=tokenizer, limit=TEXT_BYTES, cache=cache)
-    return Batches(lambda _, seed: moved(batch(corpus, seed=seed, step=0, **shape)), f"{corpus.description}, {how}")
+
+    def text(_: nn.Module, seed: int) -> Tokens:
+        return moved(batch(corpus, seed=seed, step=0, batch_size=batch_size, seq_len=seq_len))
+
+    return Batches(text, f"{corpus.description}, {how}")
