@@ -37,7 +37,6 @@ from theory.records import plain
 
 LARGEST_SEEDS = 100_000
 SEQ_LEN = 128  # default where the context is longer: activations of the whole batch are kept
-KINDS = "preset, the path of a config.json, or a folder with weights"
 
 
 def add_command(commands: Any) -> argparse.ArgumentParser:
