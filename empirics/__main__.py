@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from empirics.command_line import positive
+from empirics.distributed import silenced_after_first
 from empirics.measure_command import add_command as add_measure
 from empirics.perplexity_command import add_command as add_perplexity
 from empirics.spike_definitions import DEFINITIONS
@@ -153,6 +154,9 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of `python -m empirics`."""
+    with silenced_after_first() as silenced:
+        if silenced:
+            parser().parse_args(argv)
     return run_command(parser(), argv)
 
 

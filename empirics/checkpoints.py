@@ -8,6 +8,10 @@ A checkpoint is a folder `step-NNNNNNNN` (N steps have been taken):
     architecture.json      what the weights are of, for those who only look at them
     manifest.json          the step, the run's identity, size and SHA-256 of the files above; written last
 
+Several ranks write their parts of the same tensors side by side, by torch.distributed.checkpoint: `shard-RANK-...`
+files of safetensors in place of the first two, each part with its place in the whole. Both kinds are read by one
+reader, on any number of ranks.
+
 Nothing else decides the steps to come: batches and rates are functions of the step, and no step draws from a global
 random generator.
 """
@@ -20,6 +24,7 @@ import os
 import shutil
 import sys
 import tempfile
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,6 +35,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from empirics.data import Tokenizer
+from empirics.distributed import ALONE, Ranks, whole
 from empirics.model import Transformer
 from theory.records import architecture_from, plain, write_json
 
@@ -43,10 +49,11 @@ class Checkpoints:
 
     Args:
         identity: the run's; a checkpoint of another run is not used.
+        ranks: which write and read together, each calling `save` and `load`.
     """
 
-    def __init__(self, folder: Path, identity: str) -> None:
-        self.folder, self.identity = folder, identity
+    def __init__(self, folder: Path, identity: str, ranks: Ranks = ALONE) -> None:
+        self.folder, self.identity, self.ranks = folder, identity, ranks
         self._good: list[str] = []  # names, oldest first, that this process wrote or verified
 
     def save(self, step: int, model: Transformer, optimizer: torch.optim.Optimizer, series: Mapping[str, Any]) -> None:
@@ -56,17 +63,28 @@ class Checkpoints:
             ValueError: the folder cannot be written.
         """
         name = f"step-{step:08d}"
-        with _new_folder(self.folder / name) as temporary:
-            save_file(_parameters(model), temporary / MODEL)
-            save_file(_moments(model, optimizer), temporary / OPTIMIZER)
-            write_json(temporary / SERIES, series)
-            write_json(temporary / ARCHITECTURE, plain(model.architecture))
-            files = {file: _seal(temporary / file) for file in (MODEL, OPTIMIZER, SERIES)}
-            write_json(temporary / MANIFEST, {"step": step, "run": self.identity, "files": files})
+        with _new_folder(self.folder / name, self.ranks) as temporary:
+            tensors = _parameters(model), _moments(model, optimizer)
+            if self.ranks.size == 1:
+                for file, named in zip((MODEL, OPTIMIZER), tensors, strict=True):
+                    save_file(named, temporary / file)
+            else:
+                _save_shards(temporary, tensors[0] | tensors[1])
+            names = sorted(path.name for path in temporary.glob("*.safetensors"))
+            mine = names[self.ranks.rank :: self.ranks.size]  # each rank reads through its share of the bytes
+            if self.ranks.first:
+                write_json(temporary / SERIES, series)
+                write_json(temporary / ARCHITECTURE, plain(model.architecture))
+                mine += [SERIES, ARCHITECTURE]
+            parts = self.ranks.each({file: _seal(temporary / file) for file in mine})
+            files = {file: seal for part in parts for file, seal in part.items()}
+            if self.ranks.first:
+                write_json(temporary / MANIFEST, {"step": step, "run": self.identity, "files": files})
         self._good = [*(good for good in self._good if good != name), name][-KEPT:]
-        for path in self.folder.iterdir():
-            if path.name not in self._good:
-                shutil.rmtree(path, ignore_errors=True)
+        if self.ranks.first:
+            for path in self.folder.iterdir():
+                if path.name not in self._good:
+                    shutil.rmtree(path, ignore_errors=True)
 
     def load(self, model: Transformer, optimizer: torch.optim.Optimizer) -> tuple[int, dict[str, Any]] | None:
         """Set model and optimizer to the newest whole checkpoint: its step and series, or None without one.
@@ -75,54 +93,67 @@ class Checkpoints:
         """
         damaged: list[str] = []
         for path in sorted(self.folder.glob("step-*"), reverse=True):
-            try:
-                step = self._verify(path)
-            except (OSError, ValueError) as reason:
-                damaged.append(f"checkpoint {path} is damaged ({reason})")
+            reasons = [reason for reason in self.ranks.each(self._damage(path)) if reason]
+            if reasons:
+                damaged.append(f"checkpoint {path} is damaged ({reasons[0]})")
                 continue
-            _say(damaged, f"the one of step {step} is used")
+            step = int(path.name.removeprefix("step-"))
+            self._say(damaged, f"the one of step {step} is used")
             self._good = [path.name]
-            _set_parameters(model, load_file(path / MODEL))
-            _set_moments(model, optimizer, load_file(path / OPTIMIZER))
+            _load(path, model, optimizer, alone=self.ranks.size == 1)
             return step, json.loads((path / SERIES).read_text())
-        _say(damaged, "the run starts again from step 0")
+        self._say(damaged, "the run starts again from step 0")
         return None
 
     def remove(self) -> None:
         """Remove them all; to be called once the run's record is written."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+        if self.ranks.first:
+            shutil.rmtree(self.folder, ignore_errors=True)
 
-    def _verify(self, path: Path) -> int:
-        """The step of a whole checkpoint.
-
-        Raises:
-            ValueError, OSError: what is wrong with it, in a few words.
-        """
+    def _damage(self, path: Path) -> str:
+        """What is wrong with a checkpoint, in a few words, as this rank's share of the files tells it; or nothing."""
         try:
             manifest = json.loads((path / MANIFEST).read_bytes())
             step, run, files = manifest["step"], manifest["run"], manifest["files"]
             name = f"step-{int(step):08d}"
-            sealed = {file: (files[file]["bytes"], files[file]["sha256"]) for file in (MODEL, OPTIMIZER, SERIES)}
+            sealed = {file: (files[file]["bytes"], files[file]["sha256"]) for file in files}
         except FileNotFoundError:
-            raise ValueError(f"{MANIFEST} is missing") from None
-        except (ValueError, LookupError, TypeError):
-            raise ValueError(f"{MANIFEST} cannot be read") from None
+            return f"{MANIFEST} is missing"
+        except (OSError, ValueError, LookupError, TypeError):
+            return f"{MANIFEST} cannot be read"
+        if SERIES not in sealed or len(sealed) < 2:
+            return f"{MANIFEST} cannot be read"
         if run != self.identity or path.name != name:
-            raise ValueError(f"it is step {step} of {run}")
-        for file, (size, digest) in sealed.items():
-            if not (path / file).is_file():
-                raise ValueError(f"{file} is missing")
-            if (path / file).stat().st_size != size:
-                raise ValueError(f"{file} has {(path / file).stat().st_size} bytes and not {size}")
-            if _digest(path / file) != digest:
-                raise ValueError(f"{file} has another SHA-256")
-        return step
+            return f"it is step {step} of {run}"
+        mine = sorted(sealed.items())[self.ranks.rank :: self.ranks.size]
+        return next(filter(None, (_difference(path / file, *seal) for file, seal in mine)), "")
+
+    def _say(self, damaged: list[str], remedy: str) -> None:
+        for line in damaged if self.ranks.first else ():
+            print(f"{line}; {remedy}", file=sys.stderr)
+
+
+def _difference(path: Path, size: int, digest: str) -> str:
+    """How a file is not the one that was sealed; or nothing."""
+    try:
+        if not path.is_file():
+            return f"{path.name} is missing"
+        if path.stat().st_size != size:
+            return f"{path.name} has {path.stat().st_size} bytes and not {size}"
+        return "" if _digest(path) == digest else f"{path.name} has another SHA-256"
+    except OSError as error:
+        return f"{path.name} cannot be read: {error.strerror}"
 
 
 def keep_model(
-    folder: Path, model: Transformer, *, tokenizer: Tokenizer | None = None, run: Mapping[str, Any] | None = None
+    folder: Path,
+    model: Transformer,
+    *,
+    tokenizer: Tokenizer | None = None,
+    run: Mapping[str, Any] | None = None,
+    ranks: Ranks = ALONE,
 ) -> None:
-    """Write the weights and the architecture, which `load_model` reads.
+    """Write the weights and the architecture, which `load_model` reads; whole, by the first rank, from its memory.
 
     Args:
         tokenizer: of the text that it was trained on, kept in the form that transformers reads.
@@ -131,20 +162,29 @@ def keep_model(
     Raises:
         ValueError: the folder cannot be written.
     """
-    with _new_folder(folder) as temporary:
-        save_file(_parameters(model), temporary / MODEL)
-        write_json(temporary / ARCHITECTURE, plain(model.architecture))
-        if tokenizer is not None:
-            tokenizer.save(temporary)
-        if run is not None:
-            write_json(temporary / RUN, run)
-        _seal(temporary / MODEL)
+    weights: dict[str, Tensor] = {}
+    for name, parameter in _parameters(model).items():
+        gathered = whole(parameter)  # by all ranks, one at a time
+        if ranks.first:
+            weights[name] = gathered.cpu()
+    with _new_folder(folder, ranks) as temporary:
+        if ranks.first:
+            save_file(weights, temporary / MODEL)
+            write_json(temporary / ARCHITECTURE, plain(model.architecture))
+            if tokenizer is not None:
+                tokenizer.save(temporary)
+            if run is not None:
+                write_json(temporary / RUN, run)
+            _seal(temporary / MODEL)
 
 
 def load_model(folder: Path) -> Transformer:
     """The model that `keep_model` wrote, on the CPU."""
     model = Transformer(architecture_from(json.loads((folder / ARCHITECTURE).read_text())))
-    _set_parameters(model, load_file(folder / MODEL))
+    weights = load_file(folder / MODEL)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(weights[name])
     return model
 
 
@@ -155,12 +195,6 @@ def _parameters(model: Transformer) -> dict[str, Tensor]:
     return {name: parameter.detach().contiguous() for name, parameter in model.named_parameters()}
 
 
-@torch.no_grad()
-def _set_parameters(model: Transformer, tensors: Mapping[str, Tensor]) -> None:
-    for name, parameter in model.named_parameters():
-        parameter.copy_(tensors[name])
-
-
 def _moments(model: Transformer, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     return {
         f"{name}.{key}": value.contiguous()
@@ -169,14 +203,41 @@ def _moments(model: Transformer, optimizer: torch.optim.Optimizer) -> dict[str, 
     }
 
 
-def _set_moments(model: Transformer, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
+def _save_shards(folder: Path, tensors: dict[str, Tensor]) -> None:
+    from torch.distributed.checkpoint.api import CheckpointException
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
+    from torch.distributed.checkpoint.state_dict_saver import save
+
+    try:
+        save(tensors, storage_writer=HuggingFaceStorageWriter(str(folder), save_distributed=True))
+    except CheckpointException as error:  # on every rank, whichever failed
+        first, _ = next(iter(error.failures.values()))
+        raise first if isinstance(first, OSError) else error from None
+
+
+@torch.no_grad()
+def _load(folder: Path, model: Transformer, optimizer: torch.optim.Optimizer, *, alone: bool) -> None:
+    """Fill the model in place, and the optimizer with moments as it has them after a step."""
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader  # half a second, for a resumed run
+    from torch.distributed.checkpoint.state_dict_loader import load
+
+    parameters = dict(model.named_parameters())
+    moments: dict[str, dict[str, Tensor]] = {
+        name: {
+            "step": torch.zeros((), device=parameter.device),
+            "exp_avg": torch.zeros_like(parameter),
+            "exp_avg_sq": torch.zeros_like(parameter),
+        }
+        for name, parameter in parameters.items()
+    }
+    tensors = _parameters(model)
+    tensors |= {f"{name}.{key}": value for name, state in moments.items() for key, value in state.items()}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*single process")  # said of `no_dist` even where it is asked for
+        load(tensors, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=alone)
+    names = {id(parameter): name for name, parameter in parameters.items()}
     ordered = [names[id(parameter)] for group in optimizer.param_groups for parameter in group["params"]]
-    state: dict[int, dict[str, Tensor]] = {n: {} for n in range(len(ordered))}
-    place = {name: n for n, name in enumerate(ordered)}
-    for full, value in tensors.items():
-        name, _, key = full.rpartition(".")
-        state[place[name]][key] = value
+    state = {place: moments[name] for place, name in enumerate(ordered)}
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
@@ -184,19 +245,24 @@ def _set_moments(model: Transformer, optimizer: torch.optim.Optimizer, tensors: 
 
 
 @contextmanager
-def _new_folder(path: Path) -> Iterator[Path]:
-    """A temporary folder that takes the place of `path` in the end."""
+def _new_folder(path: Path, ranks: Ranks) -> Iterator[Path]:
+    """A temporary folder, the same for every rank, that takes the place of `path` in the end."""
     temporary: Path | None = None
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
-        temporary.chmod(0o755)
-        yield temporary
-        _flush(temporary)
-        if path.exists():  # a damaged one, or the same steps taken again
-            shutil.rmtree(path)
-        os.replace(temporary, path)
-        _flush(path.parent)
+        if ranks.first:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+            temporary.chmod(0o755)
+        shared = ranks.each(temporary)[0]
+        assert shared is not None
+        yield shared
+        if temporary is not None:
+            _flush(temporary)
+            if path.exists():  # a damaged one, or the same steps taken again
+                shutil.rmtree(path)
+            os.replace(temporary, path)
+            _flush(path.parent)
+        ranks.wait()
     except OSError as error:
         raise ValueError(f"cannot write {path}: {error.strerror}; choose a writable folder with --out") from None
     finally:
@@ -221,8 +287,3 @@ def _digest(path: Path) -> str:
 def _seal(path: Path) -> dict[str, Any]:
     _flush(path)
     return {"bytes": path.stat().st_size, "sha256": _digest(path)}
-
-
-def _say(damaged: list[str], remedy: str) -> None:
-    for line in damaged:
-        print(f"{line}; {remedy}", file=sys.stderr)

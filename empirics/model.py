@@ -67,6 +67,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 ROPE_BASE = SINUSOIDAL_BASE = 10_000.0
 Function = Callable[[Tensor], Tensor]
 Kernel = Literal["fused", "plain"]
+Keep = Callable[[Tensor], object]
 PLAIN_TOKENS = 512  # the longest sequence at which plain attention is the faster one, where it is at all
 
 
@@ -389,11 +390,11 @@ class Layer(nn.Module):
         """x -> new x, in the order and number of `Architecture.updates`; the layer is their composition."""
         return (self.parallel_update,) if self.parallel else (self.attention_update, self.feedforward_update)
 
-    def forward(self, x_BTD: Tensor, places: list[Tensor] | None = None) -> Tensor:
-        """The residual stream after the layer; what every update leaves is appended to `places`."""
+    def forward(self, x_BTD: Tensor, keep: Keep | None = None) -> Tensor:
+        """The residual stream after the layer; `keep` is given what every update leaves."""
         for update in self.updates:
             x_BTD = update(x_BTD)
-            _keep(places, x_BTD)
+            _give(keep, x_BTD)
         return x_BTD
 
     def _normalise(self, norm: nn.Module | None, x_BTD: Tensor) -> Tensor:
@@ -445,9 +446,11 @@ class Transformer(nn.Module):
 
     def forward(self, tokens_BT: Tensor, places: list[Tensor] | None = None) -> Tensor:
         a, x_BTD = self.architecture, self.embed(tokens_BT)
-        _keep(places, x_BTD)
+        # Not the list itself: the hooks that shard a layer give it copies of lists that hold tensors.
+        keep = None if places is None else places.append
+        _give(keep, x_BTD)
         for layer in self.layers:
-            x_BTD = layer(x_BTD, places)
+            x_BTD = layer(x_BTD, keep)
         return softcap(times(self.head(self.norm(x_BTD)), a.logit_multiplier), a.logit_softcap)
 
     def loss(self, tokens_BT: Tensor, targets_BT: Tensor, places: list[Tensor] | None = None) -> Tensor:
@@ -464,17 +467,30 @@ class Transformer(nn.Module):
         return found[0]  # the layers differ in nothing that decides it
 
     @torch.no_grad()
-    def initialise(self, generator: torch.Generator) -> None:
-        """Draw every matrix as the table at the top says; the draws do not depend on the embedding treatment."""
+    def initialise(self, generator: torch.Generator, assign: Callable[[Tensor, Tensor], object] = Tensor.copy_) -> None:
+        """Draw every matrix as the table at the top says; the draws do not depend on the embedding treatment.
+
+        Args:
+            assign: sets a parameter to a matrix; where parameters are sharded, to this process's part of it.
+        """
         a = self.architecture
+
+        def draw(parameter: Tensor, std: float, *, padding_row: bool = False) -> None:
+            # Drawn on the CPU, one at a time: the same numbers for every device, precision and way to shard.
+            matrix = torch.empty(parameter.shape)
+            _draw(matrix, std, a.init, generator)
+            if padding_row:
+                matrix[0].zero_()
+            assign(parameter, matrix)
+
         for module in self.modules():
             if isinstance(module, nn.LayerNorm | nn.RMSNorm):
                 module.reset_parameters()
             elif isinstance(module, nn.Linear) and module.bias is not None:
                 module.bias.zero_()
-        _draw(self.tokens.weight, a.stds.embedding, a.init, generator)
+        draw(self.tokens.weight, a.stds.embedding, padding_row=a.padding_row)
         if self.positions is not None:
-            _draw(self.positions.weight, a.stds.position, a.init, generator)
+            draw(self.positions.weight, a.stds.position)
         for n, layer in enumerate(self.layers):
             assert isinstance(layer, Layer)
             attention, stds = layer.attention, a.layer_stds(n)
@@ -494,11 +510,9 @@ class Transformer(nn.Module):
                 ]
             for linear, std in table:
                 if linear is not None:
-                    _draw(linear.weight, std, a.init, generator)
+                    draw(linear.weight, std)
         if not a.tied:
-            _draw(self.head.weight, a.stds.head, a.init, generator)
-        if a.padding_row:
-            self.tokens.weight[0].zero_()
+            draw(self.head.weight, a.stds.head)
 
 
 def cross_entropy(logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:
@@ -529,8 +543,8 @@ def _draw(matrix: Tensor, std: float, init: Init, generator: torch.Generator) ->
         matrix.mul_(std / float(truncnorm(-init.cutoff, init.cutoff).std()))
 
 
-def _keep(places: list[Tensor] | None, x_BTD: Tensor) -> None:
-    if places is not None:
+def _give(keep: Keep | None, x_BTD: Tensor) -> None:
+    if keep is not None:
         if x_BTD.requires_grad:
             x_BTD.retain_grad()
-        places.append(x_BTD)
+        keep(x_BTD)

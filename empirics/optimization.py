@@ -13,6 +13,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
+from empirics.distributed import ALONE, Ranks, local
 from empirics.model import Transformer
 from empirics.run_spec import RunSpec
 
@@ -49,18 +50,20 @@ class Stepper:
     What is done to every parameter is one call of torch's `_foreach` functions, with which its own optimizers and
     clipping are written: in a small model, loops in Python took a twentieth of the step.
 
-    Norms are by where parameters sit: embedding, layer 0..N-1, head; gains belong to where they are.
+    Norms are by where parameters sit: embedding, layer 0..N-1, head; gains belong to where they are. Each rank works on
+    its parts of the parameters, and norms are those of the whole.
     """
 
-    def __init__(self, model: Transformer, optimizer: torch.optim.Optimizer) -> None:
-        self.optimizer = optimizer
+    def __init__(self, model: Transformer, optimizer: torch.optim.Optimizer, ranks: Ranks = ALONE) -> None:
+        self.optimizer, self.ranks = optimizer, ranks
         self.groups = parameter_groups(model)
         self.parameters = [parameter for group in self.groups.values() for parameter in group]
-        self._before = [torch.empty_like(parameter, requires_grad=False) for parameter in self.parameters]
+        self._before = [torch.empty_like(local(parameter.detach())) for parameter in self.parameters]
 
     def gradient_norms(self) -> dict[str, float]:
         """Norm of the gradient, group by group."""
-        return _group_norms(self._gradients(), self.groups)
+        # In float64, so that what clipping multiplies by does not depend on how many ranks a matrix is spread over.
+        return self._group_norms(self._gradients(), torch.float64)
 
     def step(self, *, rate: float, scale: float) -> dict[str, float]:
         """Scale the gradient, step, and return the norm of the parameters' change, group by group."""
@@ -68,16 +71,21 @@ class Stepper:
             torch._foreach_mul_(self._gradients(), scale)  # type: ignore[attr-defined]
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        parameters = [parameter.detach() for parameter in self.parameters]
+        parameters = [local(parameter.detach()) for parameter in self.parameters]
         torch._foreach_copy_(self._before, parameters)  # type: ignore[attr-defined]
         self.optimizer.step()
         torch._foreach_sub_(self._before, parameters)  # type: ignore[attr-defined]
-        return _group_norms(self._before, self.groups)
+        return self._group_norms(self._before)
 
     def _gradients(self) -> list[Tensor]:
-        gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
+        gradients = [local(parameter.grad) for parameter in self.parameters if parameter.grad is not None]
         assert len(gradients) == len(self.parameters)  # every parameter takes part in the loss
         return gradients
+
+    def _group_norms(self, tensors: list[Tensor], dtype: torch.dtype | None = None) -> dict[str, float]:
+        norms = torch._foreach_norm(tensors, 2, dtype)  # type: ignore[attr-defined]
+        values: Iterator[float] = iter(self.ranks.total(torch.stack(norms).double().square()).tolist())
+        return {name: math.sqrt(sum(next(values) for _ in group)) for name, group in self.groups.items()}
 
 
 def total_norm(norms: dict[str, float]) -> float:
@@ -93,9 +101,3 @@ def parameter_groups(model: Transformer) -> dict[str, list[nn.Parameter]]:
     owned |= {id(parameter) for parameter in embedding}
     head = [parameter for parameter in model.parameters() if id(parameter) not in owned]
     return {"embedding": embedding, **layers, "head": head}
-
-
-def _group_norms(tensors: list[Tensor], groups: dict[str, list[nn.Parameter]]) -> dict[str, float]:
-    norms = torch._foreach_norm(tensors)  # type: ignore[attr-defined]
-    values: Iterator[float] = iter(torch.stack(norms).double().square().tolist())
-    return {name: math.sqrt(sum(next(values) for _ in group)) for name, group in groups.items()}

@@ -16,6 +16,7 @@ from scipy.special import ndtr
 from torch import Tensor
 
 from empirics.data import Batch
+from empirics.distributed import ALONE, Ranks, whole
 from empirics.model import Attention, Layer, Transformer, build
 from empirics.spectral import lanczos_opnorms
 from empirics.stacked import batches, stacked
@@ -65,17 +66,21 @@ def distribution(values: Tensor) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def distributions(model: Transformer, tokens: Tensor) -> dict[str, Any]:
-    """Distributions of x and x' at every place and of every matrix, as (B, T) tokens see them."""
+def distributions(model: Transformer, tokens: Tensor, ranks: Ranks = ALONE) -> dict[str, Any]:
+    """Distributions of x and x' at every place and of every matrix, as (B, T) tokens see them.
+
+    In shards, every rank computes its share of the sequences, and places and matrices are gathered one at a time.
+    """
     places: list[Tensor] = []
-    model(tokens, places)
+    model(ranks.share(tokens), places)
     weights = {
-        name: distribution(parameter)
+        name: distribution(whole(parameter))
         for name, parameter in model.named_parameters()
         if parameter.ndim == 2
         and (name.startswith(("layers.0.", f"layers.{len(model.layers) - 1}.", "tokens", "head")))
     }
-    return {"places": [distribution(x) for x in places], "weights": weights}
+    batch_size = tokens.shape[0]
+    return {"places": [distribution(ranks.gathered(x, batch_size)) for x in places], "weights": weights}
 
 
 def gradient_profile(model: Transformer, tokens: Tensor, targets: Tensor) -> tuple[list[float], list[float]]:

@@ -18,9 +18,10 @@ from tqdm import tqdm
 
 from empirics.checkpoints import Checkpoints
 from empirics.data import Corpus, load_corpus
+from empirics.distributed import ALONE, Ranks
 from empirics.initialisation import InitialisationSpec, initialisation
 from empirics.run_spec import RunSpec
-from empirics.train import OnStep, train
+from empirics.train import OnStep, check_shares, train
 from theory.records import read_record, write_record
 
 Spec = RunSpec | InitialisationSpec
@@ -46,9 +47,9 @@ def record_path(spec: Spec, out: Path) -> Path:
     return out / "records" / f"{spec.identity}.json"
 
 
-def checkpoints_of(spec: RunSpec, out: Path) -> Checkpoints:
+def checkpoints_of(spec: RunSpec, out: Path, ranks: Ranks = ALONE) -> Checkpoints:
     """The run's checkpoints, as long as it has no record."""
-    return Checkpoints(out / "checkpoints" / spec.identity, spec.identity)
+    return Checkpoints(out / "checkpoints" / spec.identity, spec.identity, ranks)
 
 
 def model_path(spec: RunSpec, out: Path) -> Path:
@@ -64,6 +65,8 @@ def run(
     checkpoint_every: int = 100,
     keep_model: bool = False,
     sink: OnStep | None = None,
+    stop: Callable[[], bool] = lambda: False,
+    ranks: Ranks = ALONE,
 ) -> dict[str, Any]:
     """One record: read if it is there, otherwise computed (a training from its last checkpoint) and written.
 
@@ -71,51 +74,75 @@ def run(
 
     Args:
         sink: is given the numbers of every step that is taken, beside the record.
+        stop: as Ctrl-C and SIGTERM: a training that is told to stops after its step, with a checkpoint.
+        ranks: which train together; each calls this, and gets the record.
 
     Raises:
         ValueError: bad input; or the run is finished and its model, which is to be kept, is not there.
     """
     path = record_path(spec, out)
     record = read_record(path)
+    ranks.wait()  # all have looked before one writes
     if record is None:
-        if path.exists():
+        if path.exists() and ranks.first:
             print(f"record {path} is damaged; it is made again", file=sys.stderr)
         if isinstance(spec, InitialisationSpec):
             kind = "initialisation" if spec.seeds else "prediction"
-            write_record(path, kind=kind, body=initialisation(spec, out / "data"))
+            body = initialisation(spec, out / "data")
         else:
-            write_record(path, kind="training", body=_train(spec, out, progress, checkpoint_every, keep_model, sink))
+            kind = "training"
+            with stop_signals() as signalled:
+                body = _train(
+                    spec, out, progress and ranks.first, checkpoint_every, keep_model, sink,
+                    lambda: signalled() or stop(), ranks,
+                )  # fmt: skip
+        if ranks.first:
+            write_record(path, kind=kind, body=body)
+        ranks.wait()
         record = read_record(path)
         assert record is not None
     elif keep_model and isinstance(spec, RunSpec) and not model_path(spec, out).exists():
         raise ValueError(f"the run is finished and its model was not kept; delete {path} and run again to train anew")
     if isinstance(spec, RunSpec):  # not before the record is there: a kill between would lose the run
-        checkpoints_of(spec, out).remove()
+        checkpoints_of(spec, out, ranks).remove()
     return record
 
 
 def _train(
-    spec: RunSpec, out: Path, progress: bool, checkpoint_every: int, keep_model: bool, sink: OnStep | None
+    spec: RunSpec,
+    out: Path,
+    progress: bool,
+    checkpoint_every: int,
+    keep_model: bool,
+    sink: OnStep | None,
+    stop: Callable[[], bool],
+    ranks: Ranks,
 ) -> dict[str, Any]:
+    check_shares(spec, ranks)
+    if not ranks.first:
+        ranks.wait()  # the first one tokenises, the others read what it leaves
     corpus = corpus_of(spec, out)  # before the bar: an unreadable text is one line
-    with tqdm(total=spec.steps, disable=not progress, desc=spec.label, unit="step") as bar, stop_signals() as stop:
+    if ranks.first:
+        ranks.wait()
+    with tqdm(total=spec.steps, disable=not progress, desc=spec.label, unit="step") as bar:
 
         def on_step(step: int, values: Mapping[str, float]) -> None:
             if bar.n == 0:
                 bar.initial = bar.n = step  # the estimate is of this process's steps
             bar.set_postfix_str(f"loss {values['loss']:.3f}", refresh=False)
             bar.update()
-            if sink is not None:
+            if sink is not None and ranks.first:
                 sink(step, values)
 
         return train(
             spec,
             corpus,
-            checkpoints=checkpoints_of(spec, out),
+            checkpoints=checkpoints_of(spec, out, ranks),
             checkpoint_every=checkpoint_every,
             keep=model_path(spec, out) if keep_model else None,
             stop=stop,
             on_step=on_step,
+            ranks=ranks,
         )
 
 

@@ -1,6 +1,6 @@
 """The training loop: a pure function of its `RunSpec`, resumable at any step.
 
-What decays is said in `optimization`, the schedules in `run_spec`.
+What decays is said in `optimization`, the schedules in `run_spec`, and what several processes share in `distributed`.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from empirics.checkpoints import Checkpoints, keep_model
 from empirics.data import Corpus, batch, heldout_batches
+from empirics.distributed import ALONE, Ranks
 from empirics.model import Transformer, build, cross_entropy
 from empirics.optimization import Stepper, adamw, decay_table, total_norm
 from empirics.probes import distributions, place_statistics
@@ -76,6 +77,7 @@ def train(
     keep: Path | None = None,
     stop: Callable[[], bool] = lambda: False,
     on_step: OnStep = lambda step, values: None,
+    ranks: Ranks = ALONE,
 ) -> dict[str, Any]:
     """Train, and return the record's body.
 
@@ -85,17 +87,17 @@ def train(
         keep: folder for the final weights, the architecture, the tokenizer and the specification.
         stop: asked after every step; if true, the state is kept and training ends with `Stopped`.
         on_step: called after every step with its number and `Series.latest`.
+        ranks: the processes that train together; each calls this with the same arguments, and gets the same record.
 
     Raises:
         ValueError: a deterministic run needs an operation that has no deterministic form; the checkpoint is of
-            another text.
+            another text; or the batch does not go evenly over the ranks.
     """
+    check_shares(spec, ranks)
     with _deterministic(spec.deterministic), true_float32():
-        surroundings = environment(spec.device)
-        dtype = torch.float64 if spec.precision == "float64" else torch.float32
-        model = build(spec.architecture, seed=spec.seed, device=spec.device, dtype=dtype)
-        kind, products = torch.device(spec.device).type, getattr(torch, spec.precision)
-        attention = model.attend(spec.attention, device=kind, dtype=products, n_tokens=spec.seq_len)
+        surroundings = environment(spec.device) | ({"ranks": ranks.size} if ranks.size > 1 else {})
+        model = _build(spec, ranks)
+        attention = _attend(spec, model)
         optimizer = adamw(model, spec)
         found = None if checkpoints is None else checkpoints.load(model, optimizer)
         if found is not None and found[1].pop("data", corpus.digest) != corpus.digest:
@@ -108,27 +110,31 @@ def train(
         def plain_objective(tokens: Tensor, targets: Tensor, places: list[Tensor] | None = None) -> Any:
             return objective(model, spec.z_loss, tokens, targets, places)
 
-        fast = torch.compile(plain_objective) if spec.compile else plain_objective
-        stepper = Stepper(model, optimizer)
+        # Several ranks compile layer by layer: what gathers a layer stays outside of the graph.
+        fast = torch.compile(plain_objective) if spec.compile and ranks.size == 1 else plain_objective
+        stepper = Stepper(model, optimizer, ranks)
         while step < spec.steps and series.diverged_at is None:
             probing = step % spec.probe_every == 0
             # A probed step runs the same arithmetic uncompiled, since a compiled graph has no places to keep.
             loss_function = plain_objective if probing else fast
-            _train_step(spec, corpus, model, loss_function, stepper, series, step, probing=probing)
+            with _uncompiled(spec.compile and probing):
+                _train_step(spec, corpus, model, loss_function, stepper, series, step, ranks, probing=probing)
             on_step(step, series.latest())
             step += 1
-            stopping = stop()
+            stopping = ranks.any(stop())
             if checkpoints is not None and (stopping or (step < spec.steps and step % checkpoint_every == 0)):
                 checkpoints.save(step, model, optimizer, plain(series) | {"data": corpus.digest})
             if stopping:
                 saved = "" if checkpoints is None else " and saved"
                 raise Stopped(f"stopped{saved} after {step} of {spec.steps} steps")
-        final = _heldout_loss(spec, corpus, model) if series.diverged_at is None else math.nan
+        final = math.nan
         if series.diverged_at is None:
+            evaluated = _evaluated(spec, model, ranks)
+            final = _heldout_loss(spec, corpus, evaluated, ranks)
             tokens, _ = _to_tensors(batch(corpus, seed=spec.seed, step=0, **_shape(spec)), spec.device)
-            series.distributions["end"] = distributions(model, tokens[: spec.micro_batch])
+            series.distributions["end"] = distributions(evaluated, tokens[: spec.micro_batch], ranks)
         if keep is not None:
-            keep_model(keep, model, tokenizer=corpus.tokenizer, run=plain(spec))
+            keep_model(keep, model, tokenizer=corpus.tokenizer, run=plain(spec), ranks=ranks)
     return {
         "id": spec.identity,
         "spec": plain(spec),
@@ -172,14 +178,16 @@ def _train_step(
     stepper: Stepper,
     series: Series,
     step: int,
+    ranks: Ranks,
     *,
     probing: bool,
 ) -> None:
     tokens, targets = _to_tensors(batch(corpus, seed=spec.seed, step=step, **_shape(spec)), spec.device)
     if step == 0:
-        series.distributions["start"] = distributions(model, tokens[: spec.micro_batch])
+        evaluated = _evaluated(spec, model, ranks)
+        series.distributions["start"] = distributions(evaluated, tokens[: spec.micro_batch], ranks)
     stepper.optimizer.zero_grad(set_to_none=True)
-    value, entropy, residual_std, gradient = _accumulate(spec, loss_function, tokens, targets, probing=probing)
+    value, entropy, residual_std, gradient = _accumulate(spec, loss_function, tokens, targets, ranks, probing=probing)
     series.loss.append(entropy)
     if spec.z_loss:
         series.z_loss.append(value - entropy)
@@ -208,32 +216,39 @@ def _train_step(
 
 
 def _accumulate(
-    spec: RunSpec, loss_function: Objective, tokens: Tensor, targets: Tensor, *, probing: bool
+    spec: RunSpec, loss_function: Objective, tokens: Tensor, targets: Tensor, ranks: Ranks, *, probing: bool
 ) -> tuple[float, float, list[float], list[float]]:
     """Add the batch's gradient; its loss, the cross entropy in it, and if probing the residual stream's statistics."""
-    parts = tokens.shape[0] // (spec.micro_batch or tokens.shape[0])
-    value, entropy, deviations, gradients = 0.0, 0.0, [], []
-    for part_tokens, part_targets in zip(tokens.chunk(parts), targets.chunk(parts), strict=True):
+    tokens, targets = ranks.share(tokens), ranks.share(targets)
+    here = tokens.shape[0] // (spec.micro_batch or tokens.shape[0])
+    parts = here * ranks.size
+    value, entropy = 0.0, 0.0
+    deviation: list[float] = []
+    gradient: list[float] = []
+    variances: list[Any] = []
+    squares: list[Any] = []
+    for part_tokens, part_targets in zip(tokens.chunk(here), targets.chunk(here), strict=True):
         places: list[Tensor] = []
         with torch.autocast(spec.device.split(":")[0], torch.bfloat16, enabled=spec.precision == "bfloat16"):
             loss, part_entropy = loss_function(part_tokens, part_targets, *([places] if probing else []))
         if parts > 1:
             loss, part_entropy = loss / parts, part_entropy / parts
-        value += float(loss.detach())
-        entropy += float(part_entropy.detach())
+        part = ranks.totals([float(loss.detach()), float(part_entropy.detach())])
+        value += part[0]
+        entropy += part[1]
         if not math.isfinite(value):
             break
         loss.backward()
         if probing:
             deviation, gradient = place_statistics(places)
-            deviations.append(deviation)
-            gradients.append(gradient)
-    if not deviations:
-        return value, entropy, [], []
-    # Sequences are independent before the loss: squared norms add over micro-batches, variances average.
-    std = np.sqrt(np.mean(np.square(deviations), axis=0)) if parts > 1 else np.array(deviations[0])
-    norm = np.sqrt(np.sum(np.square(gradients), axis=0)) if parts > 1 else np.array(gradients[0])
-    return value, entropy, std.tolist(), norm.tolist()
+            variances.append(np.square(deviation))
+            squares.append(np.square(gradient))
+    if parts == 1 or not variances:
+        return value, entropy, deviation, gradient
+    # Sequences are independent before the loss: squared norms add over micro-batches and ranks, variances average.
+    sums = ranks.totals([*np.sum(variances, axis=0).tolist(), *np.sum(squares, axis=0).tolist()])
+    variance, square = np.array(sums).reshape(2, -1)
+    return value, entropy, np.sqrt(variance / parts).tolist(), np.sqrt(square).tolist()
 
 
 def _to_tensors(pair: tuple[Any, Any], device: str) -> tuple[Tensor, Tensor]:
@@ -242,11 +257,64 @@ def _to_tensors(pair: tuple[Any, Any], device: str) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def _heldout_loss(spec: RunSpec, corpus: Corpus, model: Transformer) -> float:
+def _heldout_loss(spec: RunSpec, corpus: Corpus, model: Transformer, ranks: Ranks) -> float:
     size = spec.micro_batch or spec.batch_size
     batches = heldout_batches(corpus, count=HELDOUT_BATCHES, batch_size=size, seq_len=spec.seq_len)
-    losses = [float(model.loss(*_to_tensors(pair, spec.device))) for pair in batches]
-    return float(np.mean(losses))
+    losses: list[float] = []
+    for pair in batches:
+        tokens, targets = _to_tensors(pair, spec.device)
+        losses.append(float(model.loss(ranks.share(tokens), ranks.share(targets))) / ranks.size)
+    return float(np.mean(ranks.totals(losses)))
+
+
+def _build(spec: RunSpec, ranks: Ranks) -> Transformer:
+    """The model at step 0: whole on one rank, in shards on several."""
+    dtype = torch.float64 if spec.precision == "float64" else torch.float32
+    if ranks.size == 1:
+        return build(spec.architecture, seed=spec.seed, device=spec.device, dtype=dtype)
+    from empirics.sharding import build_sharded  # half a second, for several ranks
+
+    return build_sharded(
+        spec.architecture, ranks, seed=spec.seed, device=spec.device, dtype=dtype,
+        halved=spec.precision == "bfloat16", compiled=spec.compile,
+    )  # fmt: skip
+
+
+def _evaluated(spec: RunSpec, model: Transformer, ranks: Ranks) -> Transformer:
+    """The model as it is evaluated: nothing rounded, nothing compiled."""
+    if ranks.size == 1 or (spec.precision != "bfloat16" and not spec.compile):
+        return model
+    from empirics.sharding import twin
+
+    evaluated = twin(model, ranks, device=spec.device)
+    _attend(spec, evaluated)
+    return evaluated
+
+
+def _attend(spec: RunSpec, model: Transformer) -> str:
+    """Have the model attend as the run says, and say how that is."""
+    kind, products = torch.device(spec.device).type, getattr(torch, spec.precision)
+    return model.attend(spec.attention, device=kind, dtype=products, n_tokens=spec.seq_len)
+
+
+def check_shares(spec: RunSpec, ranks: Ranks) -> None:
+    """Refuse a batch that does not go evenly over the ranks.
+
+    Raises:
+        ValueError: it does not.
+    """
+    together = ranks.size * (spec.micro_batch or 1)
+    if spec.batch_size % together:
+        micro = "" if spec.micro_batch is None else f" of micro_batch={spec.micro_batch}"
+        raise ValueError(
+            f"batch_size={spec.batch_size} does not go evenly over {ranks.size} ranks{micro}; "
+            f"use a multiple of {together}"
+        )
+
+
+def _uncompiled(wanted: bool) -> AbstractContextManager[Any]:
+    """If wanted, compiled layers run as they are written."""
+    return torch.compiler.set_stance("force_eager") if wanted else nullcontext()
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from typing import Any
 
 from empirics.command_line import check_device, check_memory, not_negative, positive, positive_or_off
 from empirics.data import ORDERS, is_shards
+from empirics.distributed import Ranks, ranks_of
 from empirics.plan import DEVICES, plan
 from empirics.run import model_path, record_path, run
 from empirics.run_spec import SCHEDULES, RunSpec
@@ -26,7 +27,9 @@ def add_command(commands: Any) -> argparse.ArgumentParser:
         "train",
         help="one training run",
         description="Train once; a killed run resumes, a finished one is not trained again. Ctrl-C or SIGTERM keeps a "
-        "checkpoint and ends with status 130; a second one ends at once. A folder holds one run.",
+        "checkpoint and ends with status 130; a second one ends at once. A folder holds one run. "
+        "On several devices: torchrun --nproc-per-node K -m empirics train ...; it is the same run, and resumes on "
+        "another number of them (docs/scale-out.md).",
     )
     add_architecture_options(train)
     train.add_argument("--steps", type=whole, default=300, help="default 300")
@@ -124,34 +127,55 @@ def command(arguments: argparse.Namespace) -> int:
     Raises:
         ValueError: bad input, in one line.
     """
+    if arguments.plan is not None:
+        return _plan(arguments)
+    with ranks_of(arguments.device) as ranks:
+        return _train(arguments, ranks)
+
+
+def _plan(arguments: argparse.Namespace) -> int:
+    architecture, longest, _ = chosen(arguments)
+    planned = plan(
+        architecture, device=arguments.plan, devices=arguments.devices, steps=arguments.steps,
+        batch_size=arguments.batch, seq_len=arguments.seq_len or longest, precision=arguments.precision,
+        micro_batch=arguments.micro_batch,
+    )  # fmt: skip
+    emit(json.dumps(planned.record(), indent=2) if arguments.json else str(planned), arguments.plan_out)
+    return 0
+
+
+def _train(arguments: argparse.Namespace, ranks: Ranks) -> int:
     architecture, longest, _ = chosen(arguments)
     if arguments.tokenizer and is_shards(arguments.data):
         raise ValueError(f"{arguments.data} brings its own tokenizer; leave --tokenizer out")
     seq_len = arguments.seq_len or longest
-    if arguments.plan is not None:
-        planned = plan(
-            architecture, device=arguments.plan, devices=arguments.devices, steps=arguments.steps,
-            batch_size=arguments.batch, seq_len=seq_len, precision=arguments.precision,
-            micro_batch=arguments.micro_batch,
-        )  # fmt: skip
-        emit(json.dumps(planned.record(), indent=2) if arguments.json else str(planned), arguments.plan_out)
-        return 0
     if arguments.json or arguments.plan_out is not None:
         raise ValueError("--json and --plan-out are for a plan; add --plan GPU, or use the record that a run leaves")
     if arguments.out is None:
         raise ValueError("nowhere to write the run; use --out DIR")
-    check_memory(architecture, (arguments.micro_batch or arguments.batch) * seq_len)
+    if ranks.size == 1 or arguments.device == "cpu":  # with a device each, this machine's memory is not what counts
+        at_once = arguments.batch if arguments.micro_batch is None else ranks.size * arguments.micro_batch
+        check_memory(architecture, at_once * seq_len)
     spec, out = _specification(arguments, architecture, seq_len), Path(arguments.out)
-    _require_own_folder(spec, out)
-    sink = None if arguments.tensorboard is None else TensorBoard(arguments.tensorboard)
+    if ranks.first:
+        _require_own_folder(spec, out)
+    ranks.wait()
+    sink = None if arguments.tensorboard is None or not ranks.first else TensorBoard(arguments.tensorboard)
     try:
         record = run(
             spec, out, progress=True, checkpoint_every=arguments.checkpoint_every,
-            keep_model=arguments.keep_checkpoint, sink=sink,
+            keep_model=arguments.keep_checkpoint, sink=sink, ranks=ranks,
         )  # fmt: skip
     finally:
         if sink is not None:
             sink.close()
+    if ranks.first:
+        _report(arguments, spec, out, record)
+    ranks.wait()
+    return 0
+
+
+def _report(arguments: argparse.Namespace, spec: RunSpec, out: Path, record: dict[str, Any]) -> None:
     losses = "".join(
         json.dumps({"step": step, "loss": loss}) + "\n" for step, loss in enumerate(record["series"]["loss"])
     )
@@ -166,7 +190,6 @@ def command(arguments: argparse.Namespace) -> int:
     print(f"record {record_path(spec, out)}\nlosses {out / 'losses.jsonl'}")
     if arguments.keep_checkpoint:
         print(f"model {model_path(spec, out)}")
-    return 0
 
 
 def _specification(arguments: argparse.Namespace, architecture: Architecture, seq_len: int) -> RunSpec:

@@ -1,0 +1,173 @@
+"""Ranks without a launcher: a process that has torch imported forks them, so that a test waits for no import.
+
+It reads a request a line and answers a line: `Launcher` is the tests' end of it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+LIMIT = 120.0  # seconds: ranks that have not ended by then hang
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ended:
+    """How ranks ended: exit statuses by rank (negative: by that signal), and what they printed, together."""
+
+    statuses: list[int]
+    said: str
+    seconds: float
+
+
+class Launcher:
+    """Starts `python -m empirics ARGV` on so many ranks."""
+
+    def __init__(self) -> None:
+        environment = os.environ | {
+            "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"
+        }  # fmt: skip
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "helpers.ranks"], cwd=ROOT, env=environment, stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE, text=True,
+        )  # fmt: skip
+
+    def __call__(self, ranks: int, argv: Sequence[str], **request: Any) -> Ended:
+        """Run to the end.
+
+        Args:
+            stop_after: stop, as Ctrl-C does, after so many steps.
+            kill: seed of the moment at which all are killed.
+            fault: of one rank, after one step: {"rank", "step", "what": "error" or "killed"}.
+            signal: that every rank gets after step 3.
+        """
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write(json.dumps({"ranks": ranks, "argv": list(argv), **request}) + "\n")
+        self._process.stdin.flush()
+        return Ended(**json.loads(self._process.stdout.readline()))
+
+    def close(self) -> None:
+        for stream in (self._process.stdin, self._process.stdout):
+            assert stream is not None
+            stream.close()
+        self._process.wait(timeout=10)
+
+
+def _serve() -> None:
+    import torch
+    import torch._dynamo
+    import torch.distributed.checkpoint.hf_storage
+
+    torch.set_num_threads(1)
+    for line in sys.stdin:
+        print(json.dumps(_launch(json.loads(line))), flush=True)
+
+
+def _launch(request: dict[str, Any]) -> dict[str, Any]:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    with tempfile.TemporaryFile() as said:
+        start = time.monotonic()
+        store = _fork_store(port)
+        children = [_fork(request, rank, port, said.fileno()) for rank in range(request["ranks"])]
+        deadline = start + LIMIT
+        if request.get("kill") is not None:
+            deadline = start + random.Random(request["kill"]).uniform(0.1, 2.0)
+        statuses = [_wait(child, deadline) for child in children]
+        _wait(store, 0.0)
+        said.seek(0)
+        text = said.read().decode()
+    return {"statuses": statuses, "said": text, "seconds": time.monotonic() - start}
+
+
+def _wait(child: int, deadline: float) -> int:
+    while time.monotonic() < deadline:
+        found, status = os.waitpid(child, os.WNOHANG)
+        if found:
+            return os.waitstatus_to_exitcode(status)
+        time.sleep(0.005)
+    os.kill(child, signal.SIGKILL)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def _fork_store(port: int) -> int:
+    """Where ranks meet, outside of them, as a launcher keeps it."""
+    child = os.fork()
+    if child == 0:
+        from torch.distributed import TCPStore
+
+        store = TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)
+        time.sleep(2 * LIMIT)
+        del store
+        os._exit(0)
+    return child
+
+
+def _fork(request: dict[str, Any], rank: int, port: int, said: int) -> int:
+    child = os.fork()
+    if child:
+        return child
+    status = 1
+    try:
+        os.dup2(said, 1)
+        os.dup2(said, 2)
+        os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(request["ranks"]), "LOCAL_RANK": str(rank)}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"
+        _disturb(request, rank)
+        from empirics.__main__ import main
+
+        status = main(request["argv"])
+    except SystemExit as end:
+        status = int(end.code or 0)
+    except BaseException:
+        import traceback
+
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+
+
+def _disturb(request: dict[str, Any], rank: int) -> None:
+    import empirics.run
+
+    honest = empirics.run.train
+    last, fault, number = request.get("stop_after"), request.get("fault"), request.get("signal")
+    steps: list[int] = []
+
+    def disturbed(*arguments: Any, on_step: Any, stop: Any, **options: Any) -> Any:
+        def after(step: int, values: Any) -> None:
+            on_step(step, values)
+            steps.append(step)
+            if fault is not None and (rank, step) == (fault["rank"], fault["step"]):
+                if fault["what"] == "killed":
+                    os.kill(os.getpid(), signal.SIGKILL)
+                raise ValueError("the disk is on fire; fetch water")
+            if number is not None and step == 3:
+                os.kill(os.getpid(), number)
+
+        # Only one rank is told to stop: the others must do as it does.
+        told = rank == request["ranks"] - 1 and last is not None
+        return honest(*arguments, on_step=after, stop=lambda: stop() or (told and len(steps) == last), **options)
+
+    empirics.run.train = disturbed
+
+
+if __name__ == "__main__":
+    _serve()
