@@ -288,8 +288,8 @@ SCALES: dict[str, tuple[Callable[[Sequence[int], str, str], list[Step]], int, st
 
 def compute(steps: Sequence[Step], out: Path, processes: int) -> None:
     """Make every record that is missing; spikes are counted once the trainings are there."""
-    from empirics.run import prepare_texts, run_all
     from empirics.spikes import count_events
+    from empirics.sweep import prepare_texts, run_all
 
     # Text that is missing is found out before anything is computed.
     prepare_texts([spec for step in steps for spec in step.specs()], out)

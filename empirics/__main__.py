@@ -12,6 +12,7 @@ from empirics.distributed import silenced_after_first
 from empirics.measure_command import add_command as add_measure
 from empirics.perplexity_command import add_command as add_perplexity
 from empirics.spike_definitions import DEFINITIONS
+from empirics.sweep_command import add_command as add_sweep
 from empirics.tokenise_command import add_command as add_tokenise
 from empirics.train_command import add_command as add_train
 from theory.__main__ import Parser, add_version, emit, natural, run_command, whole
@@ -20,7 +21,7 @@ from theory.__main__ import Parser, add_version, emit, natural, run_command, who
 def _accuracy(arguments: argparse.Namespace) -> int:
     from empirics.accuracy import cases, markdown, norm_rows
     from empirics.norm_samples import sharp_statements
-    from empirics.run import run_all
+    from empirics.sweep import run_all
 
     only = arguments.only or ""
     chosen_cases = [case for case in cases() if only in case.label]
@@ -82,6 +83,7 @@ def parser() -> argparse.ArgumentParser:
 
     measure = add_measure(commands)
     train = add_train(commands)
+    sweep = add_sweep(commands)
     add_tokenise(commands)
     perplexity = add_perplexity(commands)
 
@@ -147,7 +149,7 @@ def parser() -> argparse.ArgumentParser:
     spikes.add_argument("--json", action="store_true", help="print JSON")
     spikes.add_argument("--out", metavar="FILE", help="write to a file instead of standard output")
     spikes.set_defaults(run=_spikes)
-    for command in (measure, train, perplexity):
+    for command in (measure, train, sweep, perplexity):
         command.add_argument("--device", default="cpu", help="cpu (default), cuda, cuda:1, ...")
     return top
 

@@ -1,19 +1,15 @@
-"""Many runs as one restartable batch: a finished run is skipped, a killed one resumes, each has one record."""
+"""One run and its record: a finished run is not made again, a killed one resumes."""
 
 from __future__ import annotations
 
-import multiprocessing
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from tqdm import tqdm
 
 from empirics.checkpoints import Checkpoints
@@ -25,21 +21,13 @@ from empirics.train import OnStep, check_shares, train
 from theory.records import read_record, write_record
 
 Spec = RunSpec | InitialisationSpec
+Record = dict[str, Any]
 
 
 def corpus_of(spec: RunSpec, out: Path) -> Corpus:
     """The run's corpus: mapped from its shards, or tokenised once and kept under `out/data`."""
     vocab_size, cache = spec.architecture.vocab_size, out / "data"
     return load_corpus(spec.data, vocab_size=vocab_size, tokenizer=spec.tokenizer, limit=spec.data_bytes, cache=cache)
-
-
-def prepare_texts(specs: Sequence[Spec], out: Path) -> None:
-    """Tokenise every text that the trainings read, once, before two processes would both do it."""
-    runs = (spec for spec in specs if isinstance(spec, RunSpec))
-    for spec in {
-        (spec.data, spec.data_bytes, spec.tokenizer, spec.architecture.vocab_size): spec for spec in runs
-    }.values():
-        corpus_of(spec, out)
 
 
 def record_path(spec: Spec, out: Path) -> Path:
@@ -147,10 +135,13 @@ def _train(
 
 
 @contextmanager
-def stop_signals() -> Iterator[Callable[[], bool]]:
+def stop_signals(heard: Callable[[], object] = lambda: None) -> Iterator[Callable[[], bool]]:
     """Whether Ctrl-C or SIGTERM has come; a second one interrupts at once.
 
     Signals reach the main thread alone: in another one the answer stays no.
+
+    Args:
+        heard: called when the first one comes.
     """
     received: list[int] = []
 
@@ -158,6 +149,7 @@ def stop_signals() -> Iterator[Callable[[], bool]]:
         if received:
             raise KeyboardInterrupt
         received.append(number)
+        heard()
 
     numbers = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
     # What a shell has told a background job to ignore stays ignored.
@@ -169,52 +161,3 @@ def stop_signals() -> Iterator[Callable[[], bool]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def _worker(spec: Spec, out: Path) -> None:
-    torch.set_num_threads(1)  # two one-thread processes beat one of two threads, and fix the rounding
-    run(spec, out)
-
-
-def cost(spec: Spec) -> float:
-    """Rough work of a record, in floating-point operations; only its proportions matter."""
-    a = spec.architecture
-    if isinstance(spec, RunSpec):
-        return 6.0 * a.n_parameters * spec.steps * spec.batch_size * spec.seq_len
-    passes = 6.0 * a.n_parameters * len(spec.seeds) * spec.batch_size * spec.seq_len
-    # Five norms a layer, some 12 pairs of products each, every pair about one forward and backward pass.
-    return passes + 6.0 * a.n_parameters * 60 * spec.jacobian_tokens
-
-
-def run_all(specs: Sequence[Spec], out: Path, *, processes: int = 2, title: str = "runs") -> list[dict[str, Any]]:
-    """All records, in the order of `specs`; what is missing is computed, `processes` at a time.
-
-    Every run is single-threaded, so that its numbers depend neither on `processes` nor on the machine's cores.
-    """
-    named = {spec.identity: spec for spec in specs}  # a run that is asked for twice is computed once
-    missing = [spec for spec in named.values() if read_record(record_path(spec, out)) is None]
-    if missing:
-        prepare_texts(missing, out)
-        total = sum(cost(spec) for spec in missing)
-        context = multiprocessing.get_context("spawn")
-        layout = "{desc}: {percentage:3.0f}% |{bar}| {elapsed} elapsed, {remaining} left"
-        with (
-            ProcessPoolExecutor(min(processes, len(missing)), mp_context=context) as pool,
-            tqdm(total=total, desc=f"{len(missing)} {title}", bar_format=layout) as bar,
-        ):
-            # Longest first, so that the last ones to finish are short.
-            ordered = sorted(missing, key=lambda spec: -cost(spec))
-            futures = {pool.submit(_worker, spec, out): spec for spec in ordered}
-            try:
-                for future in as_completed(futures):
-                    future.result()
-                    bar.update(cost(futures[future]))
-            except BrokenProcessPool:
-                raise ValueError(
-                    "a worker process was killed, perhaps for memory; run the same command again, it resumes "
-                    "(--processes 1 needs less memory)"
-                ) from None
-            except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
-    return [run(spec, out) for spec in specs]

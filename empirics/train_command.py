@@ -32,27 +32,16 @@ def add_command(commands: Any) -> argparse.ArgumentParser:
         "another number of them (docs/scale-out.md).",
     )
     add_architecture_options(train)
-    train.add_argument("--steps", type=whole, default=300, help="default 300")
     train.add_argument("--seed", type=natural, default=0, help="default 0")
-    train.add_argument("--batch", type=whole, default=8, help="sequences a step (default 8)")
+    train.add_argument("--lr", type=positive, default=1e-3, help="peak learning rate (default 1e-3)")
+    add_run_options(train)
     train.add_argument(
-        "--micro-batch", type=whole, metavar="N",
-        help="sequences at once, gradients accumulated (default all of --batch)",
+        "--keep-checkpoint", action="store_true",
+        help="keep the final model in the folder: models/RUN with weights, architecture and tokenizer",
     )  # fmt: skip
     train.add_argument(
-        "--data", default="sympy", metavar="TEXT",
-        help="sympy (default), hf:NAME, a file, a folder or a glob of files, or a folder that tokenise wrote",
-    )  # fmt: skip
-    train.add_argument(
-        "--tokenizer", metavar="NAME",
-        help="bpe (default; trained on the text), bytes, gpt2, or the path of a tokenizer.json or of its folder",
-    )  # fmt: skip
-    train.add_argument(
-        "--order", choices=ORDERS, default="random",
-        help="windows of the text at random with replacement (default), or each once an epoch",
-    )  # fmt: skip
-    _add_optimization(train)
-    _add_execution(train)
+        "--tensorboard", type=Path, metavar="DIR", help="write every step's numbers there too (extra tensorboard)"
+    )
     train.add_argument("--out", metavar="DIR", help="folder for the record and losses.jsonl; needed but for --plan")
     train.add_argument(
         "--plan", metavar="GPU",
@@ -65,13 +54,36 @@ def add_command(commands: Any) -> argparse.ArgumentParser:
     return train
 
 
+def add_run_options(parser: argparse.ArgumentParser) -> None:
+    """What decides a run beside its architecture, seed and learning rate."""
+    parser.add_argument("--steps", type=whole, default=300, help="default 300")
+    parser.add_argument("--batch", type=whole, default=8, help="sequences a step, of all devices (default 8)")
+    parser.add_argument(
+        "--micro-batch", type=whole, metavar="N",
+        help="sequences at once on a device, gradients accumulated (default its share of --batch)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--data", default="sympy", metavar="TEXT",
+        help="sympy (default), hf:NAME, a file, a folder or a glob of files, or a folder that tokenise wrote",
+    )  # fmt: skip
+    parser.add_argument(
+        "--tokenizer", metavar="NAME",
+        help="bpe (default; trained on the text), bytes, gpt2, or the path of a tokenizer.json or of its folder",
+    )  # fmt: skip
+    parser.add_argument(
+        "--order", choices=ORDERS, default="random",
+        help="windows of the text at random with replacement (default), or each once an epoch",
+    )  # fmt: skip
+    _add_optimization(parser)
+    _add_execution(parser)
+
+
 def _add_optimization(train: argparse.ArgumentParser) -> None:
     group = train.add_argument_group(
         "optimization",
         "AdamW. Weight decay acts on the matrices inside the layers and on the head, never on gains and biases, and "
         "on token and position tables only with --decay-embeddings; a tied head is the token table.",
     )
-    group.add_argument("--lr", type=positive, default=1e-3, help="peak learning rate (default 1e-3)")
     group.add_argument("--warmup", type=natural, default=20, help="steps of linear warm-up (default 20)")
     group.add_argument(
         "--schedule", choices=SCHEDULES, default="cosine",
@@ -112,13 +124,6 @@ def _add_execution(train: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     group.add_argument("--probe-every", type=whole, default=20, help="steps between probes (default 20)")
     group.add_argument("--checkpoint-every", type=whole, default=100, help="steps between checkpoints (default 100)")
-    group.add_argument(
-        "--keep-checkpoint", action="store_true",
-        help="keep the final model in the folder: models/RUN with weights, architecture and tokenizer",
-    )  # fmt: skip
-    group.add_argument(
-        "--tensorboard", type=Path, metavar="DIR", help="write every step's numbers there too (extra tensorboard)"
-    )
 
 
 def command(arguments: argparse.Namespace) -> int:
@@ -156,7 +161,8 @@ def _train(arguments: argparse.Namespace, ranks: Ranks) -> int:
     if ranks.size == 1 or arguments.device == "cpu":  # with a device each, this machine's memory is not what counts
         at_once = arguments.batch if arguments.micro_batch is None else ranks.size * arguments.micro_batch
         check_memory(architecture, at_once * seq_len)
-    spec, out = _specification(arguments, architecture, seq_len), Path(arguments.out)
+    check_device(arguments.device)
+    spec, out = specification(arguments, architecture, seq_len), Path(arguments.out)
     if ranks.first:
         _require_own_folder(spec, out)
     ranks.wait()
@@ -192,17 +198,19 @@ def _report(arguments: argparse.Namespace, spec: RunSpec, out: Path, record: dic
         print(f"model {model_path(spec, out)}")
 
 
-def _specification(arguments: argparse.Namespace, architecture: Architecture, seq_len: int) -> RunSpec:
+def specification(arguments: argparse.Namespace, architecture: Architecture, seq_len: int, **changes: Any) -> RunSpec:
+    """The run that the options of `add_run_options` describe; `changes` are fields that they do not give.
+
+    Raises:
+        ValueError: bad input, in one line.
+    """
     wsd = {} if arguments.decay_fraction is None else {"decay_fraction": arguments.decay_fraction}
+    fields = {"label": architecture.name, "experiment": EXPERIMENT, **changes}
     return RunSpec(
         architecture=architecture,
-        label=architecture.name,
-        experiment=EXPERIMENT,
-        seed=arguments.seed,
         steps=arguments.steps,
         batch_size=arguments.batch,
         seq_len=seq_len,
-        learning_rate=arguments.lr,
         warmup=min(arguments.warmup, arguments.steps),
         schedule=arguments.schedule,
         clip=arguments.clip,
@@ -212,7 +220,7 @@ def _specification(arguments: argparse.Namespace, architecture: Architecture, se
         decay_embeddings=arguments.decay_embeddings,
         z_loss=arguments.z_loss,
         precision=arguments.precision,
-        device=check_device(arguments.device),
+        device=arguments.device,
         compile=arguments.compile,
         attention=arguments.attention,
         deterministic=arguments.deterministic,
@@ -222,6 +230,7 @@ def _specification(arguments: argparse.Namespace, architecture: Architecture, se
         order=arguments.order,
         probe_every=arguments.probe_every,
         **wsd,
+        **({"seed": arguments.seed, "learning_rate": arguments.lr} | fields),
     )
 
 

@@ -71,7 +71,7 @@ def test_one_command_writes_everything_and_a_second_trains_nothing(
     def fail(*_: Any, **__: Any) -> None:
         raise AssertionError("a finished run was trained again")
 
-    monkeypatch.setattr("empirics.run.ProcessPoolExecutor", fail)
+    monkeypatch.setattr("empirics.sweep.Parallel", fail)
     assert paper_repro.main(arguments) == 0
     assert paper_repro.main([*arguments, "--draw-only"]) == 0
     assert contents(tmp_path / "out") == first

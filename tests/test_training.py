@@ -18,7 +18,8 @@ from empirics import run as run_module
 from empirics import train as train_module
 from empirics.data import batch, load_corpus
 from empirics.model import build
-from empirics.run import corpus_of, record_path, run, run_all
+from empirics.run import corpus_of, record_path, run
+from empirics.sweep import run_all
 from theory.architecture import method
 from theory.records import read_record, read_records
 
