@@ -16,19 +16,26 @@ STATE_BYTES = 16  # a parameter: float32 weight, gradient and the two moments of
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Device:
-    """A GPU by its maker's data sheet: dense matrix products a second in bfloat16 and in float32 (TF32), memory."""
+    """A GPU by its maker's data sheet: operations a second of dense matrix products, memory in bytes.
+
+    Attributes:
+        bfloat16, float32: in that precision, the second as TF32; half of what a sheet says "with sparsity".
+        source: the sheet.
+    """
 
     bfloat16: float
     float32: float
     memory: float
+    source: str
 
 
-# Sources: NVIDIA data sheets of A100 80GB SXM, H100 SXM, H200 SXM and L40S; without sparsity.
 DEVICES = {
-    "a100": Device(bfloat16=312e12, float32=156e12, memory=80e9),
-    "h100": Device(bfloat16=989e12, float32=494e12, memory=80e9),
-    "h200": Device(bfloat16=989e12, float32=494e12, memory=141e9),
-    "l40s": Device(bfloat16=362e12, float32=183e12, memory=48e9),
+    "a100": Device(
+        bfloat16=312e12, float32=156e12, memory=80e9, source="NVIDIA A100 Tensor Core GPU data sheet, 80GB SXM"
+    ),
+    "h100": Device(bfloat16=989e12, float32=494e12, memory=80e9, source="NVIDIA H100 Tensor Core GPU data sheet, SXM"),
+    "h200": Device(bfloat16=989e12, float32=494e12, memory=141e9, source="NVIDIA H200 Tensor Core GPU data sheet, SXM"),
+    "l40s": Device(bfloat16=362e12, float32=183e12, memory=48e9, source="NVIDIA L40S GPU data sheet"),
 }
 
 
@@ -39,6 +46,9 @@ class Plan:
     Attributes:
         flops: of the whole run: 6 a weight and token that meet, and 6 T H E a layer and token for causal attention.
         state_bytes, activation_bytes: on one device; activations of a step, kept in the run's precision.
+        gathered_bytes: on one of several devices: two layers whole and one's gradient in the run's precision, tables
+            and head with their gradients in float32.
+        peak: operations a second of one device, by its data sheet.
         hours: at `SHARE_OF_PEAK` of the device's peak.
     """
 
@@ -46,37 +56,51 @@ class Plan:
     device: str
     devices: int
     precision: str
+    steps: int
+    batch_size: int
+    seq_len: int
     parameters: int
     tokens: int
     flops: float
     state_bytes: float
+    gathered_bytes: float
     activation_bytes: float
     device_bytes: float
+    peak: float
     hours: float
 
     @property
     def fits(self) -> bool:
         """Whether a tenth of the device's memory is left."""
-        return self.state_bytes + self.activation_bytes <= 0.9 * self.device_bytes
+        return self.needed_bytes <= 0.9 * self.device_bytes
+
+    @property
+    def needed_bytes(self) -> float:
+        """On one device, all together."""
+        return self.state_bytes + self.gathered_bytes + self.activation_bytes
 
     def __str__(self) -> str:
         remedy = "" if self.fits else "it does not fit: use a smaller --micro-batch or --seq-len, or more --devices"
+        gathered = f"gathered {self.gathered_bytes / 1e9:.3g}, " if self.gathered_bytes else ""
         lines = (
             f"{self.name} on {self.devices} x {self.device}, {self.precision} (estimates; nothing was built)",
             f"parameters   {self.parameters / 1e9:.3g} billion",
-            f"tokens       {self.tokens / 1e9:.4g} billion",
+            f"tokens       {self.tokens / 1e9:.4g} billion: {self.steps:,} steps of {self.batch_size} sequences of "
+            f"{self.seq_len}",
             f"FLOPs        {self.flops:.3g}",
-            f"memory       {(self.state_bytes + self.activation_bytes) / 1e9:.3g} of {self.device_bytes / 1e9:.3g} GB "
-            f"a device: state {self.state_bytes / 1e9:.3g} ({STATE_BYTES} bytes a parameter, shared), activations "
+            f"memory       {self.needed_bytes / 1e9:.3g} of {self.device_bytes / 1e9:.3g} GB a device: state "
+            f"{self.state_bytes / 1e9:.3g} ({STATE_BYTES} bytes a parameter, shared), {gathered}activations "
             f"{self.activation_bytes / 1e9:.3g} (kept, not computed again)",
-            f"hours        {self.hours:.3g} at {SHARE_OF_PEAK:.0%} of the peak",
+            f"hours        {self.hours:.3g} at {SHARE_OF_PEAK:.0%} of {self.peak / 1e12:.0f} TFLOP/s a device "
+            f"({DEVICES[self.device].source})",
             remedy,
         )
         return "\n".join(line for line in lines if line)
 
     def record(self) -> dict[str, object]:
         """JSON-ready."""
-        return {**plain(self), "fits": self.fits, "kind": "estimate", "share_of_peak": SHARE_OF_PEAK}
+        extra = {"fits": self.fits, "kind": "estimate", "share_of_peak": SHARE_OF_PEAK}
+        return {**plain(self), **extra, "source": DEVICES[self.device].source}
 
 
 def kept_numbers(architecture: Architecture) -> int:
@@ -130,18 +154,27 @@ def plan(
     tokens = steps * batch_size * seq_len
     flops = tokens * flops_per_token(a, seq_len)
     peak = sheet.bfloat16 if precision == "bfloat16" else sheet.float32
+    tables = a.vocab_size * a.d_model * (1 if a.tied else 2) + (
+        a.context * a.d_model if a.positions == "learned" else 0
+    )
+    gathered = 3 * (2 if precision == "bfloat16" else 4) * (a.n_parameters - tables) / a.n_layers + 8 * tables
     return Plan(
         name=a.name,
         device=device,
         devices=devices,
         precision=precision,
+        steps=steps,
+        batch_size=batch_size,
+        seq_len=seq_len,
         parameters=a.n_parameters,
         tokens=tokens,
         flops=flops,
         state_bytes=STATE_BYTES * a.n_parameters / devices,
+        gathered_bytes=gathered if devices > 1 else 0.0,
         activation_bytes=activation_bytes(
             a, seq_len * min(micro_batch or batch_size, batch_size // devices), precision
         ),
         device_bytes=sheet.memory,
+        peak=peak,
         hours=flops / (devices * peak * SHARE_OF_PEAK) / 3600,
     )

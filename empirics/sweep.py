@@ -93,7 +93,7 @@ def _compute(
         try:
             here = os.getpid()
             calls = (delayed(_work)(n, spec, out, stop, here, checkpoint_every) for n, spec in enumerate(todo))
-            for n, reason in iter(parallel(calls) or ()):
+            for n, reason in parallel(calls):  # type: ignore[union-attr]
                 if reason:
                     failed[todo[n].identity] = reason
                 bar.update(cost(todo[n]))

@@ -36,6 +36,10 @@ def test_numbers_by_hand() -> None:
     found = plan(a, device="a100", devices=8, steps=100, batch_size=64, seq_len=1024)
     assert found.tokens == 100 * 64 * 1024
     assert found.state_bytes == 2 * a.n_parameters
+    tables = 2 * a.vocab_size * a.d_model  # token table and head, with their gradients in float32
+    layer = (a.n_parameters - tables) / a.n_layers
+    assert found.gathered_bytes == pytest.approx(8 * tables + 2 * 3 * layer, rel=1e-12)
+    assert plan(a, device="a100", devices=1, steps=1, batch_size=1, seq_len=8).gathered_bytes == 0
     assert found.hours == pytest.approx(found.flops / (8 * 312e12 * 0.4 * 3600), rel=1e-12)
     assert 5.5 * a.n_parameters * found.tokens < found.flops < 7.5 * a.n_parameters * found.tokens
     doubled = plan(a, device="a100", devices=16, steps=100, batch_size=64, seq_len=1024)
