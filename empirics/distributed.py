@@ -67,9 +67,10 @@ class Ranks:
         """Until all are here."""
         self.any(False)
 
-    def share(self, tensor_BT: Tensor) -> Tensor:
+    def share(self, batch_BT: Any) -> Any:
         """This rank's sequences of a batch; all of them where they do not go evenly over the ranks."""
-        return tensor_BT if tensor_BT.shape[0] % self.size else tensor_BT.chunk(self.size)[self.rank]
+        each, left = divmod(batch_BT.shape[0], self.size)
+        return batch_BT if left else batch_BT[each * self.rank : each * (self.rank + 1)]
 
     def gathered(self, tensor: Tensor, batch_size: int) -> Tensor:
         """What every rank computed from its `share` of so many sequences, one after the other."""

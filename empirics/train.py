@@ -182,10 +182,12 @@ def _train_step(
     *,
     probing: bool,
 ) -> None:
-    tokens, targets = _to_tensors(batch(corpus, seed=spec.seed, step=step, **_shape(spec)), spec.device)
+    pair = batch(corpus, seed=spec.seed, step=step, **_shape(spec))
     if step == 0:
         evaluated = _evaluated(spec, model, ranks)
+        tokens, _ = _to_tensors(pair, spec.device)
         series.distributions["start"] = distributions(evaluated, tokens[: spec.micro_batch], ranks)
+    tokens, targets = _to_tensors(pair, spec.device, ranks)
     stepper.optimizer.zero_grad(set_to_none=True)
     value, entropy, residual_std, gradient = _accumulate(spec, loss_function, tokens, targets, ranks, probing=probing)
     series.loss.append(entropy)
@@ -218,8 +220,8 @@ def _train_step(
 def _accumulate(
     spec: RunSpec, loss_function: Objective, tokens: Tensor, targets: Tensor, ranks: Ranks, *, probing: bool
 ) -> tuple[float, float, list[float], list[float]]:
-    """Add the batch's gradient; its loss, the cross entropy in it, and if probing the residual stream's statistics."""
-    tokens, targets = ranks.share(tokens), ranks.share(targets)
+    """Add the gradient of this rank's share of the batch; the whole batch's loss, the cross entropy in it, and if
+    probing the residual stream's statistics."""
     here = tokens.shape[0] // (spec.micro_batch or tokens.shape[0])
     parts = here * ranks.size
     value, entropy = 0.0, 0.0
@@ -251,8 +253,9 @@ def _accumulate(
     return value, entropy, np.sqrt(variance / parts).tolist(), np.sqrt(square).tolist()
 
 
-def _to_tensors(pair: tuple[Any, Any], device: str) -> tuple[Tensor, Tensor]:
-    tokens, targets = pair
+def _to_tensors(pair: tuple[Any, Any], device: str, ranks: Ranks = ALONE) -> tuple[Tensor, Tensor]:
+    """A batch, or this rank's share of it, on the device."""
+    tokens, targets = map(ranks.share, pair)
     return torch.from_numpy(tokens).to(device), torch.from_numpy(targets).to(device)
 
 
@@ -262,8 +265,8 @@ def _heldout_loss(spec: RunSpec, corpus: Corpus, model: Transformer, ranks: Rank
     batches = heldout_batches(corpus, count=HELDOUT_BATCHES, batch_size=size, seq_len=spec.seq_len)
     losses: list[float] = []
     for pair in batches:
-        tokens, targets = _to_tensors(pair, spec.device)
-        losses.append(float(model.loss(ranks.share(tokens), ranks.share(targets))) / ranks.size)
+        tokens, targets = _to_tensors(pair, spec.device, ranks)
+        losses.append(float(model.loss(tokens, targets)) / ranks.size)
     return float(np.mean(ranks.totals(losses)))
 
 

@@ -151,8 +151,6 @@ def _plan(arguments: argparse.Namespace) -> int:
 
 def _train(arguments: argparse.Namespace, ranks: Ranks) -> int:
     architecture, longest, _ = chosen(arguments)
-    if arguments.tokenizer and is_shards(arguments.data):
-        raise ValueError(f"{arguments.data} brings its own tokenizer; leave --tokenizer out")
     seq_len = arguments.seq_len or longest
     if arguments.json or arguments.plan_out is not None:
         raise ValueError("--json and --plan-out are for a plan; add --plan GPU, or use the record that a run leaves")
@@ -204,6 +202,8 @@ def specification(arguments: argparse.Namespace, architecture: Architecture, seq
     Raises:
         ValueError: bad input, in one line.
     """
+    if arguments.tokenizer and is_shards(arguments.data):
+        raise ValueError(f"{arguments.data} brings its own tokenizer; leave --tokenizer out")
     wsd = {} if arguments.decay_fraction is None else {"decay_fraction": arguments.decay_fraction}
     fields = {"label": architecture.name, "experiment": EXPERIMENT, **changes}
     return RunSpec(

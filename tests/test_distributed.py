@@ -371,3 +371,36 @@ def test_13b_shards_on_the_meta_device() -> None:
     assert sizes == [expected[rank] for rank in (0, 31, 62, 63)]
     assert max(expected) < 1.02 * min(expected)
     assert kilobytes < 2e6
+
+
+# --- on GPUs: written, and not run yet --------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+@pytest.mark.parametrize(
+    "more", [[], ["--precision", "bfloat16"], ["--compile"]], ids=["float32", "bfloat16", "compile"]
+)
+def test_two_gpus_are_one(text: Path, tmp_path: Path, more: list[str]) -> None:
+    """By NCCL; a GPU adds up in an order of its own, so that bits may differ."""
+    argv = [command(text, tmp_path / name, "--device", "cuda", *more) for name in ("one", "two")]
+    assert main(argv[0]) == 0
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "empirics",
+         *argv[1]], cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    difference = np.abs(losses(tmp_path / "one") - losses(tmp_path / "two")).max()
+    assert difference < (0.02 if "bfloat16" in more else 1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch warns of TorchScript in its own compiler
+def test_compiled_layers(launch: Launcher, text: Path, two: Path, tmp_path: Path) -> None:
+    """Each layer compiled by itself, probes uncompiled: the same numbers to rounding; needs a C++ compiler."""
+    ended = launch(2, command(text, tmp_path, "--compile"))
+    assert ended.statuses == [0, 0], ended.said
+    np.testing.assert_allclose(losses(tmp_path), losses(two), rtol=1e-5)
+    one, both = record(tmp_path)["series"], record(two)["series"]
+    np.testing.assert_allclose(one["residual_std"], both["residual_std"], rtol=1e-4)
+    np.testing.assert_allclose(one["place_gradient"], both["place_gradient"], rtol=1e-3)
