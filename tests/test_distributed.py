@@ -49,7 +49,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "intermediate_size": 64, "max_position_embeddings": 32, "tie_word_embeddings": False,
     },
     "gpt2": {
-        "model_type": "gpt2", "n_embd": 36, "n_layer": 2, "n_head": 2, "vocab_size": 257, "n_positions": 32,
+        "model_type": "gpt2", "n_embd": 36, "n_layer": 2, "n_head": 2, "vocab_size": 259, "n_positions": 32,
         "tie_word_embeddings": True,
     },
 }  # fmt: skip

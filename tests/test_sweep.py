@@ -24,7 +24,7 @@ from empirics.train import Stopped
 from theory.records import read_records
 
 CONFIG = {
-    "model_type": "llama", "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 257,
+    "model_type": "llama", "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 259,
     "intermediate_size": 32, "max_position_embeddings": 32, "tie_word_embeddings": False,
 }  # fmt: skip
 
