@@ -25,9 +25,10 @@ from empirics.initialisation import InitialisationSpec
 from empirics.model import build
 from empirics.plan import DEVICES, STATE_BYTES, activation_bytes, flops_per_token
 from empirics.probes import gradient_profile, layer_norms
-from empirics.run import corpus_of, run, run_all
+from empirics.run import corpus_of, run
 from empirics.run_spec import RunSpec
 from empirics.surroundings import environment, true_float32
+from empirics.sweep import run_all
 from empirics.train import train
 from theory.records import plain, read_record, write_record
 

@@ -19,7 +19,7 @@ class Device:
     """A GPU by its maker's data sheet: operations a second of dense matrix products, memory in bytes.
 
     Attributes:
-        bfloat16, float32: in that precision, the second as TF32; half of what a sheet says "with sparsity".
+        bfloat16, float32: in that precision (float32 itself, not TF32); half of what a sheet says "with sparsity".
         source: the sheet.
     """
 
@@ -31,11 +31,11 @@ class Device:
 
 DEVICES = {
     "a100": Device(
-        bfloat16=312e12, float32=156e12, memory=80e9, source="NVIDIA A100 Tensor Core GPU data sheet, 80GB SXM"
+        bfloat16=312e12, float32=19.5e12, memory=80e9, source="NVIDIA A100 Tensor Core GPU data sheet, 80GB SXM"
     ),
-    "h100": Device(bfloat16=989e12, float32=494e12, memory=80e9, source="NVIDIA H100 Tensor Core GPU data sheet, SXM"),
-    "h200": Device(bfloat16=989e12, float32=494e12, memory=141e9, source="NVIDIA H200 Tensor Core GPU data sheet, SXM"),
-    "l40s": Device(bfloat16=362e12, float32=183e12, memory=48e9, source="NVIDIA L40S GPU data sheet"),
+    "h100": Device(bfloat16=989e12, float32=67e12, memory=80e9, source="NVIDIA H100 Tensor Core GPU data sheet, SXM"),
+    "h200": Device(bfloat16=989e12, float32=67e12, memory=141e9, source="NVIDIA H200 Tensor Core GPU data sheet, SXM"),
+    "l40s": Device(bfloat16=362e12, float32=91.6e12, memory=48e9, source="NVIDIA L40S GPU data sheet"),
 }
 
 
