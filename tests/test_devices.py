@@ -117,7 +117,7 @@ def test_a_finished_check_is_not_computed_again(checked: Path, monkeypatch: pyte
 
     for name in ("probe", "speed", "run"):
         monkeypatch.setattr(f"empirics.device_check.{name}", fail)
-    monkeypatch.setattr("empirics.run.ProcessPoolExecutor", fail)
+    monkeypatch.setattr("empirics.sweep.Parallel", fail)
     before = {path: path.read_bytes() for path in checked.rglob("*") if path.is_file()}
     arguments = ["--scale", "gpu-smoke", "--device", "cpu", "--out", str(checked)]
     assert paper_repro.main(arguments) == 0
