@@ -105,8 +105,9 @@ def test_two_ranks_are_one_process_with_two_micro_batches(text: Path, two: Path,
     assert both["environment"] == one["environment"] | {"ranks": 2}
     for name, values in one["series"].items():
         if name not in ("distributions", "diverged_at"):
-            # Norms add up in float64, shard by shard.
-            np.testing.assert_allclose(both["series"][name], values, rtol=1e-12, err_msg=name)
+            # Norms add up shard by shard: the gradient's in float64, those of updates in float32.
+            rounding = 1e-6 if "update" in name else 1e-12
+            np.testing.assert_allclose(both["series"][name], values, rtol=rounding, err_msg=name)
     kept = weights(two)
     for name, weight in weights(tmp_path).items():
         assert torch.equal(kept[name], weight), name
