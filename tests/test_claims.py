@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from empirics.data import Corpus, load_corpus
-from empirics.model import Transformer, _keep, _ScaleGradient
+from empirics.model import Transformer, _give, _ScaleGradient
 from empirics.run_spec import RunSpec
 from empirics.train import train
 from figures.claims import CLAIMS, NOT_REPRODUCED, NOT_TESTED, REPRODUCED, judge_all
@@ -224,11 +224,11 @@ def real_record(corpus: Corpus, label: str) -> dict[str, Any]:
 def scaled_after_the_first_layer(self: Transformer, tokens: torch.Tensor, places: Any = None) -> torch.Tensor:
     """`Transformer.forward` with the gradient scaled one layer too late."""
     x = self.tokens(tokens)
-    _keep(places, x)
+    _give(None if places is None else places.append, x)
     for n, layer in enumerate(self.layers):
         for branch in layer.branches:  # type: ignore[union-attr]
             x = x + branch(x)
-            _keep(places, x)
+            _give(None if places is None else places.append, x)
         if n == 0:
             x = _ScaleGradient.apply(x, self.architecture.embedding_gradient)
     return self.head(self.norm(x))
