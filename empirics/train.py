@@ -21,9 +21,11 @@ from empirics.checkpoints import Checkpoints, keep_model
 from empirics.data import Corpus, batch, heldout_batches
 from empirics.model import Transformer, build, cross_entropy
 from empirics.optimization import Stepper, adamw, decay_table, total_norm
-from empirics.probes import distributions, place_statistics
+from empirics.probes import distributions
 from empirics.run_spec import RunSpec
+from empirics.subject import Subject
 from empirics.surroundings import environment, true_float32
+from empirics.training_probes import Probed, TrainingProbes
 from theory.records import plain
 
 HELDOUT_BATCHES = 8
@@ -40,6 +42,7 @@ class Series:
         loss: cross entropy in nats a token; the z-loss is not in it.
         z_loss: what is added to the loss; empty without.
         gradient_norm, clipped_gradient_norm: of the whole gradient, before and after clipping.
+        residual_std, place_gradient: at the steps `probe_step`; other probes are in `probes`, as in `training_probes`.
     """
 
     loss: list[float] = field(default_factory=list)
@@ -55,6 +58,7 @@ class Series:
     residual_std: list[list[float]] = field(default_factory=list)
     place_gradient: list[list[float]] = field(default_factory=list)
     distributions: dict[str, Any] = field(default_factory=dict)
+    probes: Probed = field(default_factory=dict)
     diverged_at: int | None = None
 
     def latest(self) -> dict[str, float]:
@@ -110,11 +114,11 @@ def train(
 
         fast = torch.compile(plain_objective) if spec.compile else plain_objective
         stepper = Stepper(model, optimizer)
+        probes = TrainingProbes(spec.probes, spec.probe_every, spec.micro_batch)
         while step < spec.steps and series.diverged_at is None:
-            probing = step % spec.probe_every == 0
             # A probed step runs the same arithmetic uncompiled, since a compiled graph has no places to keep.
-            loss_function = plain_objective if probing else fast
-            _train_step(spec, corpus, model, loss_function, stepper, series, step, probing=probing)
+            loss_function = plain_objective if probes.due(step) else fast
+            _train_step(spec, corpus, model, loss_function, stepper, series, step, probes)
             on_step(step, series.latest())
             step += 1
             stopping = stop()
@@ -124,9 +128,10 @@ def train(
                 saved = "" if checkpoints is None else " and saved"
                 raise Stopped(f"stopped{saved} after {step} of {spec.steps} steps")
         final = _heldout_loss(spec, corpus, model) if series.diverged_at is None else math.nan
-        if series.diverged_at is None:
-            tokens, _ = _to_tensors(batch(corpus, seed=spec.seed, step=0, **_shape(spec)), spec.device)
+        if series.diverged_at is None and probes.on:
+            tokens, targets = _to_tensors(batch(corpus, seed=spec.seed, step=0, **_shape(spec)), spec.device)
             series.distributions["end"] = distributions(model, tokens[: spec.micro_batch])
+            probes.after_all(series.probes, step, model, tokens, targets)
         if keep is not None:
             keep_model(keep, model, tokenizer=corpus.tokenizer, run=plain(spec))
     return {
@@ -172,24 +177,25 @@ def _train_step(
     stepper: Stepper,
     series: Series,
     step: int,
-    *,
-    probing: bool,
+    probes: TrainingProbes,
 ) -> None:
     tokens, targets = _to_tensors(batch(corpus, seed=spec.seed, step=step, **_shape(spec)), spec.device)
-    if step == 0:
+    if step == 0 and probes.on:
         series.distributions["start"] = distributions(model, tokens[: spec.micro_batch])
+    probes.before(series.probes, step, model, tokens, targets)
+    watched = probes.watch(step, model, tokens, targets)
     stepper.optimizer.zero_grad(set_to_none=True)
-    value, entropy, residual_std, gradient = _accumulate(spec, loss_function, tokens, targets, probing=probing)
+    value, entropy = _accumulate(spec, loss_function, tokens, targets, watched)
     series.loss.append(entropy)
     if spec.z_loss:
         series.z_loss.append(value - entropy)
     if not math.isfinite(value):
         series.diverged_at = step
         return
-    if probing:
+    if watched is not None and probes.places_due(step):
         series.probe_step.append(step)
-        series.residual_std.append(residual_std)
-        series.place_gradient.append(gradient)
+        series.residual_std.append(watched.place_statistics["residual_std"])
+        series.place_gradient.append(watched.place_statistics["place_gradient"])
 
     norms = stepper.gradient_norms()
     total = total_norm(norms)
@@ -205,18 +211,20 @@ def _train_step(
     updates = stepper.step(rate=spec.rate(step), scale=scale)
     series.update_norm.append(total_norm(updates))
     series.layer_update.append([norm for name, norm in updates.items() if name.startswith("layer")])
+    if watched is not None:
+        probes.passed(series.probes, step, watched)
 
 
 def _accumulate(
-    spec: RunSpec, loss_function: Objective, tokens: Tensor, targets: Tensor, *, probing: bool
-) -> tuple[float, float, list[float], list[float]]:
-    """Add the batch's gradient; its loss, the cross entropy in it, and if probing the residual stream's statistics."""
+    spec: RunSpec, loss_function: Objective, tokens: Tensor, targets: Tensor, watched: Subject | None
+) -> tuple[float, float]:
+    """Add the batch's gradient; its loss, and the cross entropy in it. What is watched is shown the residual stream."""
     parts = tokens.shape[0] // (spec.micro_batch or tokens.shape[0])
-    value, entropy, deviations, gradients = 0.0, 0.0, [], []
+    value, entropy = 0.0, 0.0
     for part_tokens, part_targets in zip(tokens.chunk(parts), targets.chunk(parts), strict=True):
         places: list[Tensor] = []
         with torch.autocast(spec.device.split(":")[0], torch.bfloat16, enabled=spec.precision == "bfloat16"):
-            loss, part_entropy = loss_function(part_tokens, part_targets, *([places] if probing else []))
+            loss, part_entropy = loss_function(part_tokens, part_targets, *([] if watched is None else [places]))
         if parts > 1:
             loss, part_entropy = loss / parts, part_entropy / parts
         value += float(loss.detach())
@@ -224,16 +232,9 @@ def _accumulate(
         if not math.isfinite(value):
             break
         loss.backward()
-        if probing:
-            deviation, gradient = place_statistics(places)
-            deviations.append(deviation)
-            gradients.append(gradient)
-    if not deviations:
-        return value, entropy, [], []
-    # Sequences are independent before the loss: squared norms add over micro-batches, variances average.
-    std = np.sqrt(np.mean(np.square(deviations), axis=0)) if parts > 1 else np.array(deviations[0])
-    norm = np.sqrt(np.sum(np.square(gradients), axis=0)) if parts > 1 else np.array(gradients[0])
-    return value, entropy, std.tolist(), norm.tolist()
+        if watched is not None:
+            watched.see(places)
+    return value, entropy
 
 
 def _to_tensors(pair: tuple[Any, Any], device: str) -> tuple[Tensor, Tensor]:
