@@ -10,6 +10,7 @@ from pathlib import Path
 from empirics.command_line import positive
 from empirics.measure_command import add_command as add_measure
 from empirics.perplexity_command import add_command as add_perplexity
+from empirics.probes_command import add_command as add_probes
 from empirics.spike_definitions import DEFINITIONS
 from empirics.tokenise_command import add_command as add_tokenise
 from empirics.train_command import add_command as add_train
@@ -146,7 +147,8 @@ def parser() -> argparse.ArgumentParser:
     spikes.add_argument("--json", action="store_true", help="print JSON")
     spikes.add_argument("--out", metavar="FILE", help="write to a file instead of standard output")
     spikes.set_defaults(run=_spikes)
-    for command in (measure, train, perplexity):
+    probes = add_probes(commands)
+    for command in (measure, train, perplexity, probes):
         command.add_argument("--device", default="cpu", help="cpu (default), cuda, cuda:1, ...")
     return top
 

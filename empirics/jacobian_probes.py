@@ -83,7 +83,7 @@ def half_layer_jacobian(subject: Subject) -> Reading:
 
 def _stack(subject: Subject) -> NormEstimate:
     first, last = subject.stack
-    layers = subject.layers[first : last + 1]
+    layers, x_BTD = subject.layers[first : last + 1], subject.entering[first][0]
 
     def through(x: Tensor) -> Tensor:
         for layer in layers:
@@ -92,7 +92,7 @@ def _stack(subject: Subject) -> NormEstimate:
         return x
 
     with constant(subject.model):
-        return lanczos_opnorm(through, subject.entering[first][0], tolerance=subject.tolerance)
+        return lanczos_opnorm(through, x_BTD, tolerance=subject.tolerance)
 
 
 def _stack_label(subject: Subject) -> str:

@@ -59,7 +59,7 @@ def _of_distributions(subject: Subject, name: str, statistic: str) -> Reading:
 
 @probe("residual_skewness", cost="dear")
 def residual_skewness(subject: Subject) -> Reading:
-    """0 for a normal law."""
+    """0 for a normal law; judged by at most 50,000 entries, evenly spaced, as are the next two."""
     return _of_distributions(subject, "residual_skewness", "skewness")
 
 
