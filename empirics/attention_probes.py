@@ -43,7 +43,7 @@ def attention_rows(attention: Attention, u_BTD: Tensor) -> AttentionRows:
     mean = logits.masked_fill(~seen, 0.0).sum(-1) / count
     variance = (logits - mean[..., None]).masked_fill(~seen, 0.0).square().sum(-1) / count
     entropy = torch.special.entr(probabilities).sum(-1)
-    return AttentionRows(*(x.double().mean((0, -1)) for x in (variance, entropy, entropy / count.log())))
+    return AttentionRows(*(x.double().mean((0, -1)) for x in (variance, entropy, entropy / count.to(entropy).log())))
 
 
 def _rows(subject: Subject) -> AttentionRows:

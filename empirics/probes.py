@@ -44,8 +44,8 @@ def distribution(values: Tensor) -> dict[str, Any]:
     of the normal law with the same mean and standard deviation; 19 of 20 normal samples of n entries show less than
     0.886/sqrt(n) (lilliefors1967normality). `entries` is the number n it is judged by, and `standard_errors` are those
     of independent entries: sqrt(6/n) and sqrt(24/n) of a normal sample's skewness and kurtosis, and of the distance
-    that of the empirical distribution function where the gap is, sqrt(p (1 - p) / n). Entries of a residual stream
-    share tokens and directions, and scatter more.
+    to first order where the gap is widest at one place, the scatter of the fitted mean and deviation included. Entries
+    of a residual stream share tokens and directions, and scatter more.
     """
     flat = values.detach().reshape(-1).double().cpu().numpy()
     if flat.size > SAMPLE:
@@ -58,6 +58,9 @@ def distribution(values: Tensor) -> dict[str, Any]:
     rank = np.arange(1, z.size + 1) / z.size
     gaps = np.maximum(rank - expected, expected - rank + 1 / z.size)
     widest = int(gaps.argmax())
+    # What one entry adds to the gap: to the empirical function, and by the mean and the deviation to the fitted one.
+    density = math.exp(-(z[widest] ** 2) / 2) / math.sqrt(2 * math.pi)
+    influence = (np.arange(z.size) <= widest) + density * (z + z[widest] * (z**2 - 1) / 2)
     return {
         "mean": mean,
         "std": deviation,
@@ -68,7 +71,7 @@ def distribution(values: Tensor) -> dict[str, Any]:
         "standard_errors": {
             "skewness": math.sqrt(6 / z.size),
             "excess_kurtosis": math.sqrt(24 / z.size),
-            "normal_distance": math.sqrt(rank[widest] * (1 - rank[widest]) / z.size),
+            "normal_distance": float(influence.std()) / math.sqrt(z.size),
         },
         "entries": int(flat.size),
     }

@@ -82,10 +82,10 @@ def probe(
         ValueError: the quantity has a probe already, or is not known.
     """
     found = quantity(what) if isinstance(what, str) else what
+    if found.name in _PROBES:
+        raise ValueError(f"{found.name} has a probe already; give the quantity another name")
 
     def register(function: Callable[[Subject], Reading]) -> Callable[[Subject], Reading]:
-        if found.name in _PROBES:
-            raise ValueError(f"{found.name} has a probe already; give the quantity another name")
         about = " ".join((function.__doc__ or "").split())
         _PROBES[found.name] = Probe(
             quantity=found, kind=kind, cost=cost, in_training=in_training, measure=function, about=about
