@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from safetensors import SafetensorError
 
 from empirics.bounds import BOUNDED, a_posteriori_bounds, over_random
 from empirics.checkpoints import ARCHITECTURE, load_model
@@ -116,7 +117,7 @@ def _model(arguments: argparse.Namespace) -> tuple[Transformer, str, int]:
             raise ValueError(
                 f"{folder} holds {len(found)} models; name the folder of one, which `train --keep-checkpoint` leaves"
             )
-        model, about = load_model(found[0]), f"{found[0]}"
+        model, about = _loaded(found[0]), f"{found[0]}"
         a = model.architecture
         seq_len = arguments.seq_len or min(a.context, SEQ_LEN)
         if a.positions == "learned" and seq_len > a.context:
@@ -129,6 +130,18 @@ def _model(arguments: argparse.Namespace) -> tuple[Transformer, str, int]:
     seq_len = arguments.seq_len or min(longest, SEQ_LEN)
     check_memory(a, arguments.batch * seq_len)
     return build(a, seed=arguments.seed, device=device), f"{a.name} at initialisation, seed {arguments.seed}", seq_len
+
+
+def _loaded(folder: Path) -> Transformer:
+    """The model of a folder.
+
+    Raises:
+        ValueError: it is damaged.
+    """
+    try:
+        return load_model(folder)
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as reason:
+        raise ValueError(f"the model in {folder} is damaged ({reason}); train again with --keep-checkpoint") from None
 
 
 def _batch(arguments: argparse.Namespace, model: Transformer, seq_len: int) -> Batch:

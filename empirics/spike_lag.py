@@ -154,10 +154,13 @@ def tell_lags(path: Path, log: Log, reference_path: Path | None, reference: Log 
             definition = DEFINITIONS[name]
             row = {"series": column, "definition": name, "raw": lag(definition, series, log.values).record()}
             if calm is not None and reference is not None:
-                paired = pair(definition, column, series, calm), pair(definition, "loss", log.values, reference.values)
+                paired = (
+                    pair(definition, column, series, calm),
+                    pair(definition, log.column, log.values, reference.values),
+                )
                 row["paired"] = lag(definition, *paired).record()
             rows.append(row)
-    return {"window": WINDOW, "rows": rows}
+    return {"column": log.column, "window": WINDOW, "rows": rows}
 
 
 def _beside(path: Path, log: Log, column: str) -> Series:
@@ -180,8 +183,9 @@ def lag_text(told: Mapping[str, Any]) -> str:
     """A line for every series and definition."""
     lines = [
         "",
-        f"lag behind the loss, in steps; events at most {told['window']} steps apart are a pair, a negative lag leads",
-        f"{'series':<15}{'definition':<25}{'':<8}{'events':>7}{'of loss':>8}{'pairs':>6}{'by chance':>10}{'chance':>8}"
+        f"lag behind {told['column']}, in steps; events at most {told['window']} steps apart are a pair, a negative "
+        "lag leads",
+        f"{'series':<15}{'definition':<25}{'':<8}{'events':>7}{'of it':>8}{'pairs':>6}{'by chance':>10}{'chance':>8}"
         f"{'median lag':>11}{'by chance':>15}{'chance':>8}  leading, together, lagging",
     ]
     for row in told["rows"]:

@@ -178,6 +178,25 @@ def test_command_on_a_kept_model(capsys: pytest.CaptureFixture[str], tmp_path: P
             assert found["values"] == list(find(name).measure(Subject(model, inputs, targets)).values)
 
 
+@pytest.mark.parametrize("damage", ["truncated", "missing", "no JSON", "another architecture", "a list"])
+def test_a_damaged_model_is_one_line(damage: str, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    keep_model(tmp_path, build(architecture(d_model=12, vocab_size=50), seed=0))
+    weights, about = tmp_path / "model.safetensors", tmp_path / "architecture.json"
+    if damage == "truncated":
+        weights.write_bytes(weights.read_bytes()[:-9])
+    elif damage == "missing":
+        weights.unlink()
+    elif damage == "another architecture":
+        about.write_text(about.read_text().replace('"d_model":12', '"d_model":13'))
+    else:
+        about.write_text("{" if damage == "no JSON" else "[1, 2]")
+    assert main(["probes", str(tmp_path), "--only", "weight_norm"]) == 2
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n")) == ("", 1)
+    assert "is damaged" in err
+    assert "train again with --keep-checkpoint" in err
+
+
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
