@@ -192,10 +192,12 @@ def _train_step(
     if not math.isfinite(value):
         series.diverged_at = step
         return
-    if watched is not None and probes.places_due(step):
-        series.probe_step.append(step)
-        series.residual_std.append(watched.place_statistics["residual_std"])
-        series.place_gradient.append(watched.place_statistics["place_gradient"])
+    if watched is not None:
+        if probes.places_due(step):
+            series.probe_step.append(step)
+            series.residual_std.append(watched.place_statistics["residual_std"])
+            series.place_gradient.append(watched.place_statistics["place_gradient"])
+        probes.passed(series.probes, step, watched)
 
     norms = stepper.gradient_norms()
     total = total_norm(norms)
@@ -212,7 +214,7 @@ def _train_step(
     series.update_norm.append(total_norm(updates))
     series.layer_update.append([norm for name, norm in updates.items() if name.startswith("layer")])
     if watched is not None:
-        probes.passed(series.probes, step, watched)
+        probes.stepped(series.probes, step, watched)
 
 
 def _accumulate(

@@ -58,8 +58,8 @@ class TrainingProbes:
         self._take(series, step, dear, lambda: self._subject(model, tokens_BT, targets_BT))
 
     def watch(self, step: int, model: Transformer, tokens_BT: Tensor, targets_BT: Tensor) -> Subject | None:
-        """The step, if a probe is due: to be told of its passes, and to be `compare`d after it."""
-        probes = list(self._in_passing(step))
+        """The step, if a probe is due: to be shown its passes, and to be handed to `passed` and `stepped`."""
+        probes = self._in_passing(step)
         if not probes:
             return None
         subject = Subject(model, tokens_BT, targets_BT)
@@ -68,10 +68,14 @@ class TrainingProbes:
         return subject
 
     def passed(self, series: Probed, step: int, subject: Subject) -> None:
-        """Take the probes of a step that has been watched."""
-        subject.compare()
-        probes = [probe for probe in self._in_passing(step) if probe.name not in PLACES]
+        """Take the probes of a step's passes, before the weights move."""
+        probes = [p for p in self._in_passing(step) if not (p.in_training or p.name in PLACES)]
         self._take(series, step, probes, lambda: subject)
+
+    def stepped(self, series: Probed, step: int, subject: Subject) -> None:
+        """Take the probes of how the weights have moved."""
+        subject.compare()
+        self._take(series, step, [p for p in self._in_passing(step) if p.in_training], lambda: subject)
 
     def _in_passing(self, step: int) -> Sequence[Probe]:
         return [p for p, at in self._wanted if p.cost == "cheap" and step % (at or 1) == 0]

@@ -14,11 +14,11 @@ from helpers.weights import architecture
 
 from empirics.__main__ import main
 from empirics.bounds import BOUNDED
-from empirics.checkpoints import keep_model
-from empirics.data import random_tokens
+from empirics.checkpoints import keep_model, load_model
+from empirics.data import batch, random_tokens
 from empirics.model import build
 from empirics.registry import find, probes
-from empirics.run import run
+from empirics.run import corpus_of, run
 from empirics.subject import Subject
 
 # --- while training -----------------------------------------------------------------------------------------------
@@ -71,6 +71,22 @@ def test_probes_change_no_bit_of_a_training(text: Path, tmp_path: Path, changes:
         assert all(value is not None for row in series["values"] for value in row)
     assert len(probed["probes"]["stack_jacobian"]["residuals"]) == 4
     assert "residuals" not in probed["probes"]["update_ratio"]
+
+
+def test_a_probe_at_a_step_is_of_the_weights_of_that_step(text: Path, tmp_path: Path) -> None:
+    """Of the same batch and of the weights before the update: the training's own passes against one of the probe's."""
+    wanted = ("logit_variance", "attention_entropy", "token_gradient", "gradient_growth")
+    spec = specification(text, probe_every=1, learning_rate=0.1, warmup=0, schedule="constant")
+    series = run(spec, tmp_path)["series"]
+    short = specification(text, probe_every=1, learning_rate=0.1, warmup=0, schedule="constant", steps=2)
+    run(short, tmp_path, keep_model=True)
+    later = load_model(tmp_path / "models" / short.identity)
+    for step, model in ((0, build(spec.architecture, seed=0)), (2, later)):
+        arrays = batch(corpus_of(spec, tmp_path), seed=0, step=step, batch_size=2, seq_len=16)
+        seen = Subject(model, *map(torch.from_numpy, arrays))
+        for name in wanted:
+            values = series["probes"][name]["values"][step]
+            assert values == pytest.approx(find(name).measure(seen).values, rel=1e-5), (step, name)  # float32
 
 
 def test_updates_of_a_matrix(text: Path, tmp_path: Path) -> None:
