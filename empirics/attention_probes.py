@@ -1,5 +1,7 @@
 """Probes of the attention logits and probabilities, layer by layer, on the first sequence of the batch.
 
+Of a long sequence the first 512 tokens are taken, which no later one changes; all rows of it would be T x T numbers a
+head, where training keeps none.
 A row is a query's; it sees the keys that the mask leaves it. The first row sees one key alone, so that its logits have
 no variance and its entropy is 0 whatever the weights: rows of two keys or more count.
 
@@ -16,6 +18,8 @@ from torch import Tensor
 from empirics.model import Attention
 from empirics.registry import Reading, Unavailable, probe, reading
 from empirics.subject import Subject
+
+LONGEST = 512  # tokens
 
 
 class AttentionRows(NamedTuple):
@@ -50,7 +54,7 @@ def _rows(subject: Subject) -> AttentionRows:
     """Of every layer, (layers, H)."""
     with torch.no_grad():
         found = [
-            attention_rows(layer.attention, layer.attention_input(x[0]))
+            attention_rows(layer.attention, layer.attention_input(x[0][:, :LONGEST]))
             for layer, x in zip(subject.layers, subject.entering, strict=True)
         ]
     return AttentionRows(*(torch.stack(parts).cpu() for parts in zip(*found, strict=True)))
@@ -58,13 +62,13 @@ def _rows(subject: Subject) -> AttentionRows:
 
 @probe("logit_variance", cost="cheap")
 def logit_variance(subject: Subject) -> Reading:
-    """Of the logits that the softmax gets, soft-capped and with ALiBi's bias."""
+    """Of the logits that the softmax gets, soft-capped and with ALiBi's bias; at most 512 tokens."""
     return reading("logit_variance", subject.layer_labels, subject.shared(_rows).variance.mean(-1).tolist())
 
 
 @probe("attention_entropy", cost="cheap")
 def attention_entropy(subject: Subject) -> Reading:
-    """0 where every row looks at one key."""
+    """0 where every row looks at one key; at most 512 tokens."""
     return reading("attention_entropy", subject.layer_labels, subject.shared(_rows).entropy.mean(-1).tolist())
 
 
