@@ -61,7 +61,9 @@ class Row:
     Attributes:
         step: seconds of a step without probes, median.
         probed_step: seconds by which a probed step is longer than the same step without, median.
-        overhead: relative, of all timed steps together; `low` and `high` are the extremes over the intervals.
+        cost: of probing relative to training: `probed_step` over the interval's steps.
+        total: by how much all timed steps of the probed run are longer, relative; it has the control in it.
+        control: the same of the steps that neither run probes: what two equal runs differ by.
     """
 
     preset: str
@@ -71,9 +73,9 @@ class Row:
     steps: int
     step: float
     probed_step: float
-    overhead: float
-    low: float
-    high: float
+    cost: float
+    total: float
+    control: float
     same_losses: bool
 
 
@@ -128,18 +130,18 @@ def measure(task: Task, corpus: Corpus) -> Row:
     """Both runs, and how much longer the probed one takes."""
     seconds, losses = in_turns(task, corpus)
     bare, probed = (seconds[probes].reshape(-1, EVERY)[1:] for probes in PROBES)
-    each = probed.sum(1) / bare.sum(1) - 1
+    step, more = float(np.median(bare)), float(np.median(probed[:, 0] - bare[:, 0]))
     return Row(
         preset=task.preset,
         batch_size=task.batch_size,
         seq_len=task.seq_len,
         every=EVERY,
         steps=bare.size,
-        step=float(np.median(bare)),
-        probed_step=float(np.median(probed[:, 0] - bare[:, 0])),
-        overhead=float(probed.sum() / bare.sum() - 1),
-        low=float(each.min()),
-        high=float(each.max()),
+        step=step,
+        probed_step=more,
+        cost=more / (EVERY * step),
+        total=float(probed.sum() / bare.sum() - 1),
+        control=float(probed[:, 1:].sum() / bare[:, 1:].sum() - 1),
         same_losses=losses["none"] == losses["default"],
     )
 
@@ -147,14 +149,14 @@ def measure(task: Task, corpus: Corpus) -> Row:
 def table(rows: Sequence[Row]) -> str:
     """As in the README."""
     lines = [
-        "| preset | batch | every | steps | step, ms | probed step, ms more | probing, % of training | over intervals, "
-        "% | same losses |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| preset | batch | every | steps | step, ms | probed step, ms more | probing, % of training | all steps, % "
+        "| control, % | same losses |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         lines.append(
             f"| {row.preset} | {row.batch_size} x {row.seq_len} | {row.every} | {row.steps} | {1e3 * row.step:.1f} | "
-            f"{1e3 * row.probed_step:.1f} | {100 * row.overhead:.2f} | {100 * row.low:.1f} to {100 * row.high:.1f} | "
+            f"{1e3 * row.probed_step:.1f} | {100 * row.cost:.2f} | {100 * row.total:.1f} | {100 * row.control:.1f} | "
             f"{'yes' if row.same_losses else 'NO'} |"
         )
     return "\n".join(lines)

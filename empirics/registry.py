@@ -96,10 +96,9 @@ def probe(
 
 
 def probes() -> Mapping[str, Probe]:
-    """Every probe, by the name of its quantity."""
-    for module in MODULES:
-        import_module(f"empirics.{module}")
-    return _PROBES
+    """Every probe, by the name of its quantity: in the order of the modules, whichever was imported first."""
+    places = {import_module(f"empirics.{module}").__name__: place for place, module in enumerate(MODULES)}
+    return dict(sorted(_PROBES.items(), key=lambda item: places.get(item[1].measure.__module__, len(places))))
 
 
 def find(name: str) -> Probe:
@@ -108,9 +107,10 @@ def find(name: str) -> Probe:
     Raises:
         ValueError: there is none.
     """
-    if name not in probes():
-        raise ValueError(f"unknown probe {name!r}; use one of {', '.join(probes())}")
-    return _PROBES[name]
+    known = probes()
+    if name not in known:
+        raise ValueError(f"unknown probe {name!r}; use one of {', '.join(known)}")
+    return known[name]
 
 
 def schedule(text: str, every: int) -> dict[str, int | None]:
@@ -126,19 +126,20 @@ def schedule(text: str, every: int) -> dict[str, int | None]:
     """
     if text.strip() == "none":
         return {}
+    known = probes()
     wanted: dict[str, int | None] = {}
     for part in text.split(","):
         name, at, number = part.strip().partition("@")
         if at and not (number.isdecimal() and int(number) > 0):
             raise ValueError(f"probe {part.strip()!r} names no number of steps; write for example {name}@100")
         if name == "default":
-            names = [probe.name for probe in probes().values() if probe.cost == "cheap"]
+            names = [probe.name for probe in known.values() if probe.cost == "cheap"]
         elif name == "none":
             raise ValueError("none goes with no other probe; use it alone, or drop it")
         else:
             names = [find(name).name]
         for one in names:
-            wanted[one] = int(number) if at else None if probes()[one].cost == "dear" else every
+            wanted[one] = int(number) if at else None if known[one].cost == "dear" else every
     return wanted
 
 

@@ -155,7 +155,8 @@ def test_the_tiny_scale_of_probes(tmp_path: Path) -> None:
     assert row["same_losses"] is True
     assert row["step"] > 0
     assert row["steps"] == row["every"] == 20
-    assert row["low"] == row["high"] == row["overhead"]
+    assert row["cost"] == row["probed_step"] / (20 * row["step"])
+    assert row["total"] != row["control"]
     assert len(done.stdout.splitlines()) == 3
     refused = run("--scale", "tiny", "--out", str(out / "below.json"), folder=tmp_path, script="probes.py")
     assert (refused.returncode, len(refused.stderr.splitlines())) == (2, 1)

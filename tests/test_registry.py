@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,6 +30,7 @@ from empirics.subject import Subject
 from theory.quantities import QUANTITIES, Quantity
 from theory.sources import REFERENCES
 
+ROOT = Path(__file__).resolve().parents[1]
 SIZES: dict[str, Any] = {
     "d_model": 12, "n_layers": 3, "n_heads": 4, "n_kv_heads": 2, "d_head": 4, "d_ffn": 30, "vocab_size": 50,
     "positions": "rope", "activation": "gelu",
@@ -73,6 +78,19 @@ def test_every_probe_is_a_quantity() -> None:
         assert found.quantity.source is None or found.quantity.source.key in REFERENCES
         iterative = "jacobian" in name or name.endswith(("branch", "product"))
         assert found.kind == ("lower estimate" if iterative else "exact")
+
+
+def test_the_order_of_probes_is_not_that_of_imports() -> None:
+    """A record lists them in it, and its bytes must not depend on what was imported first."""
+    code = "import {}; from empirics.registry import probes; print(*probes())"
+    orders = []
+    for first in ("empirics.weight_probes, empirics.attention_probes", "empirics.registry"):
+        done = subprocess.run(
+            [sys.executable, "-c", code.format(first)], cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)},
+            capture_output=True, text=True, check=True,
+        )  # fmt: skip
+        orders.append(done.stdout.split())
+    assert orders[0] == orders[1] == list(probes())
 
 
 def test_a_new_probe_is_one_function(monkeypatch: pytest.MonkeyPatch) -> None:
