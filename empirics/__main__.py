@@ -11,6 +11,7 @@ from empirics.command_line import positive
 from empirics.distributed import silenced_after_first
 from empirics.measure_command import add_command as add_measure
 from empirics.perplexity_command import add_command as add_perplexity
+from empirics.probes_command import add_command as add_probes
 from empirics.spike_definitions import DEFINITIONS
 from empirics.sweep_command import add_command as add_sweep
 from empirics.tokenise_command import add_command as add_tokenise
@@ -56,12 +57,18 @@ def _attack(arguments: argparse.Namespace) -> int:
 
 
 def _spikes(arguments: argparse.Namespace) -> int:
+    from empirics.spike_lag import lag_text, tell_lags
     from empirics.spike_log import read_log, tell, text
 
     log = read_log(arguments.run_log, arguments.column)
     reference = None if arguments.reference is None else read_log(arguments.reference, arguments.column)
-    told = tell(log, reference, arguments.definition or list(DEFINITIONS))
-    emit(json.dumps(told, indent=2, allow_nan=False) if arguments.json else text(told), arguments.out)
+    names = arguments.definition or list(DEFINITIONS)
+    told = tell(log, reference, names)
+    shown = text(told)
+    if arguments.lag:
+        told["lag"] = tell_lags(arguments.run_log, log, arguments.reference, reference, names)
+        shown += "\n" + lag_text(told["lag"])
+    emit(json.dumps(told, indent=2, allow_nan=False) if arguments.json else shown, arguments.out)
     return 0
 
 
@@ -145,11 +152,15 @@ def parser() -> argparse.ArgumentParser:
     )
     spikes.add_argument("--reference", type=Path, metavar="RUN", help="a calm run on the same batches, to pair with")
     spikes.add_argument("--column", default="loss", metavar="NAME", help="column or series (default loss)")
+    spikes.add_argument(
+        "--lag", action="store_true", help="by how many steps gradient and update spikes lead or lag the loss's"
+    )
     spikes.add_argument("--definition", action="append", choices=DEFINITIONS, help="only this one; may be given again")
     spikes.add_argument("--json", action="store_true", help="print JSON")
     spikes.add_argument("--out", metavar="FILE", help="write to a file instead of standard output")
     spikes.set_defaults(run=_spikes)
-    for command in (measure, train, sweep, perplexity):
+    probes = add_probes(commands)
+    for command in (measure, train, sweep, perplexity, probes):
         command.add_argument("--device", default="cpu", help="cpu (default), cuda, cuda:1, ...")
     return top
 

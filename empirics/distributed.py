@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.rendezvous import rendezvous
 
 TIMEOUT = timedelta(minutes=30)  # the longest that ranks wait for one: to tokenise a text, to write a checkpoint
@@ -93,6 +93,16 @@ def local(tensor: Tensor) -> Tensor:
 def whole(tensor: Tensor) -> Tensor:
     """All of a sharded tensor, gathered by every rank at once; the tensor itself if it is not."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor  # type: ignore[attr-defined]
+
+
+def release(model: nn.Module) -> None:
+    """Let go of what a model in shards has gathered, so that its parameters are this rank's parts again.
+
+    Tables and head stay gathered after a forward pass without a backward one, in memory that is freed later.
+    """
+    for module in model.modules():
+        if hasattr(module, "reshard"):
+            module.reshard()  # type: ignore[operator]
 
 
 def launched() -> bool:

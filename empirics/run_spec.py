@@ -15,7 +15,7 @@ SCHEDULES: tuple[Schedule, ...] = get_args(Schedule)
 Precision = Literal["float32", "bfloat16", "float64"]
 COSINE_FLOOR = 0.1
 # Fields younger than the first records: left out of the fingerprint where they are not used, so that those stay valid.
-LATER = ("decay_fraction", "decay_embeddings", "z_loss", "deterministic", "order", "attention")
+LATER = ("decay_fraction", "decay_embeddings", "z_loss", "deterministic", "order", "attention", "probes")
 LATER_OF_ARCHITECTURE = ("n_experts", "experts_per_token", "gates_renormalised")
 
 
@@ -43,7 +43,8 @@ class RunSpec:
         order: `random` windows of the text, with replacement; or by `epoch`, each window once before any comes again.
         attention: the way to attend; auto for the faster one by `empirics.model.faster_attention`, a function of the
             type of device, the precision and the length alone. The record says which it was.
-        probe_every: steps between probes of the residual stream; probes change no number of the run.
+        probe_every: steps between probes; they change no number of the run.
+        probes: which, as in `empirics.registry.schedule`.
         data_bytes: how much of the text is read; the reader's own limit if None.
         micro_batch: sequences that go through the network at once, gradients being accumulated; all if None.
 
@@ -79,6 +80,7 @@ class RunSpec:
     tokenizer: str = "bpe"
     order: Order = "random"
     probe_every: int = 20
+    probes: str = "default"
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "seq_len", "probe_every"):
@@ -109,6 +111,10 @@ class RunSpec:
                 f"seq_len={self.seq_len} exceeds the {self.architecture.context} learned positions; use fewer tokens"
             )
         self._check_schedule()
+        if self.probes not in ("default", "none"):
+            from empirics.registry import schedule  # its probes need torch, which a specification does not
+
+            schedule(self.probes, self.probe_every)
 
     def _check_schedule(self) -> None:
         if self.schedule not in SCHEDULES:

@@ -22,9 +22,11 @@ from empirics.data import Corpus, batch, heldout_batches
 from empirics.distributed import ALONE, Ranks
 from empirics.model import Transformer, build, cross_entropy
 from empirics.optimization import Stepper, adamw, decay_table, total_norm
-from empirics.probes import distributions, place_statistics
+from empirics.probes import distributions
 from empirics.run_spec import RunSpec
+from empirics.subject import Subject
 from empirics.surroundings import environment, true_float32
+from empirics.training_probes import Probed, TrainingProbes
 from theory.records import plain
 
 HELDOUT_BATCHES = 8
@@ -41,6 +43,7 @@ class Series:
         loss: cross entropy in nats a token; the z-loss is not in it.
         z_loss: what is added to the loss; empty without.
         gradient_norm, clipped_gradient_norm: of the whole gradient, before and after clipping.
+        residual_std, place_gradient: at the steps `probe_step`; other probes are in `probes`, as in `training_probes`.
     """
 
     loss: list[float] = field(default_factory=list)
@@ -56,6 +59,7 @@ class Series:
     residual_std: list[list[float]] = field(default_factory=list)
     place_gradient: list[list[float]] = field(default_factory=list)
     distributions: dict[str, Any] = field(default_factory=dict)
+    probes: Probed = field(default_factory=dict)
     diverged_at: int | None = None
 
     def latest(self) -> dict[str, float]:
@@ -113,12 +117,12 @@ def train(
         # Several ranks compile layer by layer: what gathers a layer stays outside of the graph.
         fast = torch.compile(plain_objective) if spec.compile and ranks.size == 1 else plain_objective
         stepper = Stepper(model, optimizer, ranks)
+        probes = TrainingProbes(spec.probes, spec.probe_every, spec.micro_batch, ranks)
         while step < spec.steps and series.diverged_at is None:
-            probing = step % spec.probe_every == 0
             # A probed step runs the same arithmetic uncompiled, since a compiled graph has no places to keep.
-            loss_function = plain_objective if probing else fast
-            with _uncompiled(spec.compile and probing):
-                _train_step(spec, corpus, model, loss_function, stepper, series, step, ranks, probing=probing)
+            loss_function = plain_objective if probes.due(step) else fast
+            with _uncompiled(spec.compile and probes.due(step)):
+                _train_step(spec, corpus, model, loss_function, stepper, series, step, probes, ranks)
             on_step(step, series.latest())
             step += 1
             stopping = ranks.any(stop())
@@ -131,8 +135,10 @@ def train(
         if series.diverged_at is None:
             evaluated = _evaluated(spec, model, ranks)
             final = _heldout_loss(spec, corpus, evaluated, ranks)
-            tokens, _ = _to_tensors(batch(corpus, seed=spec.seed, step=0, **_shape(spec)), spec.device)
-            series.distributions["end"] = distributions(evaluated, tokens[: spec.micro_batch], ranks)
+            if probes.on:
+                tokens, targets = _to_tensors(batch(corpus, seed=spec.seed, step=0, **_shape(spec)), spec.device)
+                series.distributions["end"] = distributions(evaluated, tokens[: spec.micro_batch], ranks)
+                probes.after_all(series.probes, step, model, tokens, targets)
         if keep is not None:
             keep_model(keep, model, tokenizer=corpus.tokenizer, run=plain(spec), ranks=ranks)
     return {
@@ -178,28 +184,31 @@ def _train_step(
     stepper: Stepper,
     series: Series,
     step: int,
+    probes: TrainingProbes,
     ranks: Ranks,
-    *,
-    probing: bool,
 ) -> None:
     pair = batch(corpus, seed=spec.seed, step=step, **_shape(spec))
-    if step == 0:
+    whole_batch = _to_tensors(pair, spec.device)
+    if step == 0 and probes.on:
         evaluated = _evaluated(spec, model, ranks)
-        tokens, _ = _to_tensors(pair, spec.device)
-        series.distributions["start"] = distributions(evaluated, tokens[: spec.micro_batch], ranks)
-    tokens, targets = _to_tensors(pair, spec.device, ranks)
+        series.distributions["start"] = distributions(evaluated, whole_batch[0][: spec.micro_batch], ranks)
+    probes.before(series.probes, step, model, *whole_batch)
+    tokens, targets = map(ranks.share, whole_batch)
+    watched = probes.watch(step, model, tokens, targets)
     stepper.optimizer.zero_grad(set_to_none=True)
-    value, entropy, residual_std, gradient = _accumulate(spec, loss_function, tokens, targets, ranks, probing=probing)
+    value, entropy = _accumulate(spec, loss_function, tokens, targets, ranks, watched)
     series.loss.append(entropy)
     if spec.z_loss:
         series.z_loss.append(value - entropy)
     if not math.isfinite(value):
         series.diverged_at = step
         return
-    if probing:
-        series.probe_step.append(step)
-        series.residual_std.append(residual_std)
-        series.place_gradient.append(gradient)
+    if watched is not None:
+        if probes.places_due(step):
+            series.probe_step.append(step)
+            series.residual_std.append(watched.place_statistics["residual_std"])
+            series.place_gradient.append(watched.place_statistics["place_gradient"])
+        probes.passed(series.probes, step, watched)
 
     norms = stepper.gradient_norms()
     total = total_norm(norms)
@@ -215,24 +224,27 @@ def _train_step(
     updates = stepper.step(rate=spec.rate(step), scale=scale)
     series.update_norm.append(total_norm(updates))
     series.layer_update.append([norm for name, norm in updates.items() if name.startswith("layer")])
+    if watched is not None:
+        probes.stepped(series.probes, step, watched)
 
 
 def _accumulate(
-    spec: RunSpec, loss_function: Objective, tokens: Tensor, targets: Tensor, ranks: Ranks, *, probing: bool
-) -> tuple[float, float, list[float], list[float]]:
-    """Add the gradient of this rank's share of the batch; the whole batch's loss, the cross entropy in it, and if
-    probing the residual stream's statistics."""
+    spec: RunSpec,
+    loss_function: Objective,
+    tokens: Tensor,
+    targets: Tensor,
+    ranks: Ranks,
+    watched: Subject | None,
+) -> tuple[float, float]:
+    """Add the gradient of this rank's share of the batch; the whole batch's loss, and the cross entropy in it. What is
+    watched is shown the residual stream."""
     here = tokens.shape[0] // (spec.micro_batch or tokens.shape[0])
     parts = here * ranks.size
     value, entropy = 0.0, 0.0
-    deviation: list[float] = []
-    gradient: list[float] = []
-    variances: list[Any] = []
-    squares: list[Any] = []
     for part_tokens, part_targets in zip(tokens.chunk(here), targets.chunk(here), strict=True):
         places: list[Tensor] = []
         with torch.autocast(spec.device.split(":")[0], torch.bfloat16, enabled=spec.precision == "bfloat16"):
-            loss, part_entropy = loss_function(part_tokens, part_targets, *([places] if probing else []))
+            loss, part_entropy = loss_function(part_tokens, part_targets, *([] if watched is None else [places]))
         if parts > 1:
             loss, part_entropy = loss / parts, part_entropy / parts
         part = ranks.totals([float(loss.detach()), float(part_entropy.detach())])
@@ -241,16 +253,9 @@ def _accumulate(
         if not math.isfinite(value):
             break
         loss.backward()
-        if probing:
-            deviation, gradient = place_statistics(places)
-            variances.append(np.square(deviation))
-            squares.append(np.square(gradient))
-    if parts == 1 or not variances:
-        return value, entropy, deviation, gradient
-    # Sequences are independent before the loss: squared norms add over micro-batches and ranks, variances average.
-    sums = ranks.totals([*np.sum(variances, axis=0).tolist(), *np.sum(squares, axis=0).tolist()])
-    variance, square = np.array(sums).reshape(2, -1)
-    return value, entropy, np.sqrt(variance / parts).tolist(), np.sqrt(square).tolist()
+        if watched is not None:
+            watched.see(places)
+    return value, entropy
 
 
 def _to_tensors(pair: tuple[Any, Any], device: str, ranks: Ranks = ALONE) -> tuple[Tensor, Tensor]:

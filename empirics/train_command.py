@@ -122,6 +122,11 @@ def _add_execution(train: argparse.ArgumentParser) -> None:
         help="only algorithms that give the same bits every time (torch.use_deterministic_algorithms): slower on a "
         "GPU, an error where there is none; one thread on a CPU is repeatable without",
     )  # fmt: skip
+    group.add_argument(
+        "--probes", default="default", metavar="NAMES",
+        help="default (the cheap ones), none, or names with commas, such as default,stack_jacobian; dear ones are "
+        "taken before the first step and after the last, NAME@N every N steps; `probes --list` names them all",
+    )  # fmt: skip
     group.add_argument("--probe-every", type=whole, default=20, help="steps between probes (default 20)")
     group.add_argument("--checkpoint-every", type=whole, default=100, help="steps between checkpoints (default 100)")
 
@@ -229,6 +234,7 @@ def specification(arguments: argparse.Namespace, architecture: Architecture, seq
         tokenizer=arguments.tokenizer or "bpe",
         order=arguments.order,
         probe_every=arguments.probe_every,
+        probes=arguments.probes,
         **wsd,
         **({"seed": arguments.seed, "learning_rate": arguments.lr} | fields),
     )

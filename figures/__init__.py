@@ -23,6 +23,7 @@ NAMES = (
     "gradient_norms",
     "learning_rates",
     "distributions",
+    "while_training",
 )
 
 

@@ -144,3 +144,19 @@ def test_a_task_of_norms_in_a_process_of_its_own(tmp_path: Path) -> None:
     done = run("--scale", "tiny", "--task", "ours", "1", folder=tmp_path, script="norms.py")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["products"] > 1
+
+
+def test_the_tiny_scale_of_probes(tmp_path: Path) -> None:
+    """Two whole trainings in turns; with probes and without their losses are the same."""
+    out = tmp_path / "new" / "probes.json"
+    done = run("--scale", "tiny", "--out", str(out), folder=tmp_path, script="probes.py")
+    assert done.returncode == 0, done.stderr
+    (row,) = json.loads(out.read_text())["rows"]
+    assert row["same_losses"] is True
+    assert row["step"] > 0
+    assert row["steps"] == row["every"] == 20
+    assert row["cost"] == row["probed_step"] / (20 * row["step"])
+    assert row["total"] != row["control"]
+    assert len(done.stdout.splitlines()) == 3
+    refused = run("--scale", "tiny", "--out", str(out / "below.json"), folder=tmp_path, script="probes.py")
+    assert (refused.returncode, len(refused.stderr.splitlines())) == (2, 1)

@@ -35,7 +35,7 @@ from theory.records import plain, write_json
 
 METHOD_NAMES = tuple(METHODS)
 LAYERS = preset("tiny").n_layers
-ABOUT_TRAINING = ("loss_curves", "gradient_norms", "learning_rates", "distributions")
+ABOUT_TRAINING = ("loss_curves", "gradient_norms", "learning_rates", "distributions", "while_training")
 ABOUT_INITIALISATION = tuple(name for name in NAMES if name not in ABOUT_TRAINING)
 
 
@@ -51,6 +51,22 @@ def distributions(rng: np.random.Generator) -> dict[str, Any]:
     return {
         "places": [distribution(rng) for _ in range(2 * LAYERS + 1)],
         "weights": {name: distribution(rng) for name in names},
+    }
+
+
+def while_training(rng: np.random.Generator, steps: int) -> dict[str, Any]:
+    """What the default probes leave at every twentieth step; nothing if there was none."""
+    probed = list(range(0, steps, 20))
+    inside = [f"layers.{n}.attention.query.weight" for n in range(LAYERS)]
+    labels = {
+        "attention_entropy_relative": [f"layer {n}" for n in range(LAYERS)],
+        "gradient_growth": ["network"],
+        "update_ratio": ["tokens.weight", *inside, "head.weight"],
+    }
+    return {
+        name: {"labels": found, "steps": probed, "values": rng.uniform(0.1, 1, (len(probed), len(found))).tolist()}
+        for name, found in labels.items()
+        if probed
     }
 
 
@@ -72,6 +88,7 @@ def training(
         "gradient_norm": np.sqrt((norms**2).sum(1)).tolist(),
         "layer_gradient": norms.tolist(),
         "distributions": {"start": distributions(rng), **({"end": distributions(rng)} if lost is None else {})},
+        "probes": while_training(rng, steps),
         "diverged_at": lost,
     }
     body = {
@@ -210,6 +227,10 @@ def test_figure_is_labelled_and_captioned(name: str, records: list[dict[str, Any
 @pytest.mark.parametrize("case", MINIMAL)
 @pytest.mark.parametrize("name", NAMES)
 def test_figure_draws_what_is_there(name: str, case: str) -> None:
+    if (name, case) == ("while_training", "diverged before a step"):
+        with pytest.raises(ValueError, match="train with the default probes first"):
+            FIGURES[name].draw(MINIMAL[case])
+        return
     FIGURES[name].draw(MINIMAL[case]).draw_without_rendering()
     assert FIGURES[name].caption(MINIMAL[case])
 
@@ -366,6 +387,23 @@ def test_learning_rates_are_means_over_seeds_and_count_the_lost(records: list[di
     assert holds(lines(figure, "Embed LN"), means)
     assert np.isnan(lines(figure, "Vanilla")[0][-1])
     assert "2 of 2" in [text.get_text() for text in figure.axes[0].texts]
+
+
+def test_while_training_carries_the_probes_of_records_that_have_them() -> None:
+    """Means over layers and over seeds; an older record, without the series, is left out and not in the way."""
+    runs = [training("Vanilla", seed=seed) for seed in (0, 1)]
+    older = training("Scaled Embed")
+    del older["series"]["probes"]
+    figure = FIGURES["while_training"].draw([*runs, older])
+    probes = [run["series"]["probes"] for run in runs]
+    entropy = [np.mean(found["attention_entropy_relative"]["values"], axis=1) for found in probes]
+    growth = [np.array(found["gradient_growth"]["values"])[:, 0] for found in probes]
+    ratio = [np.median(np.array(found["update_ratio"]["values"])[:, 1:-1], axis=1) for found in probes]
+    for expected in (entropy, growth, ratio):
+        assert holds(lines(figure, "Vanilla"), np.mean(expected, axis=0))
+    assert not lines(figure, "Scaled Embed")
+    with pytest.raises(ValueError, match="train with the default probes first"):
+        FIGURES["while_training"].draw([older])
 
 
 def test_distributions_carry_distances_of_places_and_weights() -> None:

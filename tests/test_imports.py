@@ -21,8 +21,8 @@ TYPES = {"theory.architecture", "theory.initialisation", "theory.records", "theo
 DOORS = {"empirics.__main__", "empirics.initialisation", "empirics.run", "empirics.comparison"}
 DOORS |= {"empirics.tokenise_command", "empirics.perplexity_command"}  # the options and output of every command
 DOORS |= {"empirics.measure_command", "empirics.classes", "empirics.networks"}
-DOORS |= {"empirics.sweep_command", "empirics.train_command", "empirics.attack", "empirics.falsify"}
-DOORS |= {"empirics.accuracy", "empirics.norm_samples"}
+DOORS |= {"empirics.bounds", "empirics.probes_command", "empirics.sweep_command", "empirics.train_command"}
+DOORS |= {"empirics.attack", "empirics.falsify", "empirics.accuracy", "empirics.norm_samples"}
 
 
 def name_of(path: Path) -> str:

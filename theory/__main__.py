@@ -92,9 +92,10 @@ def add_version(parser: argparse.ArgumentParser, *packages: str) -> None:
     parser.add_argument("--version", action=_Version, nargs=0, const=packages, help="print versions and leave")
 
 
-def add_architecture_options(parser: argparse.ArgumentParser) -> None:
-    """The options that choose and vary an architecture, shared by every command."""
-    parser.add_argument("config", metavar="CONFIG", help=f"{', '.join(PRESETS)}, or the path of a config.json")
+def add_architecture_options(parser: argparse.ArgumentParser, **config: Any) -> None:
+    """The options that choose and vary an architecture, shared by every command; `config` goes to CONFIG's argument."""
+    argument: dict[str, Any] = {"help": f"{', '.join(PRESETS)}, or the path of a config.json"} | config
+    parser.add_argument("config", metavar="CONFIG", **argument)
     parser.add_argument("--embedding", choices=EMBEDDINGS, help="embedding treatment (default: vanilla, or the file's)")
     parser.add_argument("--init", choices=list(INITS), help="initialisation (default: paper, or the file's class's)")
     parser.add_argument("--seq-len", type=whole, metavar="T", help="tokens (default: the context, at most 2048)")

@@ -62,6 +62,15 @@ REFERENCES: dict[str, str] = {
     "olmocore": "Allen Institute for AI. OLMo-core; module olmo_core.optim.skip_step_optimizer. 2024.",
     "llmfoundry": "MosaicML. LLM Foundry; module llmfoundry.callbacks.kill_loss_spike_callback. 2024.",
     "megatronlm": "NVIDIA. Megatron-LM; module megatron.core.rerun_state_machine and pretrain_gpt. 2024.",
+    "zhai2023entropy": "Zhai, Likhomanenko, Littwin, Busbridge, Ramapuram, Zhang, Gu, Susskind. Stabilizing "
+    "Transformer Training by Preventing Attention Entropy Collapse. ICML 2023, arXiv 2303.06296.",
+    "wortsman2023proxies": "Wortsman et al. Small-scale proxies for large-scale Transformer training instabilities. "
+    "arXiv 2309.14322.",
+    "lilliefors1967normality": "Lilliefors. On the Kolmogorov-Smirnov test for normality with mean and variance "
+    "unknown. Journal of the American Statistical Association, 1967.",
+    "rudelson2007sampling": "Rudelson, Vershynin. Sampling from large matrices: An approach through geometric "
+    "functional analysis. Journal of the ACM, 2007.",
+    "roy2007effective": "Roy, Vetterli. The effective rank: A measure of effective dimensionality. EUSIPCO 2007.",
     "spikecheck": "Derived in this project; the statement's own text has the argument.",
     "convention": "A convention of this project, not a result.",
 }

@@ -1,0 +1,174 @@
+"""The probes by name: each measures one `Quantity` on a model and a batch.
+
+A new probe is one function from a `Subject` to a `Reading`, decorated with `probe`, in one of `MODULES`; if its
+quantity is new too, that is an entry in `theory.quantities`, or a `Quantity` made on the spot.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from typing import TYPE_CHECKING, Literal
+
+from theory.quantities import Quantity, quantity
+from theory.records import Measurement
+
+if TYPE_CHECKING:
+    from empirics.spectral import NormEstimate
+    from empirics.subject import Subject
+
+MODULES = ("stream_probes", "attention_probes", "jacobian_probes", "weight_probes")
+
+Kind = Literal["exact", "lower estimate"]
+Cost = Literal["cheap", "dear"]
+
+
+class Unavailable(ValueError):
+    """The model or the batch has nothing that the probe could measure; the message says why."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reading(Measurement):
+    """What one probe found on one model.
+
+    Attributes:
+        labels: of the values, in their order.
+        residuals: of lower estimates: some singular value is that near, relative to the value.
+        likely_upper: of lower estimates: what the norm is at most, but for one random start in a hundred.
+        standard_errors: of statistics of entries, if these were independent.
+    """
+
+    labels: tuple[str, ...]
+    residuals: tuple[float, ...] | None = None
+    likely_upper: tuple[float, ...] | None = None
+    standard_errors: tuple[float, ...] | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Probe:
+    """How one quantity is measured.
+
+    Attributes:
+        kind: `exact` up to rounding, or a `lower estimate`, which can only be too small.
+        cost: `cheap` ones are measured at every probed step of a training unless told otherwise; `dear` ones on
+            request, before the first step and after the last.
+        in_training: it looks at a step, so that a model by itself has no such thing.
+        measure: the function.
+        about: what its docstring adds to the quantity's meaning.
+    """
+
+    quantity: Quantity
+    kind: Kind
+    cost: Cost
+    in_training: bool
+    measure: Callable[[Subject], Reading]
+    about: str
+
+    @property
+    def name(self) -> str:
+        return self.quantity.name
+
+
+_PROBES: dict[str, Probe] = {}
+
+
+def probe(
+    what: str | Quantity, *, cost: Cost, kind: Kind = "exact", in_training: bool = False
+) -> Callable[[Callable[[Subject], Reading]], Callable[[Subject], Reading]]:
+    """Register a function as the probe of a quantity.
+
+    Raises:
+        ValueError: the quantity has a probe already, or is not known.
+    """
+    found = quantity(what) if isinstance(what, str) else what
+    if found.name in _PROBES:
+        raise ValueError(f"{found.name} has a probe already; give the quantity another name")
+
+    def register(function: Callable[[Subject], Reading]) -> Callable[[Subject], Reading]:
+        about = " ".join((function.__doc__ or "").split())
+        _PROBES[found.name] = Probe(
+            quantity=found, kind=kind, cost=cost, in_training=in_training, measure=function, about=about
+        )
+        return function
+
+    return register
+
+
+def probes() -> Mapping[str, Probe]:
+    """Every probe, by the name of its quantity: in the order of the modules, whichever was imported first."""
+    places = {import_module(f"empirics.{module}").__name__: place for place, module in enumerate(MODULES)}
+    return dict(sorted(_PROBES.items(), key=lambda item: places.get(item[1].measure.__module__, len(places))))
+
+
+def find(name: str) -> Probe:
+    """The probe of that name.
+
+    Raises:
+        ValueError: there is none.
+    """
+    known = probes()
+    if name not in known:
+        raise ValueError(f"unknown probe {name!r}; use one of {', '.join(known)}")
+    return known[name]
+
+
+def schedule(text: str, every: int) -> dict[str, int | None]:
+    """Which probes a training takes, and every how many steps; None for before the first and after the last.
+
+    Args:
+        text: `none`, or names separated by commas; `default` stands for the cheap ones. `NAME@N` measures every N
+            steps, also a dear one.
+        every: steps between probes that name no number of their own.
+
+    Raises:
+        ValueError: a name or a number is not one.
+    """
+    if text.strip() == "none":
+        return {}
+    known = probes()
+    wanted: dict[str, int | None] = {}
+    for part in text.split(","):
+        name, at, number = part.strip().partition("@")
+        if at and not (number.isdecimal() and int(number) > 0):
+            raise ValueError(f"probe {part.strip()!r} names no number of steps; write for example {name}@100")
+        if name == "default":
+            names = [probe.name for probe in known.values() if probe.cost == "cheap"]
+        elif name == "none":
+            raise ValueError("none goes with no other probe; use it alone, or drop it")
+        else:
+            names = [find(name).name]
+        for one in names:
+            wanted[one] = int(number) if at else None if known[one].cost == "dear" else every
+    return wanted
+
+
+def reading(
+    name: str, labels: Sequence[str], values: Sequence[float], *, standard_errors: Sequence[float] | None = None
+) -> Reading:
+    """Exact values of a quantity."""
+    if len(labels) != len(values):
+        raise AssertionError(f"{name}: {len(labels)} labels of {len(values)} values")
+    return Reading(
+        quantity=name,
+        labels=tuple(labels),
+        values=tuple(float(value) for value in values),
+        seeds=(),
+        log_sd=None,
+        lower_estimate=False,
+        standard_errors=None if standard_errors is None else tuple(standard_errors),
+    )
+
+
+def estimated(name: str, labels: Sequence[str], estimates: Sequence[NormEstimate]) -> Reading:
+    """Lower estimates of spectral norms, with what they say of themselves."""
+    return Reading(
+        quantity=name,
+        labels=tuple(labels),
+        values=tuple(estimate.value for estimate in estimates),
+        seeds=(),
+        log_sd=None,
+        lower_estimate=True,
+        residuals=tuple(estimate.residual for estimate in estimates),
+        likely_upper=tuple(estimate.likely_upper for estimate in estimates),
+    )

@@ -1,0 +1,201 @@
+"""A model and a batch as the probes see them: what several of them need is made once, and only when asked for.
+
+Nothing here writes to the model, to its gradients or to a random state.
+
+Shapes: B batch, T tokens, D d_model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from empirics.distributed import ALONE, Ranks, local, release, whole
+from empirics.model import Layer, Transformer, cross_entropy
+from empirics.registry import Unavailable
+
+T = TypeVar("T")
+TOLERANCE = 1e-2  # relative, of norms that are lower estimates
+
+
+class Subject:
+    """A model and a batch.
+
+    A training that has run its own passes hands over what they left, with `see`; otherwise the first probe that wants
+    the residual stream or its gradient runs the whole batch once.
+
+    Args:
+        tokens_BT, targets_BT: the batch; Jacobians and attention are those of its first sequence.
+        stack: first and last layer of the stack whose Jacobian is taken; all layers if None.
+        tolerance: relative, of norms that are lower estimates.
+        ranks: over which a training spreads the batch, of which this is one's share, and the model. They measure
+            together; what is of one sequence is of the first rank's.
+    """
+
+    def __init__(
+        self,
+        model: Transformer,
+        tokens_BT: Tensor,
+        targets_BT: Tensor,
+        *,
+        stack: tuple[int, int] | None = None,
+        tolerance: float = TOLERANCE,
+        ranks: Ranks = ALONE,
+    ) -> None:
+        self.model, self.tokens, self.targets, self.tolerance = model, tokens_BT, targets_BT, tolerance
+        self.ranks = ranks
+        self.layers = [layer for layer in model.layers if isinstance(layer, Layer)]
+        self.stack = stack or (0, len(self.layers) - 1)
+        self._streams: list[Tensor] = []
+        self._sums: Tensor | None = None  # (places, 3) of the variance, the gradient's square and its length a token
+        self._largest: Tensor | None = None
+        self._n_tokens = 0
+        self._shared: dict[Any, Any] = {}
+        self._before: dict[str, Tensor] = {}
+        self._changes: dict[str, Tensor] = {}
+
+    def shared(self, make: Callable[..., T], *arguments: Any) -> T:
+        """make(self, *arguments), made once: what several probes read off."""
+        key = (make, *arguments)
+        if key not in self._shared:
+            self._shared[key] = make(self, *arguments)
+        return self._shared[key]
+
+    # --- the residual stream ------------------------------------------------------------------------------------
+
+    def see(self, places: Sequence[Tensor], gradients: Sequence[Tensor | None] | None = None) -> None:
+        """Take in the places of one pass; of several micro-batches the tokens are pooled.
+
+        Args:
+            places: (B, T, D) each, as the model keeps them.
+            gradients: theirs; what `backward` left on them if not given.
+        """
+        given = [x.grad for x in places] if gradients is None else gradients
+        rows: list[Tensor] = []
+        for x, gradient in zip(places, given, strict=True):
+            x = x.detach()
+            variance = x.to(torch.promote_types(x.dtype, torch.float32)).var(-1, unbiased=False).double()
+            if gradient is None:
+                length = torch.full_like(variance, torch.nan)
+            else:
+                length = torch.linalg.vector_norm(gradient.detach(), dim=-1, dtype=torch.float64)
+            rows.append(torch.stack([variance.sum(), length.square().sum(), length.sum(), length.max()]))
+        found = torch.stack(rows)
+        if self._sums is None or self._largest is None:
+            self._streams = [x.detach() if gradients is not None else x.detach()[:1].clone() for x in places]
+            self._sums, self._largest = found[:, :3], found[:, 3]
+        else:
+            self._sums, self._largest = self._sums + found[:, :3], torch.maximum(self._largest, found[:, 3])
+        self._n_tokens += places[0].numel() // places[0].shape[-1]
+
+    @property
+    def streams(self) -> list[Tensor]:
+        """The residual stream at every place, (B, T, D); in a training's own passes the first sequence's alone."""
+        self._look()
+        return self._streams
+
+    @cached_property
+    def place_statistics(self) -> dict[str, list[float]]:
+        """Standard deviation of the stream and norms of its gradient, place by place, under their quantities' names."""
+        self._look()
+        assert self._sums is not None
+        assert self._largest is not None
+        sums, n_tokens = self.ranks.total(self._sums.cpu()), self._n_tokens * self.ranks.size
+        largest = [max(values) for values in zip(*self.ranks.each(self._largest.tolist()), strict=True)]
+        return {
+            "residual_std": (sums[:, 0] / n_tokens).sqrt().tolist(),
+            "place_gradient": sums[:, 1].sqrt().tolist(),
+            "token_gradient": (sums[:, 2] / n_tokens).tolist(),
+            "token_gradient_max": largest,
+        }
+
+    @cached_property
+    def place_labels(self) -> list[str]:
+        """`embedding`, then `layer N attention` and `layer N` for every layer, the former in serial layers only."""
+        middle = [] if self.layers[0].parallel else [" attention"]
+        return ["embedding", *(f"layer {n}{part}" for n in range(len(self.layers)) for part in [*middle, ""])]
+
+    @cached_property
+    def layer_labels(self) -> list[str]:
+        return [f"layer {n}" for n in range(len(self.layers))]
+
+    @cached_property
+    def entering(self) -> list[list[Tensor]]:
+        """The first sequence, (1, T, D), where it enters each update of each layer."""
+        each = len(self.layers[0].updates)
+        return [[x[:1] for x in self.streams[n * each : (n + 1) * each]] for n in range(len(self.layers))]
+
+    def whole_layers(self) -> Iterator[Layer]:
+        """The layers in turn, with whole weights; those of a model in shards are gathered one at a time."""
+        if self.ranks.size == 1:
+            yield from self.layers
+            return
+        with torch.device("meta"):
+            plain = Transformer(self.model.architecture)
+        for layer, sharded in zip(plain.layers, self.layers, strict=True):
+            weights = {name: whole(p.detach()) for name, p in sharded.named_parameters()}
+            layer.load_state_dict(weights, assign=True)
+            assert isinstance(layer, Layer)
+            yield layer
+            layer.to("meta")
+
+    def _look(self) -> None:
+        if self._sums is not None:
+            return
+        if not any(parameter.requires_grad for parameter in self.model.parameters()):
+            raise Unavailable("no parameter of the model asks for a gradient")
+        places: list[Tensor] = []
+        with torch.enable_grad():
+            loss = cross_entropy(self.model(self.tokens, places), self.targets)
+            self.see(places, torch.autograd.grad(loss, places))
+
+    # --- matrices -----------------------------------------------------------------------------------------------
+
+    @cached_property
+    def matrices(self) -> dict[str, Tensor]:
+        """Every weight matrix, a tied one once; of a model in shards this rank's parts."""
+        if self.ranks.size > 1:
+            release(self.model)
+        return {name: local(p.detach()) for name, p in self.model.named_parameters() if p.ndim == 2}
+
+    def remember(self) -> None:
+        """Keep the matrices as they are before a step."""
+        self._before = {name: matrix.clone() for name, matrix in self.matrices.items()}
+
+    def compare(self) -> None:
+        """Take the norms of what the step has changed since, and let the copies go."""
+        for name, before in self._before.items():
+            size = before.norm()
+            self._changes[name] = torch.stack([before.sub_(self.matrices[name]).norm(), size])
+        self._before = {}
+
+    @cached_property
+    def changes(self) -> dict[str, tuple[float, float]]:
+        """Frobenius norms of each matrix's change in the step and of the matrix before it.
+
+        Raises:
+            Unavailable: there was no step.
+        """
+        if not self._changes:
+            raise Unavailable("there was no step; a training measures it (train --probes)")
+        norms = torch.stack(list(self._changes.values())).double()
+        if self.ranks.size > 1:
+            norms = self.ranks.total(norms.square()).sqrt()
+        pairs = norms.tolist()
+        return {name: (change, size) for name, (change, size) in zip(self._changes, pairs, strict=True)}
+
+
+def whole_model(model: Transformer) -> Transformer:
+    """A copy of a model in shards with whole weights, gathered by every rank at once."""
+    first = next(model.parameters())
+    with torch.device("meta"):
+        plain = Transformer(model.architecture).to(first.dtype)
+    plain.to_empty(device=first.device)
+    with torch.no_grad():
+        for parameter, sharded in zip(plain.parameters(), model.parameters(), strict=True):
+            parameter.copy_(whole(sharded.detach()))
+    return plain

@@ -1,0 +1,108 @@
+"""Probes while training: which are due at a step, and the series they leave in the record.
+
+A probe reads what the step's own passes leave, or runs the network once more; it never writes to the model, its
+gradients, the optimizer or a random state, so that the numbers of a training are the same, bit for bit, with any.
+
+A record's `series.probes` has, for every probe, its `labels`, the `steps` it was taken at and a row of `values` each;
+lower estimates have `residuals` too. A value at step s is of the weights after s steps, or of step s itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from empirics.distributed import ALONE, Ranks
+from empirics.model import Transformer
+from empirics.registry import Probe, Unavailable, find, schedule
+from empirics.subject import Subject, whole_model
+
+Probed = dict[str, dict[str, list[Any]]]
+# These have a place in the record from before there was a list of probes: `probe_step` and a series each.
+PLACES = ("residual_std", "place_gradient")
+
+
+class TrainingProbes:
+    """The probes of one training.
+
+    Args:
+        wanted, every: as in `registry.schedule`.
+        sequences: how many sequences of a batch a pass of a probe's own takes; all if None.
+        ranks: over which the model and its batches are spread. All of them take every probe together; for dear ones
+            each makes a copy of the whole model.
+    """
+
+    def __init__(self, wanted: str, every: int, sequences: int | None = None, ranks: Ranks = ALONE) -> None:
+        self.sequences, self.ranks = sequences, ranks
+        self._wanted: list[tuple[Probe, int | None]] = [(find(n), at) for n, at in schedule(wanted, every).items()]
+
+    @property
+    def on(self) -> bool:
+        return bool(self._wanted)
+
+    def due(self, step: int) -> bool:
+        """Whether a probe looks at the step's own passes."""
+        return any(self._in_passing(step))
+
+    def places_due(self, step: int) -> bool:
+        """Whether the stream's statistics go to their places in the record."""
+        return any(probe.name in PLACES for probe in self._in_passing(step))
+
+    def before(self, series: Probed, step: int, model: Transformer, tokens_BT: Tensor, targets_BT: Tensor) -> None:
+        """Take the dear probes that are due on the weights as they are."""
+        dear = [p for p, at in self._wanted if p.cost == "dear" and (step == 0 if at is None else step % at == 0)]
+        self._take(series, step, dear, lambda: self._subject(model, tokens_BT, targets_BT))
+
+    def after_all(self, series: Probed, step: int, model: Transformer, tokens_BT: Tensor, targets_BT: Tensor) -> None:
+        """Take the dear probes once more in the end."""
+        dear = [p for p, _ in self._wanted if p.cost == "dear"]
+        self._take(series, step, dear, lambda: self._subject(model, tokens_BT, targets_BT))
+
+    def watch(self, step: int, model: Transformer, tokens_BT: Tensor, targets_BT: Tensor) -> Subject | None:
+        """The step, if a probe is due: to be shown its passes, and to be handed to `passed` and `stepped`.
+
+        Args:
+            tokens_BT, targets_BT: this rank's share of the batch.
+        """
+        probes = self._in_passing(step)
+        if not probes:
+            return None
+        subject = Subject(model, tokens_BT, targets_BT, ranks=self.ranks)
+        if any(probe.in_training for probe in probes):
+            subject.remember()
+        return subject
+
+    def passed(self, series: Probed, step: int, subject: Subject) -> None:
+        """Take the probes of a step's passes, before the weights move."""
+        probes = [p for p in self._in_passing(step) if not (p.in_training or p.name in PLACES)]
+        self._take(series, step, probes, lambda: subject)
+
+    def stepped(self, series: Probed, step: int, subject: Subject) -> None:
+        """Take the probes of how the weights have moved."""
+        subject.compare()
+        self._take(series, step, [p for p in self._in_passing(step) if p.in_training], lambda: subject)
+
+    def _in_passing(self, step: int) -> Sequence[Probe]:
+        return [p for p, at in self._wanted if p.cost == "cheap" and step % (at or 1) == 0]
+
+    def _subject(self, model: Transformer, tokens_BT: Tensor, targets_BT: Tensor) -> Subject:
+        seen = model if self.ranks.size == 1 else whole_model(model)
+        return Subject(seen, tokens_BT[: self.sequences], targets_BT[: self.sequences])
+
+    def _take(self, series: Probed, step: int, probes: Sequence[Probe], subject: Callable[[], Subject]) -> None:
+        """Add a row to the series of each probe; what the model has not is left out."""
+        if not probes:
+            return
+        seen = subject()
+        for probe in probes:
+            try:
+                found = probe.measure(seen)
+            except Unavailable:
+                continue
+            kept = series.setdefault(probe.name, {"labels": list(found.labels), "steps": [], "values": []})
+            kept["steps"].append(step)
+            kept["values"].append(list(found.values))
+            if found.residuals is not None:
+                kept.setdefault("residuals", []).append(list(found.residuals))

@@ -1,0 +1,123 @@
+"""Probes of every weight matrix: its spectrum, the law of its entries, and what a step changes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from empirics.probes import distribution
+from empirics.registry import Reading, Unavailable, probe, reading
+from empirics.subject import Subject
+
+Spectra = dict[str, NDArray[np.float64]]
+
+
+def _spectra(subject: Subject) -> Spectra:
+    """Singular values of every matrix, descending, in float64."""
+    return {name: torch.linalg.svdvals(w.double()).cpu().numpy() for name, w in subject.matrices.items()}
+
+
+def _of_spectra(subject: Subject, name: str, statistic: Any) -> Reading:
+    spectra = subject.shared(_spectra)
+    with np.errstate(invalid="ignore", divide="ignore"):  # a matrix of zeros has no rank
+        return reading(name, list(spectra), [float(statistic(values)) for values in spectra.values()])
+
+
+@probe("weight_opnorm", cost="dear")
+def weight_opnorm(subject: Subject) -> Reading:
+    """By a full singular value decomposition."""
+    return _of_spectra(subject, "weight_opnorm", np.max)
+
+
+@probe("weight_smallest", cost="dear")
+def weight_smallest(subject: Subject) -> Reading:
+    """Of as many as the shorter side has."""
+    return _of_spectra(subject, "weight_smallest", np.min)
+
+
+@probe("weight_norm", cost="dear")
+def weight_norm(subject: Subject) -> Reading:
+    """Root of the sum of the squared singular values."""
+    return _of_spectra(subject, "weight_norm", np.linalg.norm)
+
+
+@probe("weight_quantile_10", cost="dear")
+def weight_quantile_10(subject: Subject) -> Reading:
+    """Near the small end."""
+    return _of_spectra(subject, "weight_quantile_10", lambda values: np.quantile(values, 0.1))
+
+
+@probe("weight_quantile_50", cost="dear")
+def weight_quantile_50(subject: Subject) -> Reading:
+    """The median."""
+    return _of_spectra(subject, "weight_quantile_50", np.median)
+
+
+@probe("weight_quantile_90", cost="dear")
+def weight_quantile_90(subject: Subject) -> Reading:
+    """Near the large end."""
+    return _of_spectra(subject, "weight_quantile_90", lambda values: np.quantile(values, 0.9))
+
+
+@probe("weight_stable_rank", cost="dear")
+def weight_stable_rank(subject: Subject) -> Reading:
+    """At most the rank; 1 if one singular value is all there is."""
+    return _of_spectra(subject, "weight_stable_rank", lambda values: np.square(values / values.max()).sum())
+
+
+def _effective_rank(values: NDArray[np.float64]) -> float:
+    share = values / values.sum()
+    share = share[share > 0]
+    return float(np.exp(-(share * np.log(share)).sum())) if share.size else np.nan
+
+
+@probe("weight_effective_rank", cost="dear")
+def weight_effective_rank(subject: Subject) -> Reading:
+    """At most the rank, which it is if all singular values are equal."""
+    return _of_spectra(subject, "weight_effective_rank", _effective_rank)
+
+
+def _distributions(subject: Subject) -> dict[str, dict[str, Any]]:
+    return {name: distribution(matrix) for name, matrix in subject.matrices.items()}
+
+
+def _of_distributions(subject: Subject, name: str, statistic: str) -> Reading:
+    found = {label: item for label, item in subject.shared(_distributions).items() if statistic in item}
+    if not found:
+        raise Unavailable("no matrix has any spread")
+    errors = [item["standard_errors"][statistic] for item in found.values()]
+    return reading(name, list(found), [item[statistic] for item in found.values()], standard_errors=errors)
+
+
+@probe("weight_skewness", cost="dear")
+def weight_skewness(subject: Subject) -> Reading:
+    """0 for a normal law; judged by at most 50,000 entries, evenly spaced, as are the next two."""
+    return _of_distributions(subject, "weight_skewness", "skewness")
+
+
+@probe("weight_kurtosis", cost="dear")
+def weight_kurtosis(subject: Subject) -> Reading:
+    """0 for a normal law, above it for heavier tails; matrices without any spread are left out, as in all three."""
+    return _of_distributions(subject, "weight_kurtosis", "excess_kurtosis")
+
+
+@probe("weight_normal_distance", cost="dear")
+def weight_normal_distance(subject: Subject) -> Reading:
+    """Kolmogorov's distance with estimated mean and variance; normal samples of n entries show up to 0.886/sqrt(n)."""
+    return _of_distributions(subject, "weight_normal_distance", "normal_distance")
+
+
+@probe("update_norm", cost="cheap", in_training=True)
+def update_norm(subject: Subject) -> Reading:
+    """What the optimizer added, weight decay included."""
+    return reading("update_norm", list(subject.changes), [change for change, _ in subject.changes.values()])
+
+
+@probe("update_ratio", cost="cheap", in_training=True)
+def update_ratio(subject: Subject) -> Reading:
+    """Relative speed of a matrix; not a number for one of zeros."""
+    ratios = [change / size if size else float("nan") for change, size in subject.changes.values()]
+    return reading("update_ratio", list(subject.changes), ratios)
