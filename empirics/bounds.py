@@ -129,7 +129,7 @@ def over_random(opnorms: Reading, norms: Reading, shapes: Mapping[str, tuple[int
     for label, value, size in zip(opnorms.labels, opnorms.values, norms.values, strict=True):
         rows, columns = shapes[label]
         symbols = {"rows": rows, "columns": columns}
-        if size and all(low <= symbols[name] <= high for name, (low, high) in statement.domain.items()):
+        if size and not statement.outside(symbols):
             expected = statement.evaluate(symbols | {"sigma": size / math.sqrt(rows * columns)})
             found[label] = value / float(expected)
     return found

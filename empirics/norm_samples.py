@@ -41,7 +41,7 @@ class Setting:
 
     def inside(self, statement: Statement) -> bool:
         """Whether the statement claims its target here."""
-        return all(low <= self.values[name] <= high for name, (low, high) in statement.domain.items())
+        return not statement.outside(self.values)
 
     def predicted(self, statement: Statement) -> float:
         return float(statement.evaluate(self.values))

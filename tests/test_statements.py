@@ -647,3 +647,19 @@ def test_errors_parameterthe_remedy() -> None:
     with pytest.raises(ValueError, match="two statements are called 'ffn-upper'"):
         register(ffn_upper)
     assert find("ffn-upper") is ALL["ffn-upper"]
+
+
+def test_a_sharp_statement_answers_unknown_outside_its_domain() -> None:
+    from dataclasses import replace
+
+    whole = {"heads fill the stream": lambda n_heads, d_head, d: n_heads * d_head == d}
+    statement = replace(find("gaussian-opnorm-sharp"), relations=whole)
+    inside = {"sigma": 1.0, "rows": 64, "columns": 64, "n_heads": 4, "d_head": 16, "d": 64}
+    assert statement.predict(inside).value == pytest.approx(float(statement.evaluate(inside)))
+    assert statement.predict(inside | {"n_heads": 3}).reasons == ("it does not hold that heads fill the stream",)
+    assert statement.predict(inside | {"rows": 63}).reasons == ("rows=63 is not within 64 to inf",)
+    assert statement.predict({k: v for k, v in inside.items() if k != "d"}).reasons == ("d is not given",)
+    assert statement.predict(inside | {"sigma": math.nan}).reasons == ("it has no finite value here",)
+    assert all(statement.predict(inside | {"rows": n}).value is None for n in (0, 1, 63))
+    with pytest.raises(ValueError, match="no prediction but of kind upper"):
+        find("ffn-upper").predict(inside)

@@ -12,6 +12,7 @@ Statements compose along the architecture: `residual(attention).then(residual(fe
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -36,6 +37,14 @@ STATEMENT_MODULES = (
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Prediction:
+    """What a sharp statement says at given numbers: None is `unknown`, for the reasons given."""
+
+    value: float | None
+    reasons: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Statement:
     """One assertion about one quantity.
 
@@ -53,6 +62,7 @@ class Statement:
             `Architecture`, a size) and the values for which it holds. For `upper`, what is not named may be
             anything that the bench can build, so that a new variant attacks every bound until it is excluded.
         domain: for `sharp`, the least and the largest value of a symbol for which it claims its target.
+        relations: for `sharp`, what must hold between symbols besides: in words, and as a function of symbols.
     """
 
     name: str
@@ -66,6 +76,7 @@ class Statement:
     target: float | None = None
     covers: Mapping[str, tuple[Any, ...]] = field(default_factory=dict, hash=False)
     domain: Mapping[str, tuple[float, float]] = field(default_factory=dict, hash=False)
+    relations: Mapping[str, Callable[..., bool]] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
         if (self.kind == "sharp") != (self.target is not None):
@@ -97,6 +108,40 @@ class Statement:
         if missing:
             raise ValueError(f"{self.name} needs a value for {', '.join(missing)}")
         return self.formula(**{name: values[name] for name in self.parameters})
+
+    def outside(self, values: Mapping[str, Any]) -> tuple[str, ...]:
+        """Why it does not claim its target at these numbers; empty where it does.
+
+        A symbol of the domain without a value counts as outside: what is not known is not claimed.
+        """
+        needed = dict.fromkeys((*self.domain, *(name for test in self.relations.values() for name in _names(test))))
+        reasons = [f"{name} is not given" for name in needed if name not in values]
+        for name, (least, most) in self.domain.items():
+            if name in values and not least <= values[name] <= most:
+                reasons.append(f"{name}={values[name]:g} is not within {least:g} to {most:g}")
+        for words, test in self.relations.items():
+            names = _names(test)
+            if all(name in values for name in names) and not test(**{name: values[name] for name in names}):
+                reasons.append(f"it does not hold that {words}")
+        return tuple(reasons)
+
+    def predict(self, values: Mapping[str, Any]) -> Prediction:
+        """The value of a sharp statement where it claims its target, else unknown and why.
+
+        Raises:
+            ValueError: the statement is not sharp, or a symbol of its formula has no value.
+
+        >>> find("gaussian-opnorm-sharp").predict({"sigma": 1.0, "rows": 8, "columns": 64})
+        Prediction(value=None, reasons=('rows=8 is not within 64 to inf',))
+        """
+        if self.kind != "sharp":
+            raise ValueError(f"{self.name} is no prediction but of kind {self.kind}; use evaluate")
+        reasons = self.outside(values)
+        if reasons:
+            return Prediction(value=None, reasons=reasons)
+        value = as_float(self.evaluate(values))
+        finite = math.isfinite(value)
+        return Prediction(value=value if finite else None, reasons=() if finite else ("it has no finite value here",))
 
     def then(self, after: Statement) -> Statement:
         """Bound the composition of two maps by the product (sub-multiplicativity)."""
@@ -146,6 +191,10 @@ def _derived(
     signature = inspect.Signature([inspect.Parameter(p, inspect.Parameter.KEYWORD_ONLY) for p in parameters])
     formula.__signature__ = signature  # type: ignore[attr-defined]
     return _replace(base, name=name, kind=kind, formula=formula, why=f"{why}; {base.why}", tight=False, target=None)
+
+
+def _names(test: Callable[..., bool]) -> tuple[str, ...]:
+    return tuple(inspect.signature(test).parameters)
 
 
 def _replace(statement: Statement, **changes: Any) -> Statement:
