@@ -228,7 +228,7 @@ def gpu_smoke(seeds: Sequence[int], device: str, data: str) -> list[Step]:
 
     With --device cpu the same program holds the CPU against itself, as a test of the program.
     """
-    purposes = {  # minutes: the first measured on two cores, the others estimated
+    purposes = {  # minutes: estimated
         "references": ("the same on the CPU in two precisions, one thread a run", 1.6),
         "initialisation": ("gradient growth, residual stream, Jacobian norms", 0.7),
         "trainings": ("float32, bfloat16, compiled, deterministic twice", 1.0),
