@@ -97,7 +97,7 @@ def parser() -> argparse.ArgumentParser:
     accuracy = commands.add_parser(
         "accuracy",
         help="predicted against measured growth, over a grid of sizes and every variant",
-        description="Measure every case (some twenty minutes on 2 cores, estimated; a killed run resumes) and print the table.",
+        description="Measure every case and print the table: some twenty minutes on 2 cores; a killed run resumes.",
     )
     accuracy.add_argument("--only", metavar="TEXT", help="cases with this in their name")
     accuracy.add_argument("--list", action="store_true", help="list the cases")

@@ -15,6 +15,7 @@ from empirics.anatomy import anatomy
 from empirics.block_norms import block_norms
 from empirics.command_line import check_device, require_memory
 from empirics.comparison import (
+    ACCURACY,
     DRAWS,
     Prediction,
     Scatter,
@@ -32,6 +33,7 @@ from empirics.plan import kept_numbers
 from empirics.real_classes import n_parameters
 from empirics.stability import StabilityMonitor
 from theory.__main__ import EXIT_UNKNOWN, LARGEST_SEQ_LEN, add_architecture_options, emit, whole
+from theory.architecture import PRESETS
 from theory.hf_config import UnknownArchitecture
 from theory.records import plain
 
@@ -51,7 +53,9 @@ def add_command(commands: Any) -> argparse.ArgumentParser:
         "of an unfinished run). No code of a folder runs. Exit status: 0 measured, whatever came out; 2 bad input; 3 "
         "there is no prediction for it (it is measured all the same, if it can be).",
     )
-    add_architecture_options(measure)
+    add_architecture_options(
+        measure, most_tokens=SEQ_LEN, help=f"{', '.join(PRESETS)}, a config.json, or a folder with weights"
+    )
     measure.add_argument("--width", type=whole, metavar="D", help="another d_model, with heads as wide as before")
     measure.add_argument(
         "--implementation", choices=("own", "transformers"),
@@ -258,6 +262,7 @@ def text(answer: dict[str, Any]) -> str:
     )
     whose = {"own": "our Transformer", "transformers": f"{answer['class']} of transformers"}[answer["implementation"]]
     lines = [f"{answer['name']} ({whose}), {answer['seq_len']} tokens: gradient growth {growth['value']:.4g}{spread}"]
+    lines.append(f"tokens: {answer['tokens']}")
     if predicted is None:
         lines.append("predicted: none")
     elif predicted["gradient_growth"] is None:
@@ -266,8 +271,12 @@ def text(answer: dict[str, Any]) -> str:
         domain = "" if predicted["in_domain"] else ", outside its domain"
         start = ", at initialisation" if answer["trained"] else ""
         error = predicted["gradient_growth"] / growth["value"] - 1
-        lines.append(f"predicted {predicted['gradient_growth']:.4g} (sharp{domain}{start}): {error:+.2%}")
-    allowed = f" (within {math.expm1(answer['limit']):.1%})" if answer["verdict"] != "unknown" else ""
+        compared = "" if answer["trained"] else f": {error:+.2%}"
+        lines.append(f"predicted {predicted['gradient_growth']:.4g} (sharp{domain}{start}){compared}")
+    allowed = ""
+    if answer["verdict"] != "unknown":
+        side = "within" if answer["verdict"] == "agrees" else "by more than"
+        allowed = f" ({side} {math.expm1(answer['limit']):.1%}: {ACCURACY:.0%} stated, and what scatter explains)"
     lines.append(f"verdict: {answer['verdict']}{allowed}")
     lines += [f"why: {reason}" for reason in answer["why"]]
     lines.append(f"measured to be: {Measured(**answer['measured_architecture'])}")

@@ -31,7 +31,7 @@ def batches_of(
     """Random ids, or the text that `data` names.
 
     Our own networks have ids from 1 on, uniformly; a class of transformers has distinct ones that are not padding. Text
-    is read by the `tokenizer.json` of the network's folder; without one, by a tokenizer that is trained on it.
+    is read by the `tokenizer.json` of the network's folder; at initialisation, by a tokenizer that is trained on it.
 
     Raises:
         ValueError: there is no such text, the tokenizer cannot be read, or they do not fit the network.
@@ -52,6 +52,10 @@ def batches_of(
     own = None if network.folder is None else network.folder / TOKENIZER
     if own is not None and own.is_file():
         tokenizer, how = str(own), f"by {own}"
+    elif network.trained:
+        raise ValueError(
+            f"{network.folder} has no {TOKENIZER}, and other ids mean nothing to it; drop --data, or add one"
+        )
     else:
         tokenizer, how = "bpe", "by a tokenizer trained on it"
     corpus = load_corpus(data, vocab_size=vocab_size, tokenizer=tokenizer, limit=TEXT_BYTES, cache=cache)

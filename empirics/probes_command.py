@@ -115,7 +115,7 @@ def _model(arguments: argparse.Namespace) -> tuple[Transformer, str, int]:
         found = [path.parent for path in sorted(folder.glob(f"**/{ARCHITECTURE}"))]
         if len(found) != 1:
             raise ValueError(
-                f"{folder} holds {len(found)} models; name the folder of one, which `train --keep-checkpoint` leaves"
+                f"{folder} holds {len(found)} models of `train`; name one that it left, with --keep-checkpoint"
             )
         model, about = _loaded(found[0]), f"{found[0]}"
         a = model.architecture

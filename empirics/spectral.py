@@ -187,23 +187,17 @@ def _orthonormal(vectors: Tensor, bases: Tensor, floor: np.ndarray) -> tuple[Ten
     exhausted basis can be continued.
     """
     vectors = vectors.detach().reshape(len(vectors), 1, -1)  # rows: of columns torch makes fifteen times the work
-    vectors, length, overlap = _without(vectors, bases)
-    if (overlap > 10 * length).any():  # most was taken off, and rounding shows: Rutishauser's tenth; twice is enough
-        vectors, length, _ = _without(vectors, bases)
+    # Always twice: where each step takes off several times what it leaves, one pass multiplies what the basis lacks in
+    # orthogonality by as much, step after step, and a found direction is found again, longer.
+    for _ in range(2):
+        vectors = torch.baddbmm(vectors, vectors @ bases.mT, bases, alpha=-1)
+    length = torch.linalg.vector_norm(vectors, dim=-1, dtype=torch.float64)
     vectors, length = vectors[:, 0], length[:, 0].cpu().numpy()
     if not np.isfinite(length).all():
         raise ValueError("a product with the Jacobian is not finite; take a point where function and derivative are")
     length[length <= floor] = 0.0
     scale = torch.from_numpy(np.where(length > 0, length, math.inf)).to(vectors)
     return vectors / scale[:, None], length
-
-
-def _without(vectors: Tensor, bases: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """What rows (N, 1, I) have beside bases (N, K, I), its length and that of what was taken off, (N, 1) each."""
-    overlap = vectors @ bases.mT
-    vectors = torch.baddbmm(vectors, overlap, bases, alpha=-1)
-    lengths = (torch.linalg.vector_norm(x, dim=-1, dtype=torch.float64) for x in (vectors, overlap))
-    return vectors, *lengths
 
 
 def _restart(

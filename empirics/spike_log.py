@@ -86,7 +86,8 @@ def _inside(folder: Path, column: str) -> Path:
     found = [*sorted((folder / "records").glob("*.json")), *sorted(folder.glob("*.json"))]
     trainings = [path for path in found if (read_record(path) or {}).get("kind") == "training"]
     if len(trainings) != 1:
-        raise ValueError(f"{folder} has {len(trainings)} training records; name a file, such as losses.jsonl")
+        remedy = "name one of them" if trainings else "finish the run (train again goes on), or name a file with losses"
+        raise ValueError(f"{folder} has {len(trainings)} training records; {remedy}")
     return trainings[0]
 
 

@@ -37,14 +37,22 @@ def add_command(commands: Any) -> argparse.ArgumentParser:
     command.add_argument(
         "--vocab", type=whole, metavar="N", help="ids of bpe (default 50257); of the others, the most that are accepted"
     )
-    command.add_argument("--limit", type=whole, metavar="BYTES", help="bytes of text (default all)")
+    command.add_argument("--limit", type=size_in_bytes, metavar="BYTES", help="bytes of text (default all)")
     command.add_argument(
         "--shard-tokens", type=whole, default=SHARD_TOKENS, metavar="N",
-        help=f"tokens of a shard, at least (default {SHARD_TOKENS}); what a kill can cost",
+        help=f"tokens of a shard, at least (default {SHARD_TOKENS}), and of the last some millions of characters, "
+        "which are tokenised together; what a kill can cost",
     )  # fmt: skip
     command.add_argument("--json", action="store_true", help="print the manifest")
     command.set_defaults(run=_run)
     return command
+
+
+def size_in_bytes(text: str) -> int:
+    """A positive number of bytes for argparse; texts are larger than other counts."""
+    if not text.isdecimal() or not 1 <= int(text) < 2**63:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of bytes; write for example 1000000")
+    return int(text)
 
 
 def _run(arguments: argparse.Namespace) -> int:

@@ -92,13 +92,21 @@ def add_version(parser: argparse.ArgumentParser, *packages: str) -> None:
     parser.add_argument("--version", action=_Version, nargs=0, const=packages, help="print versions and leave")
 
 
-def add_architecture_options(parser: argparse.ArgumentParser, **config: Any) -> None:
-    """The options that choose and vary an architecture, shared by every command; `config` goes to CONFIG's argument."""
+def add_architecture_options(
+    parser: argparse.ArgumentParser, *, most_tokens: int = DEFAULT_SEQ_LEN, **config: Any
+) -> None:
+    """The options that choose and vary an architecture, shared by every command; `config` goes to CONFIG's argument.
+
+    Args:
+        most_tokens: the default of --seq-len where the context is longer; for its help.
+    """
     argument: dict[str, Any] = {"help": f"{', '.join(PRESETS)}, or the path of a config.json"} | config
     parser.add_argument("config", metavar="CONFIG", **argument)
     parser.add_argument("--embedding", choices=EMBEDDINGS, help="embedding treatment (default: vanilla, or the file's)")
     parser.add_argument("--init", choices=list(INITS), help="initialisation (default: paper, or the file's class's)")
-    parser.add_argument("--seq-len", type=whole, metavar="T", help="tokens (default: the context, at most 2048)")
+    parser.add_argument(
+        "--seq-len", type=whole, metavar="T", help=f"tokens (default: the context, at most {most_tokens})"
+    )
     parser.add_argument("--layers", type=whole, metavar="N", help="another depth")
 
 
@@ -336,7 +344,7 @@ def run_command(top: argparse.ArgumentParser, argv: Sequence[str] | None) -> int
         print(f"{top.prog}: out of memory; use a smaller batch, sequence or architecture", file=sys.stderr)
         return EXIT_BAD_INPUT
     except KeyboardInterrupt as stop:
-        print(f"{top.prog}: {stop or 'interrupted'}; run the same command again to go on", file=sys.stderr)
+        print(f"{top.prog}: {str(stop) or 'interrupted'}; run the same command again to go on", file=sys.stderr)
         return 130
     except BrokenPipeError:
         sys.stderr.close()
