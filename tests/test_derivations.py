@@ -46,6 +46,7 @@ KINDS = {
     **dict.fromkeys(("attention-sharp", "activation-cost", "routing"), "sharp"),
     **dict.fromkeys(("half-layer-sharp-relu", "half-layer-sharp-gated-relu", "ffn-sharp-relu-squared"), "sharp"),
     **dict.fromkeys(("attention-half-layer-sharp", "attention-uneven-sharp"), "sharp"),
+    **dict.fromkeys(("ffn-sharp-relu", "ffn-sharp-gated-relu"), "sharp"),
     "norm-backward-gain": "exact",
 }
 # Tails and a product of maxima that nothing attains: how far below the bound their checks may stay.
@@ -79,6 +80,41 @@ def test_every_step_holds(name: str) -> None:
     for seed in range(3):
         failed = [check for check in derivation(name).verify(np.random.default_rng(seed)) if not check.passed]
         assert not failed
+
+
+MEMBERS = {member.statement: member for name in NAMES for member in derivation(name).family}
+
+
+@pytest.mark.parametrize("statement", MEMBERS)
+def test_a_family_s_chain_holds_for_every_member(statement: str) -> None:
+    chain = MEMBERS[statement]
+    assert chain.name in NAMES
+    assert chain.arrives()
+    assert chain.target is not None
+    assert chain.target.kind == chain.kind
+    failed = [check for check in chain.verify(np.random.default_rng(0)) if not check.passed]
+    assert not failed
+    wrong = replace(chain.conclusion, right=chain.conclusion.right * sp.Rational(4, 5))
+    assert not replace(chain, steps=(*chain.steps[:-1], wrong)).arrives()
+    assert not wrong.check(np.random.default_rng(5)).passed
+
+
+EDGES = ("ffn-sharp-relu", "ffn-sharp-gated-relu", "half-layer-sharp-relu", "half-layer-sharp-gated-relu")
+OFFSETS = [(chain, name) for name in EDGES for chain in (derivation(name), *derivation(name).family)]
+
+
+@pytest.mark.parametrize(("chain", "name"), OFFSETS, ids=[chain.statement for chain, _ in OFFSETS])
+def test_without_the_offset_the_norm_fails(chain: Derivation, name: str) -> None:
+    """The bare edge is outside of the tolerance that the corrected one is within."""
+    (step,) = (step for step in chain.steps if step.rule == "Tracy-Widom offset")
+    bend = entry("lambda''") if name.startswith("ffn") else entry("z''")
+    assert bend in step.right.free_symbols
+    bare = replace(step, right=step.right.subs(bend, 0))
+    for seed in range(2):
+        assert step.check(np.random.default_rng(seed)).passed
+        found = bare.check(np.random.default_rng(seed))
+        assert not found.passed
+        assert found.left < found.right
 
 
 @pytest.mark.parametrize(("name", "place"), STEPS)

@@ -127,7 +127,9 @@ def test_statement_page(name: str) -> None:
 def test_a_statement_has_every_derivation_that_arrives() -> None:
     assert [chain.name for chain in arriving("norm-jacobian-upper")] == ["layernorm", "rmsnorm"]
     assert [chain.name for chain in arriving("ffn-estimate")] == ["ffn"]
-    assert not arriving("gaussian-opnorm-sharp")
+    (silu,) = arriving("half-layer-sharp-gated-silu")
+    assert silu.name == "half-layer-sharp-gated-relu"
+    assert "gated_residual_edge_silu" in page("half-layer-sharp-gated-silu")
 
 
 def test_mathtext_draws_every_limit() -> None:

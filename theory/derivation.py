@@ -47,6 +47,7 @@ DERIVATION_MODULES = (
     "derivations_logits",
     "derivations_masks",
     "derivations_constants",
+    "derivations_feedforward_edge",
     "derivations_edges",
     "derivations_attention_edge",
     "derivations_activation",
@@ -243,6 +244,8 @@ class Derivation:
         statement: name of the statement it arrives at; empty if the catalogue has none.
         shortcut: it arrives at `residual(statement)`, the half-layer with its shortcut.
         assumptions: what the chain needs beyond its lines.
+        family: the same chain for other statements, by the same name: the same lines, each sampled and concluded for
+            its statement.
     """
 
     name: str
@@ -251,6 +254,7 @@ class Derivation:
     statement: str = ""
     shortcut: bool = False
     assumptions: tuple[str, ...] = ()
+    family: tuple[Derivation, ...] = ()
 
     @property
     def kind(self) -> StepKind:

@@ -2,14 +2,29 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import numpy as np
 import sympy as sp  # pyright: ignore[reportMissingTypeStubs]
 
-from theory.derivation import Derivation, line, register_derivation
-from theory.derivations_expressions import Norm, Transposed, Values, array, entry
+from theory.architecture import Activation
+from theory.derivation import Derivation, Sampler, Step, line, register_derivation
+from theory.derivations_expressions import SumOver, Transposed, Values, array, entry
+from theory.derivations_feedforward_edge import (
+    DRAWN,
+    MEASURED,
+    OFFSET,
+    PLAIN,
+    layer_squares,
+    layers,
+    mean_half,
+    with_family,
+)
 from theory.derivations_numeric import Array, Rng, column_jacobian, layer_norm, opnorm, relu
+from theory.derivations_offsets import NEXT_ORDER, UNITS, WIDTH, hidden_sum, least, mean_norm, slopes
+from theory.random_matrix import TRACY_WIDOM_MEAN
+from theory.residual_edges import residual_edge
 from theory.sources import Source
 from theory.statements import find
 from theory.symbols import symbol
@@ -20,7 +35,6 @@ FREE = Source(key="pennington2017resurrecting", label="free multiplicative convo
 SUM = Source(key="haagerup2000brown", label="sums of R-diagonal elements")
 OWN = Source(key="spikecheck", label="calculus")
 WIDE = 192
-ONE_DRAW = f"within 8 % for one draw at width {WIDE}, whose norm varies by 1 to 2 %"
 
 d, d_ffn, s = symbol("d"), symbol("d_ffn"), symbol("s")
 sigma_1, sigma_2, sigma_3 = symbol("sigma_1"), symbol("sigma_2"), symbol("sigma_3")
@@ -30,6 +44,10 @@ W_1, W_2, W_3, D = array("W_1"), array("W_2"), array("W_3"), array("D")
 _HALF = array("dy/dx", r"\frac{\partial y}{\partial x}")
 _GATED = array("dFFN/du", r"\frac{\partial \mathrm{FFN}}{\partial u}")
 q, w, t, t_slope = entry("q"), entry("w"), entry("t(w)"), entry("t'(w)")
+i, D_i = entry("i"), entry("D_i")
+edge, above, below = (entry(f"z_{name}", f"z_{{{name}}}") for name in ("edge", "+", "-"))
+bend, step_ = entry("z''"), entry("h")
+_fixed = entry("E|I + W_2 D W_1/s|", r"\mathbb{E} \| I + W_2 D W_1 / s \|")
 z_I, z_J, z_sum = entry("z_I"), entry("z_J"), entry("z_(I+J)", "z_{I+J}")
 
 
@@ -60,45 +78,58 @@ def _resolvent(matrix: Array, height: float) -> float:
     return float(np.mean(height / (height**2 - np.linalg.svd(matrix, compute_uv=False) ** 2)))
 
 
-def _wide_half(rng: Rng, *, shortcut: bool) -> Values:
-    """J of a wide ReLU half-layer, I + J and their resolvents beyond the edge."""
-    units, std_1, std_2, std = 2 * WIDE, 0.05, 0.02, 0.4
-    first, second = rng.normal(0, std_1, (units, WIDE)), rng.normal(0, std_2, (WIDE, units))
-    slopes = rng.normal(0, 1, (units, 1)) > 0
-    J = second @ (slopes * first) / std
+def _wide(rng: Rng, *, activation: Activation, gated: bool, shortcut: bool) -> Values:
+    """J of a wide layer whose slopes are a layer's, I + J and their resolvents a fifth beyond the edge."""
+    squares, weights = layer_squares(activation, gated=gated)
+    D_ = np.repeat(slopes(squares, weights), WIDE // WIDTH)  # the same law at three times the width
+    strength = 0.7
+    J = strength / WIDE * (rng.normal(0, 1, (WIDE, D_.size)) * D_) @ rng.normal(0, 1, (D_.size, WIDE))
     whole = np.eye(WIDE) + J if shortcut else J
     height = 1.2 * opnorm(whole)
     found = _resolvent(whole, height)
-    strength = std_1 * std_2 * WIDE / std
     return {
-        **{d: WIDE, d_ffn: units, sigma_1: std_1, sigma_2: std_2, s: std, _HALF: whole},
-        **{q: found, w: (strength * found) ** 2, (z_sum if shortcut else z_J): height},
+        **_scales(WIDE, strength, gated=gated),
+        **{q: found, w: (strength * found) ** 2, i: [{D_i: float(one)} for one in D_]},
+        **{t: hidden_sum((strength * found) ** 2, D_, WIDE), (z_sum if shortcut else z_J): height},
     }
 
 
-def _branch(rng: Rng) -> Values:
-    return _wide_half(rng, shortcut=False)
+def _scales(width: int, strength: float, *, gated: bool) -> Values:
+    """Standard deviations that make |J| of this size; those of a gated layer's inputs are in its slopes."""
+    first, second, std = 0.05, 0.02, 0.4
+    first = strength * std / (second * width) if not gated else first
+    return {d: width, sigma_1: first, sigma_2: strength * std / width**0.5 if gated else second, s: std}
 
 
-def _summed(rng: Rng) -> Values:
-    return _wide_half(rng, shortcut=True)
+def _edge_of(rng: Rng, *, activation: Activation, gated: bool) -> Values:
+    """The edge of a half-layer of fixed slopes, its bend, and the mean norm over draws of its weights."""
+    squares, weights = layer_squares(activation, gated=gated)
+    D_ = slopes(squares, weights)
+    strength = 0.7
+    end = 1 / (strength * float(np.max(D_)))
+
+    def height(resolvent: float) -> float:
+        inside = hidden_sum((strength * resolvent) ** 2, D_)
+        return (float(np.sqrt(1 + 4 * resolvent**2)) - 1) / (2 * resolvent) + (1 + inside) / resolvent
+
+    found = least(height, 1e-3 * end, (1 - 1e-9) * end)
+    known = residual_edge(squares, weights, UNITS / WIDTH, strength)
+    return {
+        **_scales(WIDTH, strength, gated=gated),
+        **{q: found.place, w: (strength * found.place) ** 2, t: hidden_sum((strength * found.place) ** 2, D_)},
+        **{edge: known.limit, bend: known.curvature, step_: found.step, above: found.above, below: found.below},
+        _fixed: mean_norm(rng, D_, strength, shortcut=True),
+    }
 
 
-@register_derivation
-def half_layer_sharp_relu() -> Derivation:
-    """The norm of a ReLU half-layer's Jacobian."""
-    statement = find("half-layer-sharp-relu")
-    half = d_ffn / (2 * d)
+def _chain(activation: Activation, *, gated: bool) -> Derivation:
+    statement = find(f"half-layer-sharp-{'gated-' if gated else ''}{activation}")
+    branch: Sampler = partial(_wide, activation=activation, gated=gated, shortcut=False)
+    summed: Sampler = partial(_wide, activation=activation, gated=gated, shortcut=True)
+    at_edge: Sampler = partial(_edge_of, activation=activation, gated=gated)
     identity = (1 + _sp.sqrt(1 + 4 * q**2)) / (2 * q)
-    exact = line(
-        _HALF,
-        "=",
-        I + W_2 * D * W_1 * (I - one * Transposed(one) / d - u * Transposed(u) / d) / s,
-        "chain rule",
-        "The norm's projector takes u out of W_1, so that D, which W_1 u decides, does not depend on what is left.",
-        source=OWN,
-        sample=_exact_half,
-    )
+    scale = sigma_2 * _sp.sqrt(d) / s if gated else sigma_1 * sigma_2 * d / s
+    beyond = f"within 3 % at width {WIDE} and z a fifth beyond the edge"
     rotated = line(
         z_I,
         "=",
@@ -109,56 +140,111 @@ def half_layer_sharp_relu() -> Derivation:
         sample=_one_sign,
         proof=lambda: identity / (identity**2 - 1) - q,
     )
-    share = line(
-        w,
+    share = line(w, "=", (scale * q) ** 2, "definition", "q in the branch's scale.", source=OWN, sample=branch)
+    inside = line(
+        t,
         "=",
-        (sigma_1 * sigma_2 * d * q / s) ** 2,
+        SumOver(w * D_i**2 / (1 - w * D_i**2), i) / d,
         "definition",
-        "A closed unit does nothing; of open ones there are d_ffn/2.",
+        "Over hidden units i: d_ffn/d E[w D^2/(1 - w D^2)]. A ReLU's closed unit does nothing, of open ones there are "
+        "d_ffn/2.",
         source=OWN,
-        sample=_branch,
+        sample=branch,
     )
     product = line(
         z_J,
         "~=",
-        (1 + half * w / (1 - w)) / q,
+        (1 + t) / q,
         "free multiplicative convolution",
-        "In general t(w) = d_ffn/d E[w F'^2/(1 - w F'^2)] in place of the second term.",
+        "Independent normal weights on both sides of the slopes.",
         source=FREE,
-        sample=_branch,
-        tolerance=0.02,
-        accuracy=f"within 2 % at width {WIDE} and z a fifth beyond the edge",
+        sample=branch,
+        tolerance=0.03,
+        accuracy=beyond,
     )
     added = line(
         z_sum,
         "~=",
-        identity + (1 + half * w / (1 - w)) / q - 1 / q,
+        identity + (1 + t) / q - 1 / q,
         "free additive convolution",
         "Independent normal weights turn I at random, which changes no singular value: z - 1/q of the two add.",
         source=SUM,
-        sample=_summed,
-        tolerance=0.02,
-        accuracy=f"within 2 % at width {WIDE} and z a fifth beyond the edge",
+        sample=summed,
+        tolerance=0.03,
+        accuracy=beyond,
     )
+    at_least = line(
+        edge,
+        "=",
+        identity + (1 + t) / q - 1 / q,
+        "edge of the spectrum",
+        "The least z over q: below it there is no such mean.",
+        source=OWN,
+        sample=at_edge,
+    )
+    curve = line(
+        bend,
+        "=",
+        (above - 2 * edge + below) / step_**2,
+        "second difference",
+        "A step h to both sides of the edge's q.",
+        source=OWN,
+        sample=at_edge,
+        tolerance=1e-4,
+        accuracy="a finite difference: h is a thousandth of q's distance to its ends",
+    )
+    room = 0.045 if gated or activation == "relu-squared" else 0.02
+    offset = line(
+        _fixed,
+        "~=",
+        edge + TRACY_WIDOM_MEAN * (2 * d) ** _sp.Rational(-2, 3) * (bend / 2) ** _sp.Rational(1, 3),
+        "Tracy-Widom offset",
+        "d singular values and their negatives are 2d points; near a square-root edge the largest lies so much below "
+        "it on average. The law's mean is -1.2065.",
+        source=OFFSET,
+        sample=at_edge,
+        tolerance=room,
+        accuracy=f"within {100 * room:g} % {NEXT_ORDER}",
+    )
+    tolerance = 0.08 if activation == "relu-squared" else 0.05 if gated else 0.03
     conclusion = line(
-        Norm(_HALF),
+        mean_half,
         "~=",
         statement.expression,
-        "edge and Tracy-Widom offset",
-        "The edge is the least z over q. There d singular values and their negatives are 2d points, the mean of the "
-        "largest lies 1.2065 (2d)^(-2/3) (z''(q)/2)^(1/3) below it.",
-        source=Source(key="johnstone2001largest", label="the offset's law; its scale by the curvature"),
-        sample=_summed,
-        tolerance=0.08,
-        accuracy=ONE_DRAW,
+        "substitution in the offset",
+        "The slopes are at the quantiles of their law: none so rare that no unit has it.",
+        source=SUM,
+        sample=partial(layers, activation=activation, gated=gated, shortcut=True),
+        tolerance=tolerance,
+        accuracy=f"within {100 * tolerance:g} % for the mean of {DRAWN} draws at width {MEASURED}",
     )
+    start = _gated_start() if gated else (_plain_start(),)
     return Derivation(
-        name="half-layer-sharp-relu",
-        title="A feed-forward half-layer at initialisation, the norm itself",
-        steps=(exact, rotated, share, product, added, conclusion),
-        statement="half-layer-sharp-relu",
+        name=f"half-layer-sharp-{'gated-' if gated else ''}relu",
+        title=f"A {'gated' if gated else 'feed-forward'} half-layer at initialisation, the norm itself",
+        steps=(*start, rotated, share, inside, product, added, at_least, curve, offset, conclusion),
+        statement=statement.name,
         assumptions=statement.assumptions,
     )
+
+
+def _plain_start() -> Step:
+    return line(
+        _HALF,
+        "=",
+        I + W_2 * D * W_1 * (I - one * Transposed(one) / d - u * Transposed(u) / d) / s,
+        "chain rule",
+        "The norm's projector takes u out of W_1, so that D, which W_1 u decides, does not depend on what is left. "
+        "Sampled with ReLU.",
+        source=OWN,
+        sample=_exact_half,
+    )
+
+
+@register_derivation
+def half_layer_sharp_relu() -> Derivation:
+    """The norm of a plain half-layer's Jacobian."""
+    return with_family([_chain(activation, gated=False) for activation in (*PLAIN, "relu-squared")])
 
 
 _inner, _outer = (
@@ -192,30 +278,13 @@ def _one_row(rng: Rng) -> Values:
     return {sigma_1: std_1, sigma_3: std_3, _slope_i: slope, _value_i: value, _row: float(np.mean(row**2))}
 
 
-def _wide_gated(rng: Rng) -> Values:
-    """A wide ReGLU half-layer."""
-    units, std_1, std_2, std_3, std = 2 * WIDE, 0.05, 0.04, 0.06, 0.4
-    first, third = rng.normal(0, std_1, (units, WIDE)), rng.normal(0, std_3, (units, WIDE))
-    point = layer_norm(rng.normal(0, 1, (WIDE, 1)))
-    z_1, z_3 = first @ point, third @ point
-    projector = np.eye(WIDE) - point @ point.T / WIDE
-    J = rng.normal(0, std_2, (WIDE, units)) @ ((z_1 > 0) * z_3 * first + relu(z_1) * third) @ projector / std
-    return {
-        **{d: WIDE, d_ffn: units, sigma_1: std_1, sigma_2: std_2, sigma_3: std_3, s: std},
-        _HALF: np.eye(WIDE) + J,
-    }
-
-
-@register_derivation
-def half_layer_sharp_gated_relu() -> Derivation:
-    """The norm of a ReGLU half-layer's Jacobian."""
-    statement = find("half-layer-sharp-gated-relu")
+def _gated_start() -> tuple[Step, Step]:
     exact = line(
         _GATED,
         "=",
         W_2 * (_inner * W_1 + _outer * W_3),
         "product rule",
-        "z_1 = W_1 u and z_3 = W_3 u.",
+        "z_1 = W_1 u and z_3 = W_3 u. Sampled with ReLU.",
         source=OWN,
         sample=_exact_gated,
     )
@@ -231,24 +300,13 @@ def half_layer_sharp_gated_relu() -> Derivation:
         tolerance=0.1,
         accuracy="within 10 % for one row of 4096 entries, whose mean square varies by 2 %",
     )
-    conclusion = line(
-        Norm(_HALF),
-        "~=",
-        statement.expression,
-        "edge and Tracy-Widom offset",
-        "As in half-layer-sharp-relu, with D at the quantiles of its law: no slope so rare that no unit has it.",
-        source=SUM,
-        sample=_wide_gated,
-        tolerance=0.12,
-        accuracy=f"within 12 % for one draw at width {WIDE}, whose norm varies by 3 to 4 %",
-    )
-    return Derivation(
-        name="half-layer-sharp-gated-relu",
-        title="A gated half-layer at initialisation, the norm itself",
-        steps=(exact, row, conclusion),
-        statement="half-layer-sharp-gated-relu",
-        assumptions=statement.assumptions,
-    )
+    return exact, row
+
+
+@register_derivation
+def half_layer_sharp_gated_relu() -> Derivation:
+    """The norm of a gated half-layer's Jacobian."""
+    return with_family([_chain(activation, gated=True) for activation in PLAIN])
 
 
 _J_u = array("J_u", "J_u")

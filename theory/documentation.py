@@ -72,8 +72,9 @@ def catalogue() -> dict[str, Statement]:
 
 
 def arriving(statement: str) -> list[Derivation]:
-    """The derivations that arrive at a statement, in the order of their files."""
-    return [chain for chain in map(derivation, DERIVATIONS) if chain.statement == statement]
+    """The derivations that arrive at a statement, in the order of their files; of a family's, the one for it."""
+    chains = (member for chain in map(derivation, DERIVATIONS) for member in (chain, *chain.family))
+    return [chain for chain in chains if chain.statement == statement]
 
 
 def titles() -> dict[str, str]:
