@@ -132,6 +132,15 @@ def test_a_statement_has_every_derivation_that_arrives() -> None:
     assert "gated_residual_edge_silu" in page("half-layer-sharp-gated-silu")
 
 
+def test_every_statement_has_a_chain() -> None:
+    """But a file of one's own, theory/bounds_NAME.py, whose page may say that it has none."""
+    own = {name for name, build in statements._REGISTRY.items() if ".bounds_" in build.__module__}
+    assert [name for name in STATEMENTS if name not in own and not arriving(name)] == []
+    for name in set(STATEMENTS) - own:
+        first = arriving(name)[0].name
+        assert f"- derived in [{first}](#derivation-{first})" in written()
+
+
 def test_mathtext_draws_every_limit() -> None:
     formulas = re.findall(r"```math\n(.*?)\n```", page("asymptotics", "markdown"), flags=re.DOTALL)
     assert len(formulas) == len(ASYMPTOTICS)
