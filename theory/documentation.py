@@ -156,7 +156,9 @@ def document(format: Format = "markdown") -> str:
     if format == "markdown":
         return "\n".join(_markdown()).rstrip() + "\n"
     chains = [render(derivation(name), format) for name in DERIVATIONS]
-    alone = [render_statement(one, format) for name, one in catalogue().items() if not arriving(name)]
+    # Of a family one chain is written out, and the other members' statements.
+    concluded = {derivation(name).statement for name in DERIVATIONS}
+    alone = [render_statement(one, format) for name, one in catalogue().items() if name not in concluded]
     parts = [*chains, *alone, render_asymptotics(format)]
     if format == "latex":
         parts = [LATEX_HEAD, *parts, r"\end{document}"]
