@@ -75,7 +75,7 @@ def fill(module: Any, sigmas: Mapping[str, float], generator: torch.Generator) -
 def feedforwards(statement: Statement) -> Iterator[Setting]:
     """|d FFN / d u| at one normalised normal token."""
     for d in WIDTHS:
-        for ratio in (1, 4) if d == 256 else (4,):
+        for ratio in (1, 4, 8) if d == 256 else (4,):
             sigmas = {"enter": 0.8 / math.sqrt(d), "leave": 0.7 / math.sqrt(d)}
             module = feedforward(statement, d, ratio * d)
             if module.gate is not None:
@@ -90,7 +90,7 @@ def feedforwards(statement: Statement) -> Iterator[Setting]:
             values |= {"d": d, "d_ffn": ratio * d}
             seeds = 16 if d == 512 else 40
             if "relu-squared" in statement.covers.get("activation", ()):  # a draw varies by 6 to 12 per cent
-                seeds = {64: 200, 128: 200, 256: 1000 if ratio == 1 else 200, 512: 60}[d]
+                seeds = {64: 200, 128: 200, 256: {1: 1000, 4: 200, 8: 256}[ratio], 512: 60}[d]
             yield Setting(label=f"d {d}, d_ffn {ratio * d}", values=values, draw=draw, seeds=seeds)
 
 
@@ -100,13 +100,21 @@ def half_layers(statement: Statement) -> Iterator[Setting]:
 
 
 def feedforward_halves(statement: Statement) -> Iterator[Setting]:
-    """|I + J| at one token of a pre-norm feed-forward half-layer, from weak branches to strong ones."""
+    """|I + J| at one token of a pre-norm feed-forward half-layer, from weak branches to strong ones, few units to many.
+
+    Squared ReLU, whose domain starts at 512 units, has a row at that edge besides.
+    """
     s = 0.3
-    for d, strength in ((64, 0.1), (64, 1.0), (256, 0.02), (256, 0.1), (256, 0.5), (256, 3.0), (512, 0.5)):
+    squared = "relu-squared" in statement.covers.get("activation", ())
+    rows = [
+        (d, 4 * d, j) for d, j in ((64, 0.1), (64, 1.0), (256, 0.02), (256, 0.1), (256, 0.5), (256, 3.0), (512, 0.5))
+    ]
+    rows += [(256, d_ffn, 0.5) for d_ffn in ((64, 256, 512, 2048) if squared else (64, 256, 2048))]
+    for d, d_ffn, strength in rows:
         enter = 0.6 / math.sqrt(d)
-        sigmas = {"enter": enter, "leave": strength * s / (enter * d)}
-        module = feedforward(statement, d, 4 * d)
-        squared = "relu-squared" in statement.covers.get("activation", ())
+        few = 9 / (1 + math.sqrt(d_ffn / d)) ** 2  # keeps |W_2| |W_1| what it is with 4d units
+        sigmas = {"enter": enter, "leave": strength * s / (enter * d) * few}
+        module = feedforward(statement, d, d_ffn)
         if module.gate is not None:
             sigmas["gate"] = 0.9 / math.sqrt(d)
         norm = make_norm(small_architecture({"d_model": d, "eps": 1e-12})).double().requires_grad_(False)
@@ -117,10 +125,13 @@ def feedforward_halves(statement: Statement) -> Iterator[Setting]:
             return true_half_layer(module, norm, x).item()
 
         values = {"sigma_1": enter, "sigma_2": sigmas["leave"], "sigma_3": sigmas.get("gate", 0.0)}
-        values |= {"s": s, "d": d, "d_ffn": 4 * d}
+        values |= {"s": s, "d": d, "d_ffn": d_ffn}
         # Where a few units decide, a norm varies more from draw to draw.
         seeds = 48 if squared and strength > 0.1 and d < 512 else 16 if module.gate is not None else 12
-        yield Setting(label=f"d {d}, |J| about {3 * strength:.2g}", values=values, draw=draw, seeds=seeds)
+        if d_ffn != 4 * d:
+            seeds = 256 if squared else 48 if module.gate is not None else 12
+        units = "" if d_ffn == 4 * d else f", d_ffn {d_ffn}"
+        yield Setting(label=f"d {d}{units}, |J| about {3 * strength:.2g}", values=values, draw=draw, seeds=seeds)
 
 
 def attention_halves() -> Iterator[Setting]:

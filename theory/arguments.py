@@ -37,3 +37,15 @@ def require_failure(failure: Any) -> float:
     if not (isinstance(failure, int | float) and 0 < failure < 1):
         raise ValueError(f"failure={failure!r} is not a probability between 0 and 1; use for example 1e-6")
     return float(failure)
+
+
+def require_sizes(**sizes: Any) -> tuple[float, ...]:
+    """Widths by name, in their order: each at least 1.
+
+    Raises:
+        ValueError: one is not.
+    """
+    for name, size in sizes.items():
+        if not size >= 1:
+            raise ValueError(f"{name}={size} is no width; use at least 1")
+    return tuple(sizes.values())

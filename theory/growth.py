@@ -36,6 +36,7 @@ MAX_LOGIT_VARIANCE = 4.0  # beyond, two softmax rows are not independent to firs
 SMALLEST_SQUARE = 1e-100  # of a normaliser; its inverse square still fits a double
 MIN_DISTINCT = 16  # tokens that repeat; measured 3 to 5 % high at 16
 MIN_WIDTH = 32  # narrower, fluctuations between tokens and heads are no longer small
+MAX_LAYERS = 96  # docs/accuracy.md measures up to 24, where errors do not grow with depth; beyond this it is a guess
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -144,7 +145,7 @@ def gradient_growth(
         gradient = total
         norms.append(blocks.trace(gradient))
     profile = tuple(_root(norm / norms[0]) for norm in reversed(norms))
-    reasons = _domain(a, logit_variance, tokens)
+    reasons = _domain(a, n_tokens, logit_variance, tokens)
     if not all(map(math.isfinite, (*profile, *residual_std))):
         reasons = (*reasons, "the recursion breaks down: a mean square overflows or comes out negative")
     return Growth(
@@ -307,12 +308,23 @@ def _require_scale(architecture: Architecture) -> None:
         )
 
 
-def _domain(architecture: Architecture, logit_variance: float, tokens: NDArray[np.int64] | None) -> tuple[str, ...]:
+def _domain(
+    architecture: Architecture, n_tokens: int, logit_variance: float, tokens: NDArray[np.int64] | None
+) -> tuple[str, ...]:
     reasons: list[str] = []
     if logit_variance > MAX_LOGIT_VARIANCE:
         reasons.append(f"attention logits have variance {logit_variance:.3g}, above {MAX_LOGIT_VARIANCE}")
     if architecture.d_model < MIN_WIDTH:
         reasons.append(f"d_model={architecture.d_model} is below {MIN_WIDTH}, too narrow for a large-width prediction")
+    if architecture.n_layers > MAX_LAYERS:
+        reasons.append(
+            f"{architecture.n_layers} layers are more than {MAX_LAYERS}: how the recursion's error adds up over so "
+            "many was never measured"
+        )
+    if tokens is None and architecture.vocab_size < n_tokens:
+        reasons.append(
+            f"a vocabulary of {architecture.vocab_size} has no {n_tokens} distinct tokens, which the prediction assumes"
+        )
     if architecture.norm_depth_scaling and architecture.block != "pre-ln":
         reasons.append(f"LayerNorm scaling is predicted with pre-ln alone, not with {architecture.block}")
     if tokens is not None and (distinct := np.unique(tokens).size) < min(MIN_DISTINCT, tokens.size):

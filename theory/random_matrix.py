@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from theory.activations import activation_function, activation_slope
 from theory.architecture import Activation
-from theory.arguments import require_tokens
+from theory.arguments import require_sizes, require_tokens
 from theory.functions import opaque, sqrt
 from theory.quantities import quantity
 from theory.sources import Source
@@ -231,6 +231,7 @@ def feedforward_edge_opnorm(activation: Activation, d: Any, d_ffn: Any, sigma_1:
     """Predicted |W_2 D W_1| / (sigma_1 sigma_2 d) at finite width, elementwise."""
 
     def one(width: Any, hidden: Any, sigma: Any) -> float:
+        width, hidden = require_sizes(d=width, d_ffn=hidden)
         units = min(int(hidden), MANY_UNITS)
         return feedforward_edge(activation, hidden / width, float(sigma**2 * width), units).opnorm(width)
 
@@ -241,6 +242,7 @@ def gated_edge_opnorm(activation: Activation, d: Any, d_ffn: Any, sigma_1: Any, 
     """Predicted norm of the gated layer over sigma_2 sqrt(d) at finite width, elementwise."""
 
     def one(width: Any, hidden: Any, enter: Any, gate: Any) -> float:
+        width, hidden = require_sizes(d=width, d_ffn=hidden)
         variances = float(enter**2 * width), float(gate**2 * width)
         return gated_edge(activation, hidden / width, *variances, min(int(hidden), MANY_UNITS)).opnorm(width)
 

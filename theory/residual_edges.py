@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from theory.architecture import Activation
+from theory.arguments import require_sizes
 from theory.random_matrix import MANY_UNITS, TRACY_WIDOM_MEAN, elementwise, gated_squares, plain_squares
 
 Array = NDArray[np.float64]
@@ -71,6 +72,7 @@ def residual_edge_opnorm(activation: Activation, d: Any, d_ffn: Any, sigma_1: An
     """Predicted |I + J| of a plain feed-forward half-layer at finite width, elementwise."""
 
     def one(width: Any, hidden: Any, enter: Any, leave: Any, scale: Any) -> float:
+        width, hidden = require_sizes(d=width, d_ffn=hidden)
         squares = plain_squares(activation, float(enter**2 * width), min(int(hidden), MANY_UNITS))
         return residual_edge(*squares, hidden / width, float(enter * leave * width / scale)).opnorm(width)
 
@@ -83,6 +85,7 @@ def gated_residual_edge_opnorm(
     """Predicted |I + J| of a gated feed-forward half-layer at finite width, elementwise."""
 
     def one(width: Any, hidden: Any, enter: Any, leave: Any, gate: Any, scale: Any) -> float:
+        width, hidden = require_sizes(d=width, d_ffn=hidden)
         variances = float(enter**2 * width), float(gate**2 * width)
         squares = gated_squares(activation, *variances, min(int(hidden), MANY_UNITS))
         return residual_edge(*squares, hidden / width, float(leave * math.sqrt(width) / scale)).opnorm(width)

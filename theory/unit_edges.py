@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from theory.arguments import require_sizes
 from theory.random_matrix import elementwise, product_edge
 
 Array = NDArray[np.float64]
@@ -44,6 +45,7 @@ def relu_squared_opnorm(d: int, units: int) -> float:
     """
     from scipy.special import ndtri
 
+    require_sizes(d=d)
     if units < FEWEST:
         raise ValueError(f"d_ffn={units} is too narrow to draw the largest units; use {FEWEST} or more")
     count = min(units - LARGEST, REST)
