@@ -102,14 +102,14 @@ def half_layers(statement: Statement) -> Iterator[Setting]:
 def feedforward_halves(statement: Statement) -> Iterator[Setting]:
     """|I + J| at one token of a pre-norm feed-forward half-layer, from weak branches to strong ones, few units to many.
 
-    Squared ReLU, whose domain starts at 512 units, has a row at that edge besides.
+    Where the domain starts at 512 units, there is a row at that edge besides.
     """
     s = 0.3
     squared = "relu-squared" in statement.covers.get("activation", ())
     rows = [
         (d, 4 * d, j) for d, j in ((64, 0.1), (64, 1.0), (256, 0.02), (256, 0.1), (256, 0.5), (256, 3.0), (512, 0.5))
     ]
-    rows += [(256, d_ffn, 0.5) for d_ffn in ((64, 256, 512, 2048) if squared else (64, 256, 2048))]
+    rows += [(256, d_ffn, 0.5) for d_ffn in sorted({64, 256, 2048, int(statement.domain["d_ffn"][0])})]
     for d, d_ffn, strength in rows:
         enter = 0.6 / math.sqrt(d)
         few = 9 / (1 + math.sqrt(d_ffn / d)) ** 2  # keeps |W_2| |W_1| what it is with 4d units

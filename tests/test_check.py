@@ -10,13 +10,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
+import numpy as np
 import pytest
 
 from theory.__main__ import main
 from theory.architecture import EMBEDDINGS, INITS, METHODS, PRESETS, Architecture, EmbeddingTreatment, method, preset
 from theory.growth import gradient_growth
 from theory.records import architecture_from
-from theory.verdict import Outcome, Verdict, check, unknown
+from theory.verdict import Condition, Outcome, Verdict, _largest, _outcome, _reasons, check, unknown
 
 ROOT = Path(__file__).parent.parent
 STATUS: dict[str, int] = {"stable": 0, "at risk": 1, "unstable": 1, "unknown": 3}
@@ -289,3 +290,39 @@ def test_check_loads_nothing_heavy() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True, cwd=ROOT)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("std", [0.5, 2.0, 20.0, 1e3])
+def test_a_prediction_without_a_finite_number_is_unknown(
+    std: float, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Far from any domain, where the recursion overflows or a square comes out negative."""
+    path = tmp_path / "config.json"
+    config = {"model_type": "llama", "vocab_size": 32000, "hidden_size": 256, "num_hidden_layers": 6}
+    config |= {"num_attention_heads": 4, "intermediate_size": 1024, "initializer_range": std}
+    path.write_text(json.dumps(config))
+    status, answer = checked(capsys, str(path), "--seq-len", "512")
+    assert status == STATUS["at risk"]  # the first layers' own numbers exceed the limits
+    assert all(condition["value"] > condition["limit"] for condition in answer["conditions"])
+    assert not answer["gradient_growth"]["in_domain"]
+    known = answer["gradient_growth"]["value"] is not None
+    assert known == (std < 20)
+    assert main(["check", str(path), "--seq-len", "512"]) == status
+    text = capsys.readouterr().out
+    assert "nan" not in text
+    assert ("gradient growth: unknown: " in text) != known
+
+
+def test_conditions_without_a_number_are_unknown() -> None:
+    """One that is none hides the largest, unless another exceeds the limit already."""
+    assert math.isnan(_largest(np.array([1.0, math.nan]), 2.0))
+    assert _largest(np.array([3.0, math.nan]), 2.0) == 3.0
+    assert _largest(np.array([1.0, 0.5]), 2.0) == 1.0
+    growth = gradient_growth(preset("tiny"), 8)
+    conditions = tuple(
+        Condition(name=name, holds=False, value=math.nan, limit=2.0) for name in ("small sub-layers", "large shortcut")
+    )
+    assert _outcome(growth, conditions) == "unknown"
+    words = _reasons(preset("tiny"), growth, (conditions[0], conditions[1]))
+    assert "unknown: whether the condition holds: small sub-layers" in words
+    assert not any("nan" in line for line in words)

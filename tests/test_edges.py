@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from theory.residual_edges import mixing_edge, residual_edge
+from theory.statements import catalogue, find
 from theory.unit_edges import DRAWS, FEWEST, LARGEST, _larger, largest_units, relu_squared_opnorm
 
 ONE = np.array([1.0])
@@ -107,3 +108,20 @@ def test_squared_relu_against_independent_draws() -> None:
 def test_too_few_units_are_refused() -> None:
     with pytest.raises(ValueError, match=f"use {FEWEST} or more"):
         relu_squared_opnorm(256, FEWEST - 1)
+
+
+FEEDFORWARD = [name for name in catalogue() if name.startswith(("ffn-sharp-", "half-layer-sharp-"))]
+SIZES = {"sigma_1": 0.05, "sigma_2": 0.05, "sigma_3": 0.05, "s": 0.3, "d": 256, "d_ffn": 1024}
+
+
+@pytest.mark.parametrize("name", FEEDFORWARD)
+def test_few_units_are_outside_and_none_is_no_width(name: str) -> None:
+    statement = find(name)
+    fewest = int(statement.domain["d_ffn"][0])
+    assert f"d_ffn >= {fewest}" in statement.assumptions
+    assert statement.outside(SIZES | {"d_ffn": fewest}) == ()
+    assert statement.outside(SIZES | {"d_ffn": fewest - 1}) == (f"d_ffn={fewest - 1} is not within {fewest} to inf",)
+    assert statement.predict(SIZES | {"d_ffn": 8}).value is None
+    for none in ({"d": 0}, {"d_ffn": 0}, {"d": 0, "d_ffn": 0}, {"d": math.nan}):
+        with pytest.raises(ValueError, match=r"^d(_ffn)?=(0|nan) is no width; use at least 1$"):
+            statement.evaluate(SIZES | none)

@@ -382,6 +382,30 @@ def test_outside_its_domain_it_says_so() -> None:
     assert any("logits have variance" in reason for reason in gradient_growth(sharp, 8).reasons)
 
 
+def test_more_layers_than_were_measured_are_outside() -> None:
+    a = replace(preset("tiny"), n_layers=growth.MAX_LAYERS)
+    assert gradient_growth(a, 4).in_domain
+    deeper = gradient_growth(replace(a, n_layers=growth.MAX_LAYERS + 1), 4)
+    assert deeper.reasons == (
+        "97 layers are more than 96: how the recursion's error adds up over so many was never measured",
+    )
+    assert math.isfinite(deeper.value)
+
+
+def test_fewer_tokens_in_the_vocabulary_than_in_the_sequence_are_not_distinct() -> None:
+    a = replace(preset("tiny"), vocab_size=32)
+    assert gradient_growth(a, 32).in_domain
+    assert gradient_growth(a, 33).reasons == (
+        "a vocabulary of 32 has no 33 distinct tokens, which the prediction assumes",
+    )
+    assert gradient_growth(a, 33, tokens=np.arange(33) % 32).in_domain  # then it need not assume
+
+
+def test_softmax_moments_of_what_is_no_number_are_none() -> None:
+    moments = softmax_moments(np.array([4.0, 4.0]), np.array([math.nan, 1.0]))
+    assert all(np.isnan(values).tolist() == [True, False] for values in moments)
+
+
 def test_repeated_tokens_and_distinct_tokens() -> None:
     """Distinct ids are the default; equal ids change the answer; all-equal ids are one token seen T times."""
     a = preset("tiny")

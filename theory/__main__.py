@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import re
 import sys
@@ -160,12 +161,16 @@ def _check(arguments: argparse.Namespace) -> int:
 def _verdict_text(verdict: Any) -> str:
     a = verdict.architecture
     domain = "" if verdict.growth.in_domain else ", outside its domain"
+    growth = f"{verdict.growth.value:.4g} (sharp{domain})"
+    if not math.isfinite(verdict.growth.value):
+        growth = f"unknown: {verdict.growth.reasons[-1]}"
+    paper = verdict.paper.log10_product
     lines = [
         f"{a.name}: d_model {a.d_model}, {a.n_layers} layers, {a.n_heads} heads, d_ffn {a.d_ffn}, "
         f"{a.n_parameters / 1e6:.4g}M parameters, init {a.init.name}, {verdict.seq_len} tokens",
         f"verdict: {verdict.outcome}",
-        f"gradient growth: {verdict.growth.value:.4g} (sharp{domain})",
-        f"log10 of the bound on it: {verdict.paper.log10_product:.4g} (the paper's estimate), "
+        f"gradient growth: {growth}",
+        f"log10 of the bound on it: {'unknown' if math.isnan(paper) else f'{paper:.4g}'} (the paper's estimate), "
         f"{verdict.rigorous.log10_product:.4g} (rigorous upper)",
         *(f"why: {reason}" for reason in verdict.why),
         *(f"next: {step}" for step in verdict.next),

@@ -88,19 +88,28 @@ def ffn_upper_aposteriori() -> Derivation:
     )
 
 
+def _relu_squared(z: Array) -> Array:
+    return ACTIVATIONS["relu"](z) ** 2
+
+
 def _gated(rng: Rng, *, one_unit: bool = False) -> Values:
     """A gated feed-forward without biases; one_unit: no activation, and a token along both input weights."""
-    name: Any = "identity" if one_unit else str(rng.choice(["relu", "gelu", "silu"]))
-    F, (width, hidden) = ACTIVATIONS[name], (2, 1) if one_unit else (5, 12)
+    name: Any = "identity" if one_unit else str(rng.choice(["relu", "gelu", "silu", "relu-squared"]))
+    F, (width, hidden) = ACTIVATIONS.get(name, _relu_squared), (2, 1) if one_unit else (5, 12)
     first, third = rng.normal(0, 1, (hidden, width)), rng.normal(0, 1, (hidden, width))
     second, point = rng.normal(0, 1, (width, hidden)), rng.normal(0, 1, (width, 1))
     if one_unit:
         first = third = np.array([[1.0, 0.0]])
         point = np.array([[3.0], [0.0]])
+    length = float(np.linalg.norm(point))
     z_1, z_3, both = first @ point, third @ point, np.vstack([first, third])
     return {
-        **{u: point, stacked: both, norm_2: opnorm(second), norm_13: opnorm(both), L: lipschitz(name)},
-        **{R: float(np.linalg.norm(point)), gate_slope: float(np.max(np.hypot(_slopes(F, z_1) * z_3, F(z_1))))},
+        **{u: point, stacked: both, norm_2: opnorm(second), norm_13: opnorm(both)},
+        **{
+            R: length,
+            L: lipschitz(name, opnorm(first) * length),
+            gate_slope: float(np.max(np.hypot(_slopes(F, z_1) * z_3, F(z_1)))),
+        },
         unit: [{z_1i: float(a), z_3i: float(b)} for a, b in zip(z_1[:, 0], z_3[:, 0], strict=True)],
         _FFN: column_jacobian(lambda x: second @ (F(first @ x) * (third @ x)), point),
     }
@@ -118,6 +127,7 @@ def ffn_gated_upper_apriori() -> Derivation:
     gated = own(Norm(_FFN), "<=", norm_2 * norm_13 * gate_slope, "ffn-gated-upper", "See the derivation of that name.")
     slopes = own(
         gate_slope, "<=", L * largest, "largest slope",
+        "L is the largest slope over the arguments that can occur, |z| <= |W_1| R: for squared ReLU 2 |W_1| R. So "
         "|F'(z) z_3| <= L |z_3|; and |F(z)| <= L |z|, as F(0) = 0.",
     )  # fmt: skip
     entries = own(largest, "<=", Norm(stacked * u), "entries of a column", "Without biases z_1 on z_3 is [W_1; W_3] u.")
@@ -135,5 +145,5 @@ def ffn_gated_upper_apriori() -> Derivation:
         title="Gated feed-forward sub-layer, a true bound from its weights",
         steps=(gated, slopes, entries, length, conclusion),
         statement="ffn-gated-upper-apriori",
-        assumptions=("no biases", "F(0) = 0"),
+        assumptions=("no biases", "F(0) = 0", "L the largest slope over |z| <= |W_1| R"),
     )

@@ -16,7 +16,7 @@ from theory.unit_edges import relu_squared_edge_opnorm
 
 # With few units an edge of the whole ensemble is no edge of a draw: measured 3 to 9 % high at 8 to 64 units.
 WIDE = {"d": (256.0, math.inf), "d_ffn": (256.0, math.inf)}
-MANY_UNITS = {**WIDE, "d_ffn": (512.0, math.inf)}  # squared ReLU in a half-layer: 3 % high at 256 units
+MANY_UNITS = {**WIDE, "d_ffn": (512.0, math.inf)}  # half-layers with unbounded slopes: 3 % high at 256 units
 HALF_LAYER = Source(
     key="haagerup2000brown", label="sums of R-diagonal elements; the minimum and its correction derived here"
 )
@@ -306,39 +306,39 @@ def _gated_half_layer(activation: Activation) -> Statement:
             activation, d, d_ffn, sigma_1, sigma_2, sigma_3, s
         ),
         source=HALF_LAYER,
-        assumptions=(*HALF_LAYER_ASSUMES, "d_ffn >= 256"),
+        assumptions=(*HALF_LAYER_ASSUMES, "d_ffn >= 512"),
         why="given z_1, z_3 the branch is R-diagonal, as a plain one with the slopes' quantiles; less its offset",
         target=0.025,
         covers={"activation": (activation,), "gated": (True,)},
-        domain=WIDE,
+        domain=MANY_UNITS,
     )
 
 
 @register
 def half_layer_sharp_gated_silu() -> Statement:
-    """Predict |I + J| of a SwiGLU half-layer at initialisation, s the token's normaliser; d, d_ffn >= 256."""
+    """Predict |I + J| of a SwiGLU half-layer at initialisation, s the token's normaliser; d >= 256, d_ffn >= 512."""
     return _gated_half_layer("silu")
 
 
 @register
 def half_layer_sharp_gated_gelu() -> Statement:
-    """Predict |I + J| of a GeGLU half-layer at initialisation, s the token's normaliser; d, d_ffn >= 256."""
+    """Predict |I + J| of a GeGLU half-layer at initialisation, s the token's normaliser; d >= 256, d_ffn >= 512."""
     return _gated_half_layer("gelu")
 
 
 @register
 def half_layer_sharp_gated_relu() -> Statement:
-    """Predict |I + J| of a ReGLU half-layer at initialisation, s the token's normaliser; d, d_ffn >= 256."""
+    """Predict |I + J| of a ReGLU half-layer at initialisation, s the token's normaliser; d >= 256, d_ffn >= 512."""
     return _gated_half_layer("relu")
 
 
 @register
 def half_layer_sharp_gated_gelu_tanh() -> Statement:
-    """Predict |I + J| of a GeGLU half-layer, GELU in its form with tanh, at initialisation; d, d_ffn >= 256."""
+    """Predict |I + J| of a GeGLU half-layer, GELU in its form with tanh, at initialisation; d >= 256, d_ffn >= 512."""
     return _gated_half_layer("gelu-tanh")
 
 
 @register
 def half_layer_sharp_gated_identity() -> Statement:
-    """Predict |I + J| of a bilinear half-layer at initialisation, s the token's normaliser; d, d_ffn >= 256."""
+    """Predict |I + J| of a bilinear half-layer at initialisation, s the token's normaliser; d >= 256, d_ffn >= 512."""
     return _gated_half_layer("identity")

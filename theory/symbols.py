@@ -125,7 +125,13 @@ _ALL = (
         meaning="largest squared slope of the embedding's norm, if positions have a table",
         known="activations",
     ),
-    SymbolEntry(name="lipschitz", latex="L", meaning="largest slope of the activation", known="config", range="> 0"),
+    SymbolEntry(
+        name="lipschitz",
+        latex="L",
+        meaning="largest slope of the activation over the arguments that can occur",
+        known="config",
+        range="> 0",
+    ),
     SymbolEntry(name="opnorm_1", latex=r"\|W_1\|", meaning="spectral norm of W_1", known="weights"),
     SymbolEntry(name="opnorm_2", latex=r"\|W_2\|", meaning="spectral norm of W_2", known="weights"),
     SymbolEntry(

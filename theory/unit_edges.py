@@ -45,7 +45,6 @@ def relu_squared_opnorm(d: int, units: int) -> float:
     """
     from scipy.special import ndtri
 
-    require_sizes(d=d)
     if units < FEWEST:
         raise ValueError(f"d_ffn={units} is too narrow to draw the largest units; use {FEWEST} or more")
     count = min(units - LARGEST, REST)
@@ -99,4 +98,9 @@ def _larger(left: tuple[float, float], right: tuple[float, float]) -> float:
 
 def relu_squared_edge_opnorm(d: Any, d_ffn: Any) -> Any:
     """`relu_squared_opnorm`, elementwise."""
-    return elementwise("edge_relu_squared", lambda one, units: relu_squared_opnorm(int(one), int(units)), d, d_ffn)
+
+    def one(width: Any, hidden: Any) -> float:
+        width, hidden = require_sizes(d=width, d_ffn=hidden)
+        return relu_squared_opnorm(int(width), int(hidden))
+
+    return elementwise("edge_relu_squared", one, d, d_ffn)

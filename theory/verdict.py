@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
 from theory.architecture import Architecture
 from theory.growth import Growth, gradient_growth
@@ -29,7 +30,9 @@ class Condition:
     """One of the paper's two conditions, evaluated.
 
     Attributes:
-        value: the largest over sub-layers and depth; `limit` is the convention it is held against.
+        holds: whether it is known to hold.
+        value: the largest over sub-layers and depth; `limit` is the convention it is held against. Not a number where
+            the recursion has none at some layer and no other layer exceeds the limit.
     """
 
     name: str
@@ -134,9 +137,9 @@ def check(architecture: Architecture, seq_len: int, *, assumed: Sequence[str] = 
 
 
 def _outcome(growth: Growth, conditions: Sequence[Condition]) -> Outcome:
-    if not all(condition.holds for condition in conditions):
+    if any(condition.value > condition.limit for condition in conditions):
         return "at risk"  # the conditions do not depend on the growth's domain
-    if not growth.in_domain:
+    if not growth.in_domain or not all(condition.holds for condition in conditions):
         return "unknown"
     return "stable" if growth.value <= GROWTH_LIMIT else "at risk"
 
@@ -144,13 +147,25 @@ def _outcome(growth: Growth, conditions: Sequence[Condition]) -> Outcome:
 def _conditions(architecture: Architecture, growth: Growth, paper: DepthBound) -> tuple[Condition, Condition]:
     excess = np.stack([paper.attention, paper.feedforward], axis=1)
     # What a branch's norm divides by is the shortcut's doing, not the sub-layer's.
-    sublayer = float(np.max(excess * input_scales(architecture, growth)))
+    sublayer = _largest(excess * input_scales(architecture, growth), SUBLAYER_LIMIT)
     alpha = architecture.shortcut_multiplier
-    shortcut = float(np.max(excess)) / alpha if alpha > 0 else math.inf
+    shortcut = _largest(excess / alpha, SHORTCUT_LIMIT) if alpha > 0 else math.inf
     return (
         Condition(name="small sub-layers", holds=sublayer <= SUBLAYER_LIMIT, value=sublayer, limit=SUBLAYER_LIMIT),
         Condition(name="large shortcut", holds=shortcut <= SHORTCUT_LIMIT, value=shortcut, limit=SHORTCUT_LIMIT),
     )
+
+
+def _largest(values: NDArray[np.float64], limit: float) -> float:
+    """The largest of the numbers, unless one that is none could still exceed the limit where they do not."""
+    numbers = values[~np.isnan(values)]
+    largest = float(np.max(numbers, initial=-math.inf))
+    return largest if numbers.size == values.size or largest > limit else math.nan
+
+
+def in_words(value: float) -> str:
+    """Four digits, or `unknown` for what is no finite number."""
+    return f"{value:.4g}" if math.isfinite(value) else "unknown"
 
 
 def _reasons(architecture: Architecture, growth: Growth, conditions: Sequence[Condition]) -> tuple[str, ...]:
@@ -162,16 +177,21 @@ def _reasons(architecture: Architecture, growth: Growth, conditions: Sequence[Co
             f"the gradient grows {word} {growth.value:.4g} times from the last layer to the first "
             f"(limit {GROWTH_LIMIT:g})"
         )
-    if not small.holds:
+    if small.value > small.limit:
         reasons.append(
             f"sub-layers are not small: the paper's norm of the largest is {small.value:.3g} (limit {small.limit:g})"
         )
-    if not large.holds:
+    if large.value > large.limit:
         std = growth.residual_std[0]
         reasons.append(
             f"the shortcut is not large: embeddings of std {std:.3g} let a half-layer's Jacobian exceed 1 by "
             f"{large.value:.3g} in the paper's estimate (limit {large.limit:g})"
         )
+    reasons.extend(
+        f"unknown: whether the condition holds: {condition.name}"
+        for condition in conditions
+        if math.isnan(condition.value)
+    )
     if small.holds and large.holds:
         reasons.append("both of the paper's conditions hold: small sub-layers and a large shortcut")
     reasons.extend(growth.reasons)
@@ -210,7 +230,7 @@ def _remedies(architecture: Architecture, seq_len: int, outcome: Outcome, growth
             if _outcome(after, conditions) == "stable":
                 lines.append(
                     f"--embedding {treatment}{' --init paper' if words else ''}: growth {after.value:.4g} "
-                    f"instead of {growth.value:.4g}"
+                    f"instead of {in_words(growth.value)}"
                 )
         if lines:
             break
