@@ -140,7 +140,7 @@ def attention_halves() -> Iterator[Setting]:
     for d, length, a, strength in ((64, 16, 0.05, 0.5), (256, 16, 0.05, 0.1), (256, 16, 0.05, 0.5),
                                    (256, 16, 0.05, 3.0), (256, 32, 0.16, 0.5), (256, 64, 0.1, 0.5),
                                    (512, 16, 0.05, 0.5), (256, 16, 1.0, 0.5), (256, 16, 1.0, 3.0),
-                                   (64, 16, 16.0, 0.5)):  # fmt: skip
+                                   (64, 16, 16.0, 0.5), (256, 2, 0.1, 0.5), (256, 2, 0.2, 3.0)):  # fmt: skip
         c_VO = (strength * s) ** 2
         module, sigmas = attention(d, a, c_V, c_VO / c_V)
         norm = make_norm(small_architecture({"d_model": d, "eps": 1e-12})).requires_grad_(False)
@@ -153,17 +153,21 @@ def attention_halves() -> Iterator[Setting]:
             return lanczos_opnorm(lambda x: x + branch(norm(x)), x, tolerance=PRECISE, limit=100).value
 
         values = {"c_VO": c_VO, "s": s, "n_tokens": length, "d": d, "n_heads": HEADS, "d_head": d // HEADS}
-        values |= {"logit_variance": a, "numbers": d * length}
+        values |= {"kv_group": 1, "logit_variance": a, "numbers": d * length}
         label = f"attention: d {d}, T {length}, logit variance {a:g}, |J| about {2.6 * 1.4 * strength:.2g}"
-        yield Setting(label=label, values=values, draw=draw, seeds=8 if a < 0.5 else 64)
+        yield Setting(label=label, values=values, draw=draw, seeds=64 if a > 0.5 or length < 16 else 8)
 
 
-def attention(d: int, logit_variance: float, c_V: float, c_O: float) -> tuple[Attention, dict[str, float]]:
-    """An attention sub-layer to fill, and its weights' stds."""
-    stds = {"query": logit_variance**0.25, "key": logit_variance**0.25, "value": c_V**0.5, "output": c_O**0.5}
-    sizes = {"d_model": d, "n_heads": HEADS, "n_kv_heads": HEADS, "d_head": d // HEADS}
+def attention(
+    d: int, logit_variance: float, c_V: float, c_O: float, heads: int = HEADS, d_head: int = 0
+) -> tuple[Attention, dict[str, float]]:
+    """An attention sub-layer to fill, and its weights' stds; heads fill the stream unless d_head is given."""
+    d_head = d_head or d // heads
+    stds = {"query": logit_variance**0.25, "key": logit_variance**0.25, "value": c_V**0.5}
+    sizes = {"d_model": d, "n_heads": heads, "n_kv_heads": heads, "d_head": d_head}
     module = Attention(small_architecture(sizes)).requires_grad_(False)
-    return module, {name: std / math.sqrt(d) for name, std in stds.items()}
+    found = {name: std / math.sqrt(d) for name, std in stds.items()}
+    return module, found | {"output": c_O**0.5 / math.sqrt(heads * d_head)}
 
 
 def attentions(statement: Statement) -> Iterator[Setting]:
@@ -215,20 +219,24 @@ def attention_kinds() -> Iterator[Setting]:
 def plain_attentions() -> Iterator[Setting]:
     """|J_u| of attention without positions, from near-uniform softmax rows to uneven ones."""
     c_V, c_O = 0.9, 0.8
-    for d, length, a in ((64, 16, 0.05), (256, 16, 0.05), (256, 32, 0.05), (256, 16, 0.16), (512, 16, 0.16),
-                         (64, 16, 1.0), (256, 16, 1.0), (256, 64, 1.0), (256, 32, 4.0), (64, 16, 16.0)):  # fmt: skip
-        module, sigmas = attention(d, a, c_V, c_O)
+    for d, length, a, heads in ((64, 16, 0.05, HEADS), (256, 16, 0.05, HEADS), (256, 32, 0.05, HEADS),
+                                (256, 16, 0.16, HEADS), (512, 16, 0.16, HEADS), (64, 16, 1.0, HEADS),
+                                (256, 16, 1.0, HEADS), (256, 64, 1.0, HEADS), (256, 32, 4.0, HEADS),
+                                (64, 16, 16.0, HEADS), (256, 2, 0.1, HEADS), (256, 2, 0.2, HEADS),
+                                (256, 16, 0.05, 16)):  # fmt: skip
+        d_head = d // HEADS
+        module, sigmas = attention(d, a, c_V, c_O, heads, d_head)
 
         def draw(seed: int, d: int = d, length: int = length, module: Any = module, sigmas: Any = sigmas) -> float:
             fill(module, sigmas, torch.Generator().manual_seed(seed))
             u = torch.nn.functional.layer_norm(normal(seed + 1000, 1, length, d), (d,)).float()
             return lanczos_opnorm(PlainAttention(module), u, tolerance=PRECISE, limit=100).value
 
-        values = {"c_VO": c_V * c_O, "n_tokens": length, "d": d, "n_heads": HEADS, "d_head": d // HEADS}
-        values |= {"logit_variance": a, "numbers": d * length}
-        label = f"d {d}, T {length}, logit variance {a:g}"
-        # Beyond near-uniform rows a norm varies by some ten per cent from draw to draw.
-        yield Setting(label=label, values=values, draw=draw, seeds=6 if a < 0.5 else 64)
+        values = {"c_VO": c_V * c_O, "n_tokens": length, "d": d, "n_heads": heads, "d_head": d_head}
+        values |= {"kv_group": 1, "logit_variance": a, "numbers": d * length}
+        label = f"d {d}, T {length}, logit variance {a:g}" + ("" if heads == HEADS else f", {heads} heads of {d_head}")
+        # Beyond near-uniform rows, and of few tokens, a norm varies by some ten per cent from draw to draw.
+        yield Setting(label=label, values=values, draw=draw, seeds=64 if a > 0.5 or length < 16 else 6)
 
 
 def embeddings(statement: Statement) -> Iterator[Setting]:

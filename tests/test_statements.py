@@ -495,6 +495,8 @@ def symbol_values(draw: st.DrawFn, statement: Statement) -> dict[str, float]:
             values[name] = draw(st.integers(*(_TINY.get(name, (2, 3)) if slow else _INTEGERS.get(name, (1, 64)))))
         elif name == "rotary":
             values[name] = draw(st.sampled_from([0.0, 1.0]))
+        elif name == "alibi":  # excludes RoPE
+            values[name] = 0 if values["rotary"] else draw(st.integers(0, 1))
         elif name.startswith("sigma"):
             values[name] = draw(st.floats(1e-3, 0.05))
         else:

@@ -17,6 +17,22 @@ from theory.residual_edges import attention_residual_opnorm
 from theory.sources import Source
 from theory.statements import Statement, register
 
+# What the closed forms at initialisation assume of heads.
+WHOLE_HEADS = {
+    "the heads together are as wide as the stream (n_heads d_head = d)": lambda n_heads, d_head, d: (
+        n_heads * d_head == d
+    ),
+    "each query head has its own key head": lambda kv_group: kv_group == 1,
+}
+
+
+def even_enough(d_head: float, logit_variance: float, n_tokens: float) -> bool:
+    """Whether no two early tokens move each other by more than the value term: sqrt(d_head a / 2) is their part."""
+    return d_head * logit_variance <= (12.8 if n_tokens >= 16 else 6.4) * (1 + 1e-9)
+
+
+EVEN_ROWS = {"d_head times the logit variance is at most 6.4, or 12.8 from 16 tokens on": even_enough}
+
 # Attention whose logits are products of a query and a key, turned by RoPE or not, and nothing else.
 PRODUCTS = {"positions": ("none", "rope"), "qk_norm": ("none",), "attention_softcap": (0.0,)}
 
@@ -174,9 +190,10 @@ def attention_sharp() -> Statement:
 
     .. math:: \|J_u\| \approx \|C_T\| \sqrt{27/4} \sqrt{c_V c_O}
 
-    Holds: near-uniform softmax (logit variance at most 0.2), heads at most 64 wide, d >= 256; 3 % there. What two
-        tokens do to each other through a query grows like the root of d_head times the logit variance; beyond,
-        `attention-simulated`.
+    Holds: near-uniform softmax (logit variance at most 0.2), heads at most 64 wide that together are as wide as the
+        stream, a key head for each, d >= 256; 3 % there. What two tokens do to each other through a query grows like
+        the root of d_head times the logit variance, which is at most 6.4, or 12.8 from 16 tokens on, where the value
+        term is larger; beyond, `attention-simulated`.
     Why: with P near C_T the Jacobian is C_T (x) W_O W_V; sqrt(27/4) is the edge of a product of two square
         Gaussian matrices.
     """
@@ -186,11 +203,17 @@ def attention_sharp() -> Statement:
         quantity=quantity("attention_jacobian"),
         formula=lambda c_VO, n_tokens: cesaro_opnorm(n_tokens) * sqrt(27 * c_VO) / 2,
         source=Source(key="spikecheck", label="Kronecker structure at uniform attention"),
-        assumptions=("independent normal weights", "logit variance at most 0.2", "d >= 256", "heads at most 64 wide"),
+        assumptions=(
+            "independent normal weights", "logit variance at most 0.2", "d >= 256", "heads at most 64 wide",
+            *WHOLE_HEADS, *EVEN_ROWS,
+        ),
         why="|C_T (x) W_O W_V| = |C_T| |W_O W_V|, whose second factor tends to sqrt(27/4) sqrt(c_V c_O)",
         target=0.03,
-        domain={"d": (256.0, math.inf), "d_head": (0.0, 64.0), "logit_variance": (0.0, 0.2)},
-    )
+        domain={
+            "d": (256.0, math.inf), "d_head": (1.0, 64.0), "logit_variance": (0.0, 0.2), "n_tokens": (1.0, math.inf),
+        },
+        relations=WHOLE_HEADS | EVEN_ROWS,
+    )  # fmt: skip
 
 
 @register
@@ -199,8 +222,8 @@ def attention_half_layer_sharp() -> Statement:
 
     .. math:: \|I + J\| \approx \left\| I + C_T \otimes \frac{W_O W_V}{s} \right\|
 
-    Holds: near-uniform softmax (logit variance at most 0.2), heads at most 64 wide, d >= 256, at most 128 tokens, all
-        with one std s; `theory.residual_edges.mixing_edge` takes tokens of several.
+    Holds: near-uniform softmax and heads as for `attention-sharp`, at most 128 tokens, all with one std s;
+        `theory.residual_edges.mixing_edge` takes tokens of several.
     Why: at T fixed and large d the norm tends to that of a matrix-valued sum of free elements, the least z at which
         four T x T matrices solve its equations; less its Tracy-Widom offset. |C_T| times the branch of one token,
         which leaves out that C_T is not normal, is up to 0.7 % higher.
@@ -215,11 +238,12 @@ def attention_half_layer_sharp() -> Statement:
         ),
         assumptions=(
             "independent normal weights", "logit variance at most 0.2", "d >= 256", "heads at most 64 wide",
-            "at most 128 tokens of one std",
+            "at most 128 tokens of one std", *WHOLE_HEADS, *EVEN_ROWS,
         ),
         why="edge of I + C_T (x) W_O W_V / s with matrices of tokens for numbers, less its Tracy-Widom offset",
         target=0.025,
         domain={
-            "d": (256.0, math.inf), "d_head": (0.0, 64.0), "logit_variance": (0.0, 0.2), "n_tokens": (1.0, 128.0),
+            "d": (256.0, math.inf), "d_head": (1.0, 64.0), "logit_variance": (0.0, 0.2), "n_tokens": (1.0, 128.0),
         },
+        relations=WHOLE_HEADS | EVEN_ROWS,
     )  # fmt: skip

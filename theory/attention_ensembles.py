@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from theory.architecture import Architecture
-from theory.attention_simulation import DRAWS, LARGEST_INPUT, plain_attention, simulated_norms
+from theory.attention_simulation import DRAWN, DRAWS, LARGEST_INPUT, OWN_KEYS, plain_attention, simulated_norms
 from theory.quantities import quantity
 from theory.random_matrix import elementwise
 from theory.sources import Source
@@ -35,6 +35,8 @@ def attention_half_layer_simulated() -> Statement:
         def one(
             gain: Any, scale: Any, width: Any, heads: Any, width_of_head: Any, length: Any, variance: Any
         ) -> float:  # fmt: skip
+            if gain == 0:
+                return 1.0
             a = plain_attention(int(width), int(heads), int(width_of_head), int(length), float(variance))
             return float(simulated_norms(a, a.context, std=float(scale) / math.sqrt(gain)).mean())
 
@@ -48,16 +50,18 @@ def attention_half_layer_simulated() -> Statement:
         source=Source(key="spikecheck", label=f"simulation of the ensemble, {DRAWS} draws, seeds 0 to {DRAWS - 1}"),
         assumptions=(
             "independent normal weights and tokens of one std", "logit variance at most 4", "no positions inside",
+            "at least 16 tokens and 4 heads", *OWN_KEYS,
         ),
         why="the exact Jacobian's norm, averaged over draws of the law that the configuration states",
         target=0.03,
-        domain={"d": (64.0, 512.0), "numbers": (0.0, float(LARGEST_INPUT)), "logit_variance": (0.0, 4.0)},
+        domain=DRAWN | {"numbers": (0.0, float(LARGEST_INPUT))},
+        relations=OWN_KEYS,
     )  # fmt: skip
 
 
 def variant(
     d: int, heads: int, d_head: int, kv_group: int, n_tokens: int, logit_variance: float, *, rotary: float,
-    rope_base: float, alibi: int, n_seen: int, softcap: float, qk_norm: int,
+    rope_base: float, alibi: float, n_seen: float, softcap: float, qk_norm: float,
 ) -> Architecture:  # fmt: skip
     """Attention of a kind, c_V c_O = 1, logits of this variance before a soft-cap and ALiBi.
 
@@ -67,17 +71,32 @@ def variant(
         n_seen: tokens that a token sees at most.
         softcap: 0 without one.
         qk_norm: place in `QK_NORMS`; the logits' scale then makes their variance.
+
+    Raises:
+        ValueError: a value has no meaning, or two exclude each other; the message says which.
     """
+    for name, holds, remedy in (
+        ("kv_group", kv_group >= 1 and heads % max(kv_group, 1) == 0, f"use a divisor of the {heads} heads"),
+        ("rotary", 0 <= rotary <= 1, "use a fraction from 0 to 1"),
+        ("rope_base", not rotary or 0 < rope_base < math.inf, "use a positive number"),
+        ("alibi", alibi in (0, 1), "use 0 or 1"),
+        ("alibi", not (alibi and rotary), "use rotary 0 with ALiBi"),
+        ("n_seen", n_seen >= 1 and n_seen % 1 == 0, "use a whole number from 1"),
+        ("softcap", 0 <= softcap < math.inf, "use a positive number, or 0 for none"),
+        ("qk_norm", qk_norm in range(len(QK_NORMS)), "use 0 for none, 1 for each head or 2 for all together"),
+    ):
+        if not holds:
+            raise ValueError(f"{name}={locals()[name]:g} is no setting of attention here; {remedy}")
     a = plain_attention(d, heads, d_head, n_tokens, logit_variance)
     return replace(
         a,
         n_kv_heads=heads // kv_group,
         positions="alibi" if alibi else "rope" if rotary else "none",
         rope_fraction=rotary or 1.0,
-        rope_base=rope_base,
-        window=n_seen if n_seen < n_tokens else 0,
+        rope_base=rope_base if rotary else a.rope_base,
+        window=int(n_seen) if n_seen < n_tokens else 0,
         attention_softcap=softcap,
-        qk_norm=QK_NORMS[qk_norm],
+        qk_norm=QK_NORMS[int(qk_norm)],
         attention_scale=math.sqrt(logit_variance / d_head) if qk_norm else None,
     )
 
@@ -90,8 +109,9 @@ def attention_variants_simulated() -> Statement:
 
     Holds: RoPE on all or part of a head or ALiBi, sliding windows, grouped heads, QK-norm of a head or in full,
         soft-caps, and any of them together; logit variance (before a cap and ALiBi) up to 4, widths from 64 to 512,
-        at most 2^13 numbers in a sequence, independent normal weights and tokens.
-    Why: it is the definition, evaluated on the law that the configuration states; the mean is known to 1 %.
+        at least 16 tokens and 4 heads, at most 2^13 numbers in a sequence, independent normal weights and tokens.
+    Why: it is the definition, evaluated on the law that the configuration states; the mean of so many draws has a
+        standard error of at most 1 % there.
     """
 
     def formula(
@@ -104,8 +124,8 @@ def attention_variants_simulated() -> Statement:
         ) -> float:  # fmt: skip
             a = variant(
                 int(width), int(heads), int(width_of_head), int(group), int(length), float(variance),
-                rotary=float(turned), rope_base=float(base), alibi=int(biased), n_seen=int(seen), softcap=float(cap),
-                qk_norm=int(normed),
+                rotary=float(turned), rope_base=float(base), alibi=float(biased), n_seen=float(seen),
+                softcap=float(cap), qk_norm=float(normed),
             )  # fmt: skip
             return math.sqrt(gain) * float(simulated_norms(a, a.context, draws=VARIANT_DRAWS).mean())
 
@@ -120,11 +140,14 @@ def attention_variants_simulated() -> Statement:
         quantity=quantity("attention_jacobian"),
         formula=formula,
         source=Source(key="spikecheck", label=f"simulation of the ensemble, {VARIANT_DRAWS} draws"),
-        assumptions=("independent normal weights and tokens", "logit variance at most 4", "RoPE or ALiBi, not both"),
+        assumptions=(
+            "independent normal weights and tokens", "logit variance at most 4", "RoPE or ALiBi, not both",
+            "at least 16 tokens and 4 heads",
+        ),
         why="the exact Jacobian's norm, averaged over draws of the law that the configuration states",
         target=0.03,
-        domain={
-            "d": (64.0, 512.0), "numbers": (0.0, float(LARGEST_VARIANT)), "logit_variance": (0.0, 4.0),
+        domain=DRAWN | {
+            "numbers": (0.0, float(LARGEST_VARIANT)),
             "rotary": (0.0, 1.0), "alibi": (0.0, 1.0), "qk_norm": (0.0, 2.0),
         },
     )  # fmt: skip

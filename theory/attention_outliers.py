@@ -15,6 +15,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from theory.arguments import require_tokens
+from theory.attention import WHOLE_HEADS
 from theory.quantities import quantity
 from theory.random_matrix import cesaro_opnorm, elementwise
 from theory.sources import Source
@@ -115,7 +117,12 @@ def outlier(n_tokens: int, theta: float) -> float:
 
 
 def uneven_opnorm(d: int, n_heads: int, d_head: int, n_tokens: int, logit_variance: float) -> float:
-    """`outlier` at the strength theta = sqrt(2 d_head a) / 2 times that of the strongest row."""
+    """`outlier` at the strength theta = sqrt(2 d_head a) / 2 times that of the strongest row.
+
+    Raises:
+        ValueError: there is no token.
+    """
+    require_tokens(n_tokens)
     if n_tokens < 2:
         return outlier(1, 0.0)
     strength = strongest_row(d, n_heads, d_head, n_tokens, logit_variance)
@@ -128,7 +135,8 @@ def attention_uneven_sharp() -> Statement:
 
     .. math:: \|J_u\| \approx \sqrt{c_V c_O} \, z(T, \theta), \qquad z \to \theta \approx \sqrt{d_h a / 2}
 
-    Holds: logit variance a from 1 to 4, heads 64 to 256 wide, 4 to 16 of them, 16 to 64 tokens: 6 % there, mostly low.
+    Holds: logit variance a from 1 to 4, heads 64 to 256 wide, 4 to 16 of them, together as wide as the stream, a key
+        head for each, 16 to 64 tokens: 6 % there, mostly low.
         Rows act one by one here; that near ones strengthen each other is left out, and `attention-simulated` has it.
     Why: the row of the strongest softmax Jacobian is an outlier of the value term; see `theory.attention_outliers`.
     """
@@ -148,7 +156,7 @@ def attention_uneven_sharp() -> Statement:
         source=Source(key="helton2007operator", label="bulk; the outlier derived here"),
         assumptions=(
             "independent normal weights and tokens", "logit variance from 1 to 4", "d >= 256",
-            "4 to 16 heads, 64 to 256 wide", "16 to 64 tokens", "no positions inside",
+            "4 to 16 heads, 64 to 256 wide", "16 to 64 tokens", "no positions inside", *WHOLE_HEADS,
         ),
         why="outlier that the strongest softmax row makes beside the value term",
         target=0.06,
@@ -156,4 +164,5 @@ def attention_uneven_sharp() -> Statement:
             "d": (256.0, math.inf), "d_head": (64.0, 256.0), "n_heads": (4.0, 16.0),
             "n_tokens": (16.0, 64.0), "logit_variance": (1.0, 4.0),
         },
+        relations=WHOLE_HEADS,
     )  # fmt: skip

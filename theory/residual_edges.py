@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from theory.architecture import Activation
-from theory.arguments import require_sizes
+from theory.arguments import require_sizes, require_tokens
 from theory.random_matrix import MANY_UNITS, TRACY_WIDOM_MEAN, elementwise, gated_squares, plain_squares
 
 Array = NDArray[np.float64]
@@ -29,8 +29,20 @@ class ResidualEdge(NamedTuple):
     curvature: float
 
     def opnorm(self, d: float) -> float:
-        """Predicted mean norm at width d: d singular values and their negatives are 2 d points with one edge."""
+        """Predicted mean norm at width d: d singular values and their negatives are 2 d points with one edge.
+
+        Raises:
+            ValueError: the edge is not one of |I + J|, finite and at least 1.
+        """
+        if not (1 <= self.limit < math.inf and 0 <= self.curvature < math.inf):
+            raise ValueError(
+                f"no edge of |I + J| was found, but {self.limit:g}; use finite weights, and a branch that is neither "
+                "infinite nor undefined"
+            )
         return self.limit + TRACY_WIDOM_MEAN * (2 * d) ** (-2 / 3) * (self.curvature / 2) ** (1 / 3)
+
+
+NO_BRANCH = ResidualEdge(1.0, 0.0)
 
 
 def residual_edge(squares: Array, weights: Array, ratio: float, strength: float) -> ResidualEdge:
@@ -45,14 +57,16 @@ def residual_edge(squares: Array, weights: Array, ratio: float, strength: float)
     from scipy.optimize import minimize_scalar
 
     squares, weights = squares[squares > 0], weights[squares > 0]
+    if strength == 0 or not squares.size:
+        return NO_BRANCH
     largest = float(np.max(squares))
 
     def height(log_share: float) -> float:
         w = np.exp(log_share) / largest
         t = ratio * float(np.sum(weights * w * squares / (1 - w * squares)))
         q = np.sqrt(w) / strength
-        # Multiplied out, so that a small q loses no digits.
-        return float(2 * q / (np.sqrt(1 + 4 * q * q) + 1) + (1 + t) / q)
+        # (z - 1) / strength with p(q) - 1 multiplied out, so that a weak branch loses no digits.
+        return float(((1 / (np.sqrt(1 + 4 * q * q) + 2 * q) - 1) / 2 + 1 + t) / np.sqrt(w))
 
     found: Any = minimize_scalar(height, bounds=(-40.0, -1e-9), method="bounded", options={"xatol": 1e-10})
     w = math.exp(float(found.x)) / largest
@@ -63,9 +77,10 @@ def residual_edge(squares: Array, weights: Array, ratio: float, strength: float)
     product = (t_ww * w_q**2 + t_w * w_qq) / q - 2 * t_w * w_q / q**2 + 2 * (1 + t) / q**3
     root = math.sqrt(1 + 4 * q * q)
     p = 2 * q / (root + 1)
-    p_q = (1 - p * p) / root
-    identity = (-2 * p * p_q * root - (1 - p * p) * 4 * q / root) / root**2
-    return ResidualEdge(float(found.fun), product + identity)
+    rest = (1 - 1 / (root + 2 * q)) / (2 * q) * (1 + p)  # 1 - p^2
+    p_q = rest / root
+    identity = (-2 * p * p_q * root - rest * 4 * q / root) / root**2
+    return ResidualEdge(1 + strength * float(found.fun), product + identity)
 
 
 def residual_edge_opnorm(activation: Activation, d: Any, d_ffn: Any, sigma_1: Any, sigma_2: Any, s: Any) -> Any:
@@ -73,6 +88,8 @@ def residual_edge_opnorm(activation: Activation, d: Any, d_ffn: Any, sigma_1: An
 
     def one(width: Any, hidden: Any, enter: Any, leave: Any, scale: Any) -> float:
         width, hidden = require_sizes(d=width, d_ffn=hidden)
+        if enter == 0 or leave == 0:
+            return NO_BRANCH.limit
         squares = plain_squares(activation, float(enter**2 * width), min(int(hidden), MANY_UNITS))
         return residual_edge(*squares, hidden / width, float(enter * leave * width / scale)).opnorm(width)
 
@@ -86,6 +103,8 @@ def gated_residual_edge_opnorm(
 
     def one(width: Any, hidden: Any, enter: Any, leave: Any, gate: Any, scale: Any) -> float:
         width, hidden = require_sizes(d=width, d_ffn=hidden)
+        if leave == 0 or enter == gate == 0:
+            return NO_BRANCH.limit
         variances = float(enter**2 * width), float(gate**2 * width)
         squares = gated_squares(activation, *variances, min(int(hidden), MANY_UNITS))
         return residual_edge(*squares, hidden / width, float(leave * math.sqrt(width) / scale)).opnorm(width)
@@ -106,16 +125,24 @@ def mixing_edge(mixing: Array) -> ResidualEdge:
 
     A positive solution exists exactly for z above the norm's limit. It is followed along v' G v = theta with v the
     left singular vector of A, on which z depends smoothly through the edge and beyond; the edge is its minimum.
+    All is in units of the strength |A|, z - 1 above all, so that a weak branch is as exact as a strong one.
 
     Args:
-        mixing: (T, T) A, invertible; |J| is of its size.
+        mixing: (T, T) A, invertible or 0; |J| is of its size.
+
+    Raises:
+        ValueError: A is not finite.
 
     Source: haagerup2005application for convergence of the norm, helton2007operator for the equations.
     """
     from scipy.optimize import minimize_scalar
 
+    if not np.all(np.isfinite(mixing)):
+        raise ValueError("a mixing matrix with entries that are not finite has no edge; use finite ones")
+    if not np.any(mixing):
+        return NO_BRANCH
     branch = _Branch(mixing)
-    theta, heights = 1e-2 / max(1.0, float(np.linalg.norm(mixing, 2))), [math.inf]
+    theta, heights = 1e-2, [math.inf]
     while (height := branch.height(theta)) < heights[-1]:
         heights.append(height)
         theta *= 1.5
@@ -133,7 +160,8 @@ def mixing_edge(mixing: Array) -> ResidualEdge:
         traces.append(branch.trace)
     # Over all tokens' singular values q is the mean of the traces; each token adds d of them.
     curvature = (heights[0] - 2 * heights[1] + heights[2]) / ((traces[2] - traces[0]) / 2) ** 2
-    return ResidualEdge(heights[1], curvature / len(mixing) ** 2)
+    strength = branch.strength
+    return ResidualEdge(1 + strength * heights[1], strength**3 * curvature / len(mixing) ** 2)
 
 
 STEP = 0.01  # of theta, for a second difference
@@ -142,17 +170,22 @@ CONVERGED = 1e-9
 
 
 class _Branch:
-    """The solution of `mixing_edge` at a theta, each found from the last."""
+    """The solution of `mixing_edge` at a theta, each found from the last, in units of the strength e = |A|.
+
+    A, P and R are over e, resolvents times e, and z stands for (z - 1) / e: with x = z - R and y = z - P the equations
+    become G = (y + x (1 + e x)^(-1))^(-1) and H = (x + y (1 + e y)^(-1))^(-1), where nothing cancels at small e.
+    """
 
     def __init__(self, mixing: Array) -> None:
-        self.mixing, self.one = mixing, np.eye(len(mixing))
+        self.strength = float(np.linalg.norm(mixing, 2))
+        self.mixing, self.one = mixing / self.strength, np.eye(len(mixing))
         self.resolvents = self.one, self.one
         self.z = math.inf
         self.probe: Array = np.linalg.svd(mixing)[0][:, 0]
 
     @property
     def trace(self) -> float:
-        """q at the last solution."""
+        """q at the last solution, times e."""
         return float(np.trace(self.resolvents[0])) / len(self.one)
 
     def height(self, theta: float) -> float:
@@ -168,7 +201,8 @@ class _Branch:
                 return math.inf
             P, R = _symmetric(A @ _inverse(gap) @ A.T), _symmetric(_inverse(_inverse(Y) - H))
             z, new_G = self._level(P, R, theta, z)
-            new_H = _inverse(z * self.one - R - _inverse(z * self.one - P))
+            over_P = z * self.one - P
+            new_H = _inverse(z * self.one - R + over_P @ _inverse(self.one + self.strength * over_P))
             change = max(float(np.abs(new_G - G).max()), float(np.abs(new_H - H).max()))
             G, H = new_G, new_H
             if change < CONVERGED * theta:
@@ -178,12 +212,14 @@ class _Branch:
 
     def _level(self, P: Array, R: Array, theta: float, z: float) -> tuple[float, Array]:
         """z, by Newton's method from the last one, and G."""
-        lowest = max(float(np.linalg.eigvalsh(P)[-1]), float(np.linalg.eigvalsh(R)[-1]))
+        largest = max(float(np.linalg.eigvalsh(P)[-1]), float(np.linalg.eigvalsh(R)[-1]))
+        lowest = largest - 1 / self.strength
         if not lowest < z < math.inf:
-            z = lowest + 1 + 1 / theta
+            z = largest + 1 / theta
         while True:
-            inner = _inverse(z * self.one - R)
-            left = z * self.one - P - inner
+            over_R = z * self.one - R
+            inner = _inverse(self.one + self.strength * over_R)
+            left = _symmetric(z * self.one - P + over_R @ inner)
             below = float(np.linalg.eigvalsh(left)[0])
             if below <= 0:
                 z += 1 / theta - below
@@ -192,7 +228,7 @@ class _Branch:
             column = G @ self.probe
             found = float(self.probe @ column)
             change = (found - theta) / float(column @ column + np.sum((inner @ column) ** 2)) * found / theta
-            if abs(change) <= 1e-12 * z:
+            if abs(change) <= 1e-12 * abs(z):
                 return z, G
             z = z + change if z + change > lowest else (z + lowest) / 2
 
@@ -215,6 +251,6 @@ def attention_residual_opnorm(c_VO: Any, s: Any, d: Any, n_tokens: Any) -> Any:
     """Predicted |I + J| of an attention half-layer whose softmax rows are even, tokens of std s, elementwise."""
 
     def one(gain: Any, scale: Any, width: Any, length: Any) -> float:
-        return _uniform_edge(int(length), math.sqrt(gain) / float(scale)).opnorm(float(width))
+        return _uniform_edge(require_tokens(int(length)), math.sqrt(gain) / float(scale)).opnorm(float(width))
 
     return elementwise("residual_edge_attention", one, c_VO, s, d, n_tokens)
