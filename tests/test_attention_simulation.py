@@ -136,6 +136,75 @@ def test_a_half_layer_where_rows_are_even_is_the_closed_form() -> None:
     assert closed == pytest.approx(float(find("attention-half-layer-simulated").evaluate(values)), rel=0.02)
 
 
+INSIDE: dict[str, dict[str, Any]] = {
+    "attention-sharp": {"logit_variance": 0.1},
+    "attention-half-layer-sharp": {"logit_variance": 0.1},
+    "attention-uneven-sharp": {"logit_variance": 1.0},
+    "attention-simulated": {"logit_variance": 1.0},
+    "attention-half-layer-simulated": {"logit_variance": 1.0},
+}
+
+
+@pytest.mark.parametrize("name", INSIDE)
+def test_each_claims_only_the_heads_and_tokens_that_it_holds_for(name: str) -> None:
+    statement = find(name)
+    sizes = {"c_VO": 0.7, "s": 0.3, "d": 256, "n_heads": 4, "d_head": 64, "kv_group": 1, "n_tokens": 16}
+    values = sizes | INSIDE[name] | {"numbers": 256 * 16}
+    assert statement.outside(values) == ()
+    assert statement.outside(values | {"kv_group": 2}) == (
+        "it does not hold that each query head has its own key head",
+    )
+    narrow = statement.outside(values | {"n_heads": 8})  # together twice the stream
+    assert any("as wide as the stream" in reason for reason in narrow) == ("simulated" not in name)
+    few = {T: statement.outside(values | {"n_tokens": T, "logit_variance": 0.2}) for T in (2, 15, 16)}
+    if name.endswith(("attention-sharp", "half-layer-sharp")):
+        assert not few[16]
+        assert all("d_head times the logit variance" in few[T][0] for T in (2, 15))
+        assert not statement.outside(values | {"n_tokens": 2})
+    else:
+        assert all("n_tokens" in few[T][0] for T in (2, 15))
+
+
+def test_few_tokens_are_the_closed_form_where_it_claims_them_and_not_beyond() -> None:
+    closed = float(find("attention-sharp").evaluate({"c_VO": 1.0, "n_tokens": 2}))
+    weak, strong = (simulated_norms(plain_attention(256, 4, 64, 2, a), 2) for a in (0.1, 0.2))
+    error = float(weak.std()) / math.sqrt(DRAWS) / weak.mean()
+    assert abs(closed / weak.mean() - 1) <= 0.03 - error
+    assert closed / strong.mean() - 1 < -0.03 - error
+
+
+@pytest.mark.parametrize("shape", [(64, 4, 16, 16), (64, 8, 16, 16), (128, 4, 32, 16)])
+def test_the_mean_is_known_where_it_is_claimed(shape: tuple[int, int, int, int]) -> None:
+    norms = simulated_norms(plain_attention(*shape, 4.0), shape[-1])
+    assert norms.std() / norms.mean() / math.sqrt(DRAWS) <= 0.018
+    for few, heads, d_head in ((2, 1, 64), (16, 4, 1)):  # control: one head of two tokens, and the narrowest heads
+        norms = simulated_norms(plain_attention(64, heads, d_head, few, 4.0), few)
+        assert norms.std() / norms.mean() / math.sqrt(DRAWS) > 0.03
+
+
+def test_a_half_layer_without_a_branch_is_the_identity() -> None:
+    values = {"s": 0.3, "d": 64, "n_heads": 4, "d_head": 16, "n_tokens": 16, "logit_variance": 1.0}
+    assert float(find("attention-half-layer-simulated").evaluate(values | {"c_VO": 0.0})) == 1
+    assert 1 < float(find("attention-half-layer-simulated").evaluate(values | {"c_VO": 1e-8})) < 1.01
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"n_seen": 0}, "n_seen=0"), ({"n_seen": 2.5}, "n_seen=2.5"), ({"rotary": 1.0, "alibi": 1}, "use rotary 0"),
+        ({"rotary": 1.5}, "rotary=1.5"), ({"alibi": 0.5}, "alibi=0.5"), ({"qk_norm": 0.9}, "qk_norm=0.9"),
+        ({"qk_norm": -1}, "qk_norm=-1"), ({"kv_group": 3}, "divisor of the 4 heads"), ({"kv_group": 0}, "kv_group=0"),
+        ({"rotary": 1.0, "rope_base": 0.0}, "rope_base=0"), ({"rope_base": -1.0}, "rope_base=-1"),
+        ({"softcap": -1.0}, "softcap=-1"),
+    ],
+)  # fmt: skip
+def test_a_variant_that_has_no_meaning_is_refused(wrong: dict[str, float], message: str) -> None:
+    values = {"c_VO": 0.7, "d": 64, "n_heads": 4, "d_head": 16, "kv_group": 1, "n_tokens": 8, "logit_variance": 1.0}
+    values |= {"rotary": 0.0, "rope_base": 1e4, "alibi": 0, "n_seen": 8, "softcap": 0.0, "qk_norm": 0}
+    with pytest.raises(ValueError, match=message):
+        find("attention-variants-simulated").evaluate(values | wrong)
+
+
 def test_symbols_of_a_variant_are_its_fields() -> None:
     sizes = {"d": 64, "heads": 4, "d_head": 16, "kv_group": 2, "n_tokens": 12, "logit_variance": 0.5}
     off: dict[str, Any] = {"rotary": 0.0, "rope_base": 1e4, "alibi": 0, "n_seen": 12, "softcap": 0.0, "qk_norm": 0}

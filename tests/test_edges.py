@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from theory.residual_edges import mixing_edge, residual_edge
+from theory.residual_edges import CONVERGED, STEP, attention_residual_opnorm, mixing_edge, residual_edge
 from theory.statements import catalogue, find
 from theory.unit_edges import DRAWS, FEWEST, LARGEST, _larger, largest_units, relu_squared_opnorm
 
@@ -61,6 +61,56 @@ def test_against_draws(mixing: np.ndarray) -> None:
     edge = mixing_edge(mixing)
     assert abs(edge.opnorm(d) - norms.mean()) <= 4 * error + 0.005 * edge.limit  # d is not infinite
     assert norms.mean() < edge.limit
+
+
+@pytest.mark.parametrize("n_tokens", [1, 2, 16, pytest.param(128, marks=pytest.mark.slow)])
+def test_weak_branches_to_strong_ones(n_tokens: int) -> None:
+    """At least 1, increasing, and linear at weak branches, where the edge is that of the symmetric part."""
+    strengths = np.logspace(-12, 1, 14)
+    norms = attention_residual_opnorm(strengths**2, 1.0, 256, n_tokens)
+    assert np.all(np.diff([1.0, *norms]) > 0)
+    slopes = (norms - 1) / strengths
+    # Of a norm near 1, and of the second difference that the finite width takes.
+    rounding = 4 * np.finfo(float).eps / strengths + CONVERGED / STEP**2
+    assert np.all(np.abs(slopes / slopes[6] - 1)[:9] <= strengths[:9] + rounding[:9])
+    assert slopes[-1] > 1.2 * slopes[0]  # control: strong branches are not linear
+    assert attention_residual_opnorm(0.0, 1.0, 256, n_tokens) == 1
+
+
+def test_the_weakest_branch_is_the_largest_eigenvalue_of_its_symmetric_part() -> None:
+    d, draws = 96, 16
+    rng, found = np.random.default_rng(2), list[float]()
+    for _ in range(draws):
+        whole = np.kron(RUNNING_MEAN, rng.standard_normal((d, d)) @ rng.standard_normal((d, d)) / d)
+        found.append(float(np.linalg.eigvalsh((whole + whole.T) / 2)[-1]))
+    slope = (mixing_edge(1e-6 * RUNNING_MEAN).opnorm(d) - 1) / 1e-6
+    assert abs(slope / np.mean(found) - 1) <= 0.01 + 4 * float(np.std(found)) / math.sqrt(draws) / np.mean(found)
+    minimum = math.sqrt(5) - 2  # of (1/2 + w / (1 - w)) / sqrt(w)
+    scalar = (residual_edge(ONE, ONE, 1.0, 1e-6).limit - 1) / 1e-6
+    assert scalar == pytest.approx((1 / 2 + minimum / (1 - minimum)) / math.sqrt(minimum), rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["half-layer-sharp-relu", "half-layer-sharp-gelu", "half-layer-sharp-gated-silu"])
+def test_feedforward_half_layers_without_a_branch(name: str) -> None:
+    values = {"sigma_1": 0.1, "sigma_2": 0.1, "sigma_3": 0.1, "s": 0.3, "d": 64, "d_ffn": 256}
+    for nothing in ({"sigma_2": 0.0}, {"sigma_1": 0.0, "sigma_3": 0.0}):
+        assert float(find(name).evaluate(values | nothing)) == 1
+    norms = [float(find(name).evaluate(values | {"sigma_2": sigma})) for sigma in np.logspace(-13, 0, 8)]
+    assert np.all(np.diff([1.0, *norms]) > 0)
+    slopes = [(norm - 1) / sigma for norm, sigma in zip(norms, np.logspace(-13, 0, 8), strict=True)]
+    assert slopes[2] == pytest.approx(slopes[3], rel=1e-3)
+
+
+def test_what_has_no_edge_is_refused() -> None:
+    for mixing in (math.inf, math.nan):
+        with pytest.raises(ValueError, match="not finite"):
+            mixing_edge(np.array([[mixing]]))
+    with pytest.raises(ValueError, match="no edge of"):
+        residual_edge(ONE, ONE, 1.0, math.nan).opnorm(64)
+    for name in ("attention-half-layer-sharp", "attention-uneven-sharp"):
+        sizes = {"c_VO": 0.7, "s": 1.0, "d": 256, "n_heads": 4, "d_head": 64, "n_tokens": 0, "logit_variance": 1.0}
+        with pytest.raises(ValueError, match="n_tokens=0 leaves no token"):
+            find(name).evaluate(sizes)
 
 
 def test_a_scalar_with_the_norm_of_the_mixing_is_no_substitute() -> None:

@@ -50,7 +50,7 @@ def attention_half_layer_simulated() -> Statement:
         source=Source(key="spikecheck", label=f"simulation of the ensemble, {DRAWS} draws, seeds 0 to {DRAWS - 1}"),
         assumptions=(
             "independent normal weights and tokens of one std", "logit variance at most 4", "no positions inside",
-            "at least 16 tokens and 4 heads", *OWN_KEYS,
+            "at least 16 tokens and 4 heads of width 16", *OWN_KEYS,
         ),
         why="the exact Jacobian's norm, averaged over draws of the law that the configuration states",
         target=0.03,
@@ -78,7 +78,7 @@ def variant(
     for name, holds, remedy in (
         ("kv_group", kv_group >= 1 and heads % max(kv_group, 1) == 0, f"use a divisor of the {heads} heads"),
         ("rotary", 0 <= rotary <= 1, "use a fraction from 0 to 1"),
-        ("rope_base", not rotary or 0 < rope_base < math.inf, "use a positive number"),
+        ("rope_base", 0 < rope_base < math.inf, "use a positive number"),
         ("alibi", alibi in (0, 1), "use 0 or 1"),
         ("alibi", not (alibi and rotary), "use rotary 0 with ALiBi"),
         ("n_seen", n_seen >= 1 and n_seen % 1 == 0, "use a whole number from 1"),
@@ -93,7 +93,7 @@ def variant(
         n_kv_heads=heads // kv_group,
         positions="alibi" if alibi else "rope" if rotary else "none",
         rope_fraction=rotary or 1.0,
-        rope_base=rope_base if rotary else a.rope_base,
+        rope_base=rope_base,
         window=int(n_seen) if n_seen < n_tokens else 0,
         attention_softcap=softcap,
         qk_norm=QK_NORMS[int(qk_norm)],
@@ -109,7 +109,8 @@ def attention_variants_simulated() -> Statement:
 
     Holds: RoPE on all or part of a head or ALiBi, sliding windows, grouped heads, QK-norm of a head or in full,
         soft-caps, and any of them together; logit variance (before a cap and ALiBi) up to 4, widths from 64 to 512,
-        at least 16 tokens and 4 heads, at most 2^13 numbers in a sequence, independent normal weights and tokens.
+        at least 16 tokens and 4 heads of width 16, at most 2^13 numbers in a sequence, independent normal weights and
+        tokens.
     Why: it is the definition, evaluated on the law that the configuration states; the mean of so many draws has a
         standard error of at most 1 % there.
     """
@@ -142,7 +143,7 @@ def attention_variants_simulated() -> Statement:
         source=Source(key="spikecheck", label=f"simulation of the ensemble, {VARIANT_DRAWS} draws"),
         assumptions=(
             "independent normal weights and tokens", "logit variance at most 4", "RoPE or ALiBi, not both",
-            "at least 16 tokens and 4 heads",
+            "at least 16 tokens and 4 heads of width 16",
         ),
         why="the exact Jacobian's norm, averaged over draws of the law that the configuration states",
         target=0.03,

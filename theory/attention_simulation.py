@@ -37,7 +37,8 @@ TOLERANCE = 5e-3  # of the Krylov method; a norm itself is far closer
 LARGEST_INPUT = 2**15  # numbers in an input: seconds for all draws together
 # Where 64 draws have a mean with a standard error of at most 1.8 per cent.
 DRAWN = {
-    "d": (64.0, 512.0), "n_tokens": (16.0, math.inf), "n_heads": (4.0, math.inf), "logit_variance": (0.0, 4.0),
+    "d": (64.0, 512.0), "n_tokens": (16.0, math.inf), "n_heads": (4.0, math.inf), "d_head": (16.0, math.inf),
+    "logit_variance": (0.0, 4.0),
 }  # fmt: skip
 OWN_KEYS = {"each query head has its own key head": lambda kv_group: kv_group == 1}
 
@@ -241,11 +242,12 @@ def attention_simulated() -> Statement:
 
     .. math:: E \|J_u\|, \qquad \text{mean over 64 draws of weights and tokens}
 
-    Holds: logit variance up to 4, widths from 64 to 512, at least 16 tokens and 4 heads, at most 2^15 numbers in a
-        sequence, independent normal weights and tokens, no positions inside attention, a key for each head.
+    Holds: logit variance up to 4, widths from 64 to 512, at least 16 tokens and 4 heads of width 16, at most 2^15
+        numbers in a sequence, independent normal weights and tokens, no positions inside attention, a key for each
+        head.
     Why: it is the definition, evaluated on the law that the configuration states. A draw is a few to fourteen per
-        cent off the mean there, so that the mean has a standard error below 1.8 %. With fewer tokens or heads less is
-        averaged in a draw: at one head and two tokens it is half the mean off.
+        cent off the mean there, so that the mean has a standard error below 1.8 %. With fewer tokens or heads, or
+        narrow ones, less is averaged in a draw: at one head and two tokens it is half the mean off.
     """
 
     def formula(c_VO: Any, d: Any, n_heads: Any, d_head: Any, n_tokens: Any, logit_variance: Any) -> Any:
@@ -263,7 +265,7 @@ def attention_simulated() -> Statement:
         source=Source(key="spikecheck", label=f"simulation of the ensemble, {DRAWS} draws, seeds 0 to {DRAWS - 1}"),
         assumptions=(
             "independent normal weights and tokens", "logit variance at most 4", "no positions inside",
-            "at least 16 tokens and 4 heads", *OWN_KEYS,
+            "at least 16 tokens and 4 heads of width 16", *OWN_KEYS,
         ),
         why="the exact Jacobian's norm, averaged over draws of the law that the configuration states",
         target=0.03,
