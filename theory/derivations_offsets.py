@@ -9,7 +9,7 @@ draw does not.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -33,10 +33,10 @@ class Least(NamedTuple):
 
 
 def least(height: Callable[[float], float], low: float, high: float) -> Least:
-    """Minimum of a convex function by golden sections."""
-    from scipy.optimize import minimize_scalar  # pyright: ignore[reportMissingTypeStubs]
+    """Minimum of a convex function, by a bounded search."""
+    from scipy.optimize import minimize_scalar
 
-    found = minimize_scalar(height, bounds=(low, high), method="bounded", options={"xatol": 1e-10 * high})
+    found: Any = minimize_scalar(height, bounds=(low, high), method="bounded", options={"xatol": 1e-10 * high})
     place = float(found.x)
     step = 1e-3 * min(place - low, high - place)
     return Least(place, height(place), step, height(place - step), height(place + step))
