@@ -118,6 +118,7 @@ from theory.statements import catalogue
 from theory.symbols import SYMBOLS
 for statement in catalogue().values():
     counts = {name: 64 if name.startswith("d") else 1 for name in statement.parameters if SYMBOLS[name].integer}
+    counts |= {name: 0 for name in statement.parameters if SYMBOLS[name].range.startswith("0 or 1")}
     statement.evaluate({name: counts.get(name, 1 / 16) for name in statement.parameters})
 """
     assert not loaded(code) & {"torch", "sympy", "matplotlib"}
