@@ -221,7 +221,7 @@ def test_a_damaged_model_is_one_line(damage: str, capsys: pytest.CaptureFixture[
         (["tiny", "--only", "update_norm", "--layers", "1"], "train --probes"),
         (["tiny", "--layers", "2", "--stack", "1:2"], "use layers 0 to 1"),
         (["tiny", "--stack", "2"], "write for example 0:3"),
-        (["tests"], "holds 0 models; name the folder of one"),
+        (["tests"], "holds 0 models of `train`"),
         (["tests", "--layers", "2"], "drop --embedding"),
         (["tiny", "--tolerance", "0"], "not a positive finite number"),
         (["tiny", "--device", "cuda:99"], "use --device cpu"),
