@@ -128,8 +128,9 @@ def over_random(opnorms: Reading, norms: Reading, shapes: Mapping[str, tuple[int
     found: dict[str, float] = {}
     for label, value, size in zip(opnorms.labels, opnorms.values, norms.values, strict=True):
         rows, columns = shapes[label]
-        symbols = {"rows": rows, "columns": columns}
-        if size and not statement.outside(symbols):
-            expected = statement.evaluate(symbols | {"sigma": size / math.sqrt(rows * columns)})
-            found[label] = value / float(expected)
+        expected = statement.predict(
+            {"rows": rows, "columns": columns, "sigma": size / math.sqrt(rows * columns)}
+        ).value
+        if expected:
+            found[label] = value / expected
     return found

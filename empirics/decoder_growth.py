@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from empirics.anatomy import some_tokens
 from empirics.comparison import one_pass
 from empirics.measured import Measured, describe
+from empirics.probes import growth_over_seeds
 from empirics.stability import StabilityMonitor
 from theory.records import Measurement
 
@@ -92,25 +93,14 @@ def measure_decoder(
         deviations.append([math.log(value) for value in record.residual_std])
         if on_seed is not None:
             on_seed(seed)
-    profile = np.array(logs)
+    growth, gradient, residual_std = growth_over_seeds(np.array(logs), np.array(deviations), seeds)
     return DecoderGrowth(
-        growth=_measurement("gradient_growth", profile[:, :1], seeds),
-        gradient=_measurement("gradient_profile", profile, seeds),
-        residual_std=_measurement("residual_std", np.array(deviations), seeds),
+        growth=growth,
+        gradient=gradient,
+        residual_std=residual_std,
         places=monitor.records[-1].places,
         architecture=architecture,
         model=model,
         tokens=first[0],
         targets=first[1],
-    )
-
-
-def _measurement(quantity: str, logs: np.ndarray, seeds: tuple[int, ...]) -> Measurement:
-    spread = logs.std(0, ddof=1) if len(seeds) > 1 else np.full(logs.shape[1], math.nan)
-    return Measurement(
-        quantity=quantity,
-        values=tuple(float(v) for v in np.exp(logs.mean(0))),
-        seeds=seeds,
-        log_sd=tuple(float(v) for v in spread),
-        lower_estimate=False,
     )

@@ -139,22 +139,33 @@ def measure_growth(
         deviations.append(deviation)
         if on_seed is not None:
             on_seed(seed)
-    log_profile, log_deviation = np.array(logs), np.log(np.array(deviations))
+    return growth_over_seeds(np.array(logs), np.log(np.array(deviations)), seeds)
 
-    def measurement(quantity: str, values: Any) -> Measurement:
-        spread = values.std(0, ddof=1) if len(seeds) > 1 else np.full(values.shape[1], math.nan)
+
+def growth_over_seeds(
+    log_profile: Any, log_deviation: Any, seeds: tuple[int, ...]
+) -> tuple[Measurement, Measurement, Measurement]:
+    """Gradient growth, gradient profile and residual profile as geometric means over seeds.
+
+    Args:
+        log_profile: (seeds, places) logs of the gradient norms over that at the last place.
+        log_deviation: (seeds, places) logs of the residual stream's standard deviations.
+    """
+
+    def mean(quantity: str, logs: Any) -> Measurement:
+        spread = logs.std(0, ddof=1) if len(seeds) > 1 else np.full(logs.shape[1], math.nan)
         return Measurement(
             quantity=quantity,
-            values=tuple(float(v) for v in np.exp(values.mean(0))),
+            values=tuple(float(v) for v in np.exp(logs.mean(0))),
             seeds=seeds,
             log_sd=tuple(float(v) for v in spread),
             lower_estimate=False,
         )
 
     return (
-        measurement("gradient_growth", log_profile[:, :1]),
-        measurement("gradient_profile", log_profile),
-        measurement("residual_std", log_deviation),
+        mean("gradient_growth", log_profile[:, :1]),
+        mean("gradient_profile", log_profile),
+        mean("residual_std", log_deviation),
     )
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from theory.quantities import Quantity, quantity
 from theory.records import Measurement
@@ -158,6 +158,12 @@ def reading(
         lower_estimate=False,
         standard_errors=None if standard_errors is None else tuple(standard_errors),
     )
+
+
+def described(name: str, statistic: str, labels: Sequence[str], found: Sequence[Mapping[str, Any]]) -> Reading:
+    """One statistic of the distributions that `probes.distribution` describes, with its standard errors."""
+    errors = [item["standard_errors"][statistic] for item in found]
+    return reading(name, labels, [item[statistic] for item in found], standard_errors=errors)
 
 
 def estimated(name: str, labels: Sequence[str], estimates: Sequence[NormEstimate]) -> Reading:

@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 from empirics.probes import distribution
-from empirics.registry import Reading, Unavailable, probe, reading
+from empirics.registry import Reading, Unavailable, described, probe, reading
 from empirics.subject import Subject
 
 
@@ -53,8 +53,7 @@ def _of_distributions(subject: Subject, name: str, statistic: str) -> Reading:
     found = subject.shared(_distributions)
     if any(statistic not in item for item in found):
         raise Unavailable("the residual stream has no spread at some place")
-    errors = [item["standard_errors"][statistic] for item in found]
-    return reading(name, subject.place_labels, [item[statistic] for item in found], standard_errors=errors)
+    return described(name, statistic, subject.place_labels, found)
 
 
 @probe("residual_skewness", cost="dear")

@@ -10,6 +10,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -136,9 +137,9 @@ def train(
             evaluated = _evaluated(spec, model, ranks)
             final = _heldout_loss(spec, corpus, evaluated, ranks)
             if probes.on:
-                tokens, targets = _to_tensors(batch(corpus, seed=spec.seed, step=0, **_shape(spec)), spec.device)
-                series.distributions["end"] = distributions(evaluated, tokens[: spec.micro_batch], ranks)
-                probes.after_all(series.probes, step, model, tokens, targets)
+                first_batch = _to_tensors(batch(corpus, seed=spec.seed, step=0, **_shape(spec)), spec.device)
+                series.distributions["end"] = distributions(evaluated, first_batch[0][: spec.micro_batch], ranks)
+                probes.after_all(series.probes, step, model, lambda: first_batch)
         if keep is not None:
             keep_model(keep, model, tokenizer=corpus.tokenizer, run=plain(spec), ranks=ranks)
     return {
@@ -188,12 +189,12 @@ def _train_step(
     ranks: Ranks,
 ) -> None:
     pair = batch(corpus, seed=spec.seed, step=step, **_shape(spec))
-    whole_batch = _to_tensors(pair, spec.device)
+    whole_batch = partial(_to_tensors, pair, spec.device)
     if step == 0 and probes.on:
         evaluated = _evaluated(spec, model, ranks)
-        series.distributions["start"] = distributions(evaluated, whole_batch[0][: spec.micro_batch], ranks)
-    probes.before(series.probes, step, model, *whole_batch)
-    tokens, targets = map(ranks.share, whole_batch)
+        series.distributions["start"] = distributions(evaluated, whole_batch()[0][: spec.micro_batch], ranks)
+    probes.before(series.probes, step, model, whole_batch)
+    tokens, targets = _to_tensors(pair, spec.device, ranks)
     watched = probes.watch(step, model, tokens, targets)
     stepper.optimizer.zero_grad(set_to_none=True)
     value, entropy = _accumulate(spec, loss_function, tokens, targets, ranks, watched)

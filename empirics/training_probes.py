@@ -20,6 +20,7 @@ from empirics.registry import Probe, Unavailable, find, schedule
 from empirics.subject import Subject, whole_model
 
 Probed = dict[str, dict[str, list[Any]]]
+Batch = Callable[[], tuple[Tensor, Tensor]]  # tokens and next tokens, (B, T) each
 # These have a place in the record from before there was a list of probes: `probe_step` and a series each.
 PLACES = ("residual_std", "place_gradient")
 
@@ -50,15 +51,15 @@ class TrainingProbes:
         """Whether the stream's statistics go to their places in the record."""
         return any(probe.name in PLACES for probe in self._in_passing(step))
 
-    def before(self, series: Probed, step: int, model: Transformer, tokens_BT: Tensor, targets_BT: Tensor) -> None:
-        """Take the dear probes that are due on the weights as they are."""
+    def before(self, series: Probed, step: int, model: Transformer, batch: Batch) -> None:
+        """Take the dear probes that are due on the weights as they are; the whole batch is asked for if any is."""
         dear = [p for p, at in self._wanted if p.cost == "dear" and (step == 0 if at is None else step % at == 0)]
-        self._take(series, step, dear, lambda: self._subject(model, tokens_BT, targets_BT))
+        self._take(series, step, dear, lambda: self._subject(model, batch))
 
-    def after_all(self, series: Probed, step: int, model: Transformer, tokens_BT: Tensor, targets_BT: Tensor) -> None:
+    def after_all(self, series: Probed, step: int, model: Transformer, batch: Batch) -> None:
         """Take the dear probes once more in the end."""
         dear = [p for p, _ in self._wanted if p.cost == "dear"]
-        self._take(series, step, dear, lambda: self._subject(model, tokens_BT, targets_BT))
+        self._take(series, step, dear, lambda: self._subject(model, batch))
 
     def watch(self, step: int, model: Transformer, tokens_BT: Tensor, targets_BT: Tensor) -> Subject | None:
         """The step, if a probe is due: to be shown its passes, and to be handed to `passed` and `stepped`.
@@ -87,7 +88,8 @@ class TrainingProbes:
     def _in_passing(self, step: int) -> Sequence[Probe]:
         return [p for p, at in self._wanted if p.cost == "cheap" and step % (at or 1) == 0]
 
-    def _subject(self, model: Transformer, tokens_BT: Tensor, targets_BT: Tensor) -> Subject:
+    def _subject(self, model: Transformer, batch: Batch) -> Subject:
+        tokens_BT, targets_BT = batch()
         seen = model if self.ranks.size == 1 else whole_model(model)
         return Subject(seen, tokens_BT[: self.sequences], targets_BT[: self.sequences])
 

@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 
 from empirics.probes import distribution
-from empirics.registry import Reading, Unavailable, probe, reading
+from empirics.registry import Reading, Unavailable, described, probe, reading
 from empirics.subject import Subject
 
 Spectra = dict[str, NDArray[np.float64]]
@@ -88,8 +88,7 @@ def _of_distributions(subject: Subject, name: str, statistic: str) -> Reading:
     found = {label: item for label, item in subject.shared(_distributions).items() if statistic in item}
     if not found:
         raise Unavailable("no matrix has any spread")
-    errors = [item["standard_errors"][statistic] for item in found.values()]
-    return reading(name, list(found), [item[statistic] for item in found.values()], standard_errors=errors)
+    return described(name, statistic, list(found), list(found.values()))
 
 
 @probe("weight_skewness", cost="dear")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from fractions import Fraction
 from functools import cache
 from itertools import pairwise
@@ -652,8 +653,6 @@ def test_errors_parameterthe_remedy() -> None:
 
 
 def test_a_sharp_statement_answers_unknown_outside_its_domain() -> None:
-    from dataclasses import replace
-
     whole = {"heads fill the stream": lambda n_heads, d_head, d: n_heads * d_head == d}
     statement = replace(find("gaussian-opnorm-sharp"), relations=whole)
     inside = {"sigma": 1.0, "rows": 64, "columns": 64, "n_heads": 4, "d_head": 16, "d": 64}

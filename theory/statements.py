@@ -37,7 +37,7 @@ STATEMENT_MODULES = (
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Prediction:
+class Answer:
     """What a sharp statement says at given numbers: None is `unknown`, for the reasons given."""
 
     value: float | None
@@ -125,23 +125,23 @@ class Statement:
                 reasons.append(f"it does not hold that {words}")
         return tuple(reasons)
 
-    def predict(self, values: Mapping[str, Any]) -> Prediction:
+    def predict(self, values: Mapping[str, Any]) -> Answer:
         """The value of a sharp statement where it claims its target, else unknown and why.
 
         Raises:
             ValueError: the statement is not sharp, or a symbol of its formula has no value.
 
         >>> find("gaussian-opnorm-sharp").predict({"sigma": 1.0, "rows": 8, "columns": 64})
-        Prediction(value=None, reasons=('rows=8 is not within 64 to inf',))
+        Answer(value=None, reasons=('rows=8 is not within 64 to inf',))
         """
         if self.kind != "sharp":
             raise ValueError(f"{self.name} is no prediction but of kind {self.kind}; use evaluate")
         reasons = self.outside(values)
         if reasons:
-            return Prediction(value=None, reasons=reasons)
+            return Answer(value=None, reasons=reasons)
         value = as_float(self.evaluate(values))
         finite = math.isfinite(value)
-        return Prediction(value=value if finite else None, reasons=() if finite else ("it has no finite value here",))
+        return Answer(value=value if finite else None, reasons=() if finite else ("it has no finite value here",))
 
     def then(self, after: Statement) -> Statement:
         """Bound the composition of two maps by the product (sub-multiplicativity)."""
