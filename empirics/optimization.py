@@ -62,8 +62,7 @@ class Stepper:
 
     def gradient_norms(self) -> dict[str, float]:
         """Norm of the gradient, group by group."""
-        # In float64, so that what clipping multiplies by does not depend on how many ranks a matrix is spread over.
-        return self._group_norms(self._gradients(), torch.float64)
+        return self._group_norms(self._gradients())
 
     def step(self, *, rate: float, scale: float) -> dict[str, float]:
         """Scale the gradient, step, and return the norm of the parameters' change, group by group."""
@@ -82,9 +81,12 @@ class Stepper:
         assert len(gradients) == len(self.parameters)  # every parameter takes part in the loss
         return gradients
 
-    def _group_norms(self, tensors: list[Tensor], dtype: torch.dtype | None = None) -> dict[str, float]:
-        norms = torch._foreach_norm(tensors, 2, dtype)  # type: ignore[attr-defined]
-        values: Iterator[float] = iter(self.ranks.total(torch.stack(norms).double().square()).tolist())
+    def _group_norms(self, tensors: list[Tensor]) -> dict[str, float]:
+        # Ranks have whole rows, whose norms are the same bits wherever they are; float64 from there on, so that what
+        # clipping multiplies by does not depend on how many ranks a matrix is spread over.
+        rows = [torch.linalg.vector_norm(x, dim=-1) if x.ndim > 1 else x for x in tensors]
+        norms = torch._foreach_norm(rows, 2, torch.float64)  # type: ignore[attr-defined]
+        values: Iterator[float] = iter(self.ranks.total(torch.stack(norms).square()).tolist())
         return {name: math.sqrt(sum(next(values) for _ in group)) for name, group in self.groups.items()}
 
 
