@@ -41,15 +41,8 @@ ROLES: dict[str, tuple[str, ...]] = {field: (field,) for field in Stds._fields} 
 }
 
 
-class Prediction(NamedTuple):
-    """What theory says of the growth on some tokens, and why it does not hold there, if it does not."""
-
-    growth: Growth
-    reasons: tuple[str, ...]
-
-
-def predict(architecture: Architecture, tokens: Tensor) -> Prediction:
-    """The growth at initialisation on (B, T) tokens.
+def predict(architecture: Architecture, tokens: Tensor) -> Growth:
+    """The growth at initialisation on (B, T) tokens, with what does not hold there among its `reasons`.
 
     Where tokens repeat and the sequences are short enough it is that of the very tokens, the geometric mean over
     sequences (the first few, which is what a mean of them needs); else tokens are taken as distinct.
@@ -58,18 +51,26 @@ def predict(architecture: Architecture, tokens: Tensor) -> Prediction:
     share = min(len(set(row)) / len(row) for row in rows.tolist())
     if share == 1 or rows.shape[1] > LONGEST_EXACT:
         growth = gradient_growth(architecture, rows.shape[1])
+        if share >= NEARLY_DISTINCT:
+            return growth
         repeats = f"tokens repeat, and beyond {LONGEST_EXACT} tokens the prediction takes them as distinct"
-        return Prediction(growth, growth.reasons if share >= NEARLY_DISTINCT else (*growth.reasons, repeats))
+        return replace(growth, in_domain=False, reasons=(*growth.reasons, repeats))
     each = [gradient_growth(architecture, row.size, tokens=row) for row in rows[:MOST_EXACT]]
 
     def mean(values: Iterable[Sequence[float]]) -> tuple[float, ...]:
-        return tuple(float(x) for x in np.exp(np.log(np.array(list(values))).mean(0)))
+        with np.errstate(divide="ignore"):  # a branch that writes nothing has a mean of 0
+            return tuple(float(x) for x in np.exp(np.log(np.array(list(values))).mean(0)))
 
     gradient = mean(growth.gradient for growth in each)
-    growth = replace(
-        each[0], value=gradient[0], gradient=gradient, residual_std=mean(growth.residual_std for growth in each)
+    reasons = tuple(dict.fromkeys(reason for growth in each for reason in growth.reasons))
+    return Growth(
+        value=gradient[0],
+        residual_std=mean(growth.residual_std for growth in each),
+        gradient=gradient,
+        branch_std=mean(growth.branch_std for growth in each),
+        in_domain=not reasons,
+        reasons=reasons,
     )
-    return Prediction(growth, tuple(dict.fromkeys(reason for growth in each for reason in growth.reasons)))
 
 
 class Scatter(NamedTuple):
@@ -218,9 +219,9 @@ def check(
     said, reasons = said_to_be(model) if architecture is None else (architecture, ())
     predicted = None
     if said is not None:
-        growth, outside = predict(said, inputs)
+        growth = predict(said, inputs)
         predicted = growth.value
-        reasons = (*outside, *disagreements(measured, said))
+        reasons = (*growth.reasons, *disagreements(measured, said))
     scatter = None
     if predicted is not None and not reasons:
         scatter = scatter_of_one(monitor, model, inputs, targets, loss=loss)

@@ -17,7 +17,6 @@ from empirics.command_line import check_device, require_memory
 from empirics.comparison import (
     ACCURACY,
     DRAWS,
-    Prediction,
     Scatter,
     disagreements,
     initial_stds,
@@ -34,6 +33,7 @@ from empirics.real_classes import n_parameters
 from empirics.stability import StabilityMonitor
 from theory.__main__ import EXIT_UNKNOWN, LARGEST_SEQ_LEN, add_architecture_options, emit, whole
 from theory.architecture import PRESETS
+from theory.growth import Growth
 from theory.hf_config import UnknownArchitecture
 from theory.records import plain
 
@@ -164,7 +164,7 @@ def _answer(
     subject: Network,
     arguments: argparse.Namespace,
     grown: DecoderGrowth,
-    predicted: Prediction | None,
+    predicted: Growth | None,
     tokens: str,
     norms: list[dict[str, Any]] | None,
 ) -> dict[str, Any]:
@@ -182,16 +182,16 @@ def _answer(
     reasons = (*outside, *differences)
     verdict, limit, why = "unknown", math.nan, ()
     if predicted is not None and not reasons:
-        verdict, limit, why = outcome(predicted.growth.value, growth, _scatter(subject, grown))
+        verdict, limit, why = outcome(predicted.value, growth, _scatter(subject, grown))
     expected = None
     if a is not None and predicted is not None:
-        names = dict(zip(place_names(a), zip(predicted.growth.gradient, predicted.growth.residual_std)))
+        names = dict(zip(place_names(a), zip(predicted.gradient, predicted.residual_std)))
         at = [names.get(place, (math.nan, math.nan)) for place in grown.places]
         expected = {
             "kind": "sharp",
             "of": "the initialisation",
-            "gradient_growth": predicted.growth.value,
-            "in_domain": not predicted.reasons,
+            "gradient_growth": predicted.value,
+            "in_domain": predicted.in_domain,
             "reasons": predicted.reasons,
             "gradient_profile": [gradient for gradient, _ in at],
             "residual_std": [std for _, std in at],
