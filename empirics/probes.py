@@ -18,6 +18,7 @@ from torch import Tensor
 from empirics.data import Batch
 from empirics.distributed import ALONE, Ranks, whole
 from empirics.model import Attention, Experts, Layer, Transformer, build
+from empirics.residual_stream import length_sums, n_tokens, variance_sum
 from empirics.spectral import NormEstimate, lanczos_opnorms
 from empirics.stacked import batches, stacked
 from empirics.surroundings import true_float32
@@ -33,8 +34,8 @@ def place_statistics(places: list[Tensor]) -> tuple[list[float], list[float]]:
 
     The standard deviation is over the D entries of a token (mean removed), its square averaged over tokens.
     """
-    deviation = [math.sqrt(float(x.detach().double().var(-1, unbiased=False).mean())) for x in places]
-    gradient = [math.nan if x.grad is None else float(x.grad.double().norm()) for x in places]
+    deviation = [math.sqrt(float(variance_sum(x)) / n_tokens(x)) for x in places]
+    gradient = [math.nan if x.grad is None else math.sqrt(float(length_sums(x.grad)[0])) for x in places]
     return deviation, gradient
 
 
@@ -320,6 +321,7 @@ class PlainAttention:
         self.attention = attention
 
     def heads(self, u_BTD: Tensor) -> Tensor:
+        """Concatenated head outputs, (B, T, H*E)."""
         attention = self.attention
         _, probabilities = attention.probabilities(u_BTD)
         value = attention.queries_keys_values(u_BTD)[2]

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from empirics.anatomy import Place, anatomy
+from empirics.residual_stream import length_sums, n_tokens, variance_sum
 from empirics.running import first_tensor, run_eagerly
 from theory.records import Measurement
 
@@ -82,33 +83,31 @@ class _Sums:
 
     def __init__(self) -> None:
         self.variance: list[Tensor] = []
-        self.square: list[Tensor] = []
-        self.token_norms: list[Tensor] = []
+        self.lengths: list[Tensor] = []
         self.n_tokens: list[int] = []
         self.unhooked = 0  # forward passes whose tensor needs no gradient yet
 
     def see(self, x: Tensor) -> None:
         recomputed = torch._C._current_graph_task_id() != -1  # activation checkpointing runs it again
         if not recomputed:
-            self.variance.append(x.detach().double().var(-1, unbiased=False).sum())
-            self.n_tokens.append(x.numel() // x.shape[-1])
+            self.variance.append(variance_sum(x))
+            self.n_tokens.append(n_tokens(x))
             self.unhooked += not x.requires_grad
         if x.requires_grad and (not recomputed or self.unhooked):
             self.unhooked -= recomputed
             x.register_hook(self.receive)
 
     def receive(self, gradient: Tensor) -> None:
-        squares = gradient.detach().double().square().sum(-1)
-        self.square.append(squares.sum())
-        self.token_norms.append(squares.sqrt().sum())
+        self.lengths.append(length_sums(gradient))
 
     def statistics(self) -> tuple[float, float, float]:
         """Standard deviation, gradient norm and mean gradient norm of a token."""
         tokens = sum(self.n_tokens)
-        deviation = math.sqrt(float(sum(map(float, self.variance))) / tokens)
-        if not self.square:
+        deviation = math.sqrt(float(torch.stack(self.variance).sum()) / tokens)
+        if not self.lengths:
             return deviation, math.nan, math.nan
-        return deviation, math.sqrt(sum(map(float, self.square))), sum(map(float, self.token_norms)) / tokens
+        square, length, _ = torch.stack(self.lengths).sum(0).tolist()
+        return deviation, math.sqrt(square), length / tokens
 
 
 def require_steps(every: int) -> None:

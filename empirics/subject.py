@@ -17,6 +17,7 @@ from torch import Tensor
 from empirics.distributed import ALONE, Ranks, local, release, whole
 from empirics.model import Layer, Transformer, cross_entropy
 from empirics.registry import Unavailable
+from empirics.residual_stream import length_sums, n_tokens, variance_sum
 
 T = TypeVar("T")
 TOLERANCE = 1e-2  # relative, of norms that are lower estimates
@@ -77,20 +78,16 @@ class Subject:
         given = [x.grad for x in places] if gradients is None else gradients
         rows: list[Tensor] = []
         for x, gradient in zip(places, given, strict=True):
-            x = x.detach()
-            variance = x.to(torch.promote_types(x.dtype, torch.float32)).var(-1, unbiased=False).double()
-            if gradient is None:
-                length = torch.full_like(variance, torch.nan)
-            else:
-                length = torch.linalg.vector_norm(gradient.detach(), dim=-1, dtype=torch.float64)
-            rows.append(torch.stack([variance.sum(), length.square().sum(), length.sum(), length.max()]))
+            variance = variance_sum(x)
+            lengths = variance.new_full((3,), torch.nan) if gradient is None else length_sums(gradient)
+            rows.append(torch.cat([variance[None], lengths]))
         found = torch.stack(rows)
         if self._sums is None or self._largest is None:
             self._streams = [x.detach() if gradients is not None else x.detach()[:1].clone() for x in places]
             self._sums, self._largest = found[:, :3], found[:, 3]
         else:
             self._sums, self._largest = self._sums + found[:, :3], torch.maximum(self._largest, found[:, 3])
-        self._n_tokens += places[0].numel() // places[0].shape[-1]
+        self._n_tokens += n_tokens(places[0])
 
     @property
     def streams(self) -> list[Tensor]:
@@ -121,6 +118,7 @@ class Subject:
 
     @cached_property
     def layer_labels(self) -> list[str]:
+        """`layer N` for every layer."""
         return [f"layer {n}" for n in range(len(self.layers))]
 
     @cached_property

@@ -1,0 +1,28 @@
+"""What is kept of the residual stream at one place and of its gradient: sums over tokens, in float64.
+
+Every measurement of the stream is made of these: of our own networks at initialisation and in training, and of anyone's
+decoder.
+
+Shapes: B batch, T tokens, D d_model; leading axes may be any.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def n_tokens(x_BTD: Tensor) -> int:
+    """Of how many tokens it is."""
+    return x_BTD.shape[:-1].numel()
+
+
+def variance_sum(x_BTD: Tensor) -> Tensor:
+    """Sum over tokens of the variance of a token's D entries, mean removed: one number, on the stream's device."""
+    return x_BTD.detach().double().var(-1, unbiased=False).sum()
+
+
+def length_sums(gradient_BTD: Tensor) -> Tensor:
+    """Sums over tokens of the squared norm and of the norm of a token's gradient, and the largest norm: (3,)."""
+    lengths = torch.linalg.vector_norm(gradient_BTD.detach(), dim=-1, dtype=torch.float64)
+    return torch.stack([lengths.square().sum(), lengths.sum(), lengths.max()])
