@@ -7,10 +7,8 @@ from dataclasses import replace
 from typing import Any
 
 from theory.architecture import Architecture
-from theory.attention_simulation import DRAWN, DRAWS, LARGEST_INPUT, OWN_KEYS, plain_attention, simulated_norms
-from theory.quantities import quantity
+from theory.attention_simulation import OWN_KEYS, plain_attention, simulated, simulated_norms
 from theory.random_matrix import elementwise
-from theory.sources import Source
 from theory.statements import Statement, register
 
 VARIANT_DRAWS = 256
@@ -42,20 +40,9 @@ def attention_half_layer_simulated() -> Statement:
 
         return elementwise("simulated_half_layer", one, c_VO, s, d, n_heads, d_head, n_tokens, logit_variance)
 
-    return Statement(
-        name="attention-half-layer-simulated",
-        kind="sharp",
-        quantity=quantity("half_layer_jacobian"),
-        formula=formula,
-        source=Source(key="spikecheck", label=f"simulation of the ensemble, {DRAWS} draws, seeds 0 to {DRAWS - 1}"),
-        assumptions=(
-            "independent normal weights and tokens of one std", "logit variance at most 4", "no positions inside",
-            "at least 16 tokens and 4 heads of width 16", *OWN_KEYS,
-        ),
-        why="the exact Jacobian's norm, averaged over draws of the law that the configuration states",
-        target=0.03,
-        domain=DRAWN | {"numbers": (0.0, float(LARGEST_INPUT))},
-        relations=OWN_KEYS,
+    return simulated(
+        "attention-half-layer-simulated", "half_layer_jacobian", formula,
+        drawn="independent normal weights and tokens of one std", positions="no positions inside", relations=OWN_KEYS,
     )  # fmt: skip
 
 
@@ -135,20 +122,9 @@ def attention_variants_simulated() -> Statement:
             alibi, n_seen, softcap, qk_norm,
         )  # fmt: skip
 
-    return Statement(
-        name="attention-variants-simulated",
-        kind="sharp",
-        quantity=quantity("attention_jacobian"),
-        formula=formula,
-        source=Source(key="spikecheck", label=f"simulation of the ensemble, {VARIANT_DRAWS} draws"),
-        assumptions=(
-            "independent normal weights and tokens", "logit variance at most 4", "RoPE or ALiBi, not both",
-            "at least 16 tokens and 4 heads of width 16",
-        ),
-        why="the exact Jacobian's norm, averaged over draws of the law that the configuration states",
-        target=0.03,
-        domain=DRAWN | {
-            "numbers": (0.0, float(LARGEST_VARIANT)),
-            "rotary": (0.0, 1.0), "alibi": (0.0, 1.0), "qk_norm": (0.0, 2.0),
-        },
+    return simulated(
+        "attention-variants-simulated", "attention_jacobian", formula,
+        drawn="independent normal weights and tokens", positions="RoPE or ALiBi, not both",
+        draws=VARIANT_DRAWS, largest=LARGEST_VARIANT,
+        domain={"rotary": (0.0, 1.0), "alibi": (0.0, 1.0), "qk_norm": (0.0, 2.0)},
     )  # fmt: skip

@@ -13,7 +13,7 @@ scale; the statement here is of plain attention, those of variants and of half-l
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import lru_cache
 from typing import Any
@@ -236,6 +236,36 @@ def plain_attention(width: int, heads: int, d_head: int, n_tokens: int, logit_va
     )  # fmt: skip
 
 
+def simulated(
+    name: str, of: str, formula: Callable[..., Any], *, drawn: str, positions: str, draws: int = DRAWS,
+    largest: int = LARGEST_INPUT, domain: Mapping[str, tuple[float, float]] | None = None,
+    relations: Mapping[str, Callable[..., bool]] | None = None,
+) -> Statement:  # fmt: skip
+    """A sharp statement of the mean norm over draws by fixed seeds.
+
+    Args:
+        of: the quantity's name.
+        drawn, positions: assumptions in words: what is drawn from which law, and where tokens know their places.
+        largest: numbers in an input, above which so many draws are not made.
+        domain, relations: what bounds it besides `DRAWN` and the input's size.
+    """
+    return Statement(
+        name=name,
+        kind="sharp",
+        quantity=quantity(of),
+        formula=formula,
+        source=Source(key="spikecheck", label=f"simulation of the ensemble, {draws} draws, seeds 0 to {draws - 1}"),
+        assumptions=(
+            drawn, "logit variance at most 4", positions, "at least 16 tokens and 4 heads of width 16",
+            *(relations or {}),
+        ),
+        why="the exact Jacobian's norm, averaged over draws of the law that the configuration states",
+        target=0.03,
+        domain=DRAWN | {"numbers": (0.0, float(largest))} | dict(domain or {}),
+        relations=relations or {},
+    )  # fmt: skip
+
+
 @register
 def attention_simulated() -> Statement:
     r"""Predict the mean norm of the attention sub-layer's Jacobian where softmax rows are uneven.
@@ -257,18 +287,7 @@ def attention_simulated() -> Statement:
 
         return elementwise("simulated_attention", one, c_VO, d, n_heads, d_head, n_tokens, logit_variance)
 
-    return Statement(
-        name="attention-simulated",
-        kind="sharp",
-        quantity=quantity("attention_jacobian"),
-        formula=formula,
-        source=Source(key="spikecheck", label=f"simulation of the ensemble, {DRAWS} draws, seeds 0 to {DRAWS - 1}"),
-        assumptions=(
-            "independent normal weights and tokens", "logit variance at most 4", "no positions inside",
-            "at least 16 tokens and 4 heads of width 16", *OWN_KEYS,
-        ),
-        why="the exact Jacobian's norm, averaged over draws of the law that the configuration states",
-        target=0.03,
-        domain=DRAWN | {"numbers": (0.0, float(LARGEST_INPUT))},
-        relations=OWN_KEYS,
+    return simulated(
+        "attention-simulated", "attention_jacobian", formula,
+        drawn="independent normal weights and tokens", positions="no positions inside", relations=OWN_KEYS,
     )  # fmt: skip
