@@ -14,12 +14,12 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import platform
 import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # a module of this folder is called theory too
 
@@ -30,13 +30,12 @@ from torch import Tensor  # noqa: E402
 from torch.func import jacrev, jvp, vjp  # noqa: E402
 from torch.nn.attention import SDPBackend, sdpa_kernel  # noqa: E402
 
-from benchmarks.timing import best_of, measure, one_core, writable  # noqa: E402
+from benchmarks.timing import best_of, measure, one_core, report  # noqa: E402
 from empirics.data import random_tokens  # noqa: E402
 from empirics.model import Layer, Transformer, build  # noqa: E402
 from empirics.spectral import NormEstimate, jacobian_products, lanczos_opnorm, lanczos_opnorms  # noqa: E402
 from empirics.stacked import batches, stacked  # noqa: E402
 from theory.architecture import preset  # noqa: E402
-from theory.records import SCHEMA, write_json  # noqa: E402
 
 ACCURACY = 0.01
 
@@ -433,27 +432,20 @@ def main(arguments: list[str] | None = None) -> int:
         print(json.dumps(asdict(TASKS[options.task[0]](SCALES[options.scale], int(options.task[1])))))
         return 0
     one_core()
-    try:
-        if options.out:
-            writable(options.out.parent)
+
+    def measured_all() -> tuple[str, dict[str, Any]]:
         sizes, exponent = dense_rows(options.scale)
         rows: list[Row] = []
         for layer in SCALES[options.scale].layers:
             rows += layer_rows(options.scale, layer, sizes[-1].jacobian + sizes[-1].values)
         layers = together_rows(options.scale)
-        print(tables(rows, sizes, exponent, layers))
-        if options.out:
-            body = {
-                "schema": SCHEMA, "scale": options.scale, "python": platform.python_version(),
-                "torch": torch.__version__, "rows": [asdict(row) for row in rows],
-                "dense": [asdict(row) for row in sizes], "exponent": exponent,
-                "together": [asdict(row) for row in layers],
-            }  # fmt: skip
-            write_json(options.out, body)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+        return tables(rows, sizes, exponent, layers), {
+            "torch": torch.__version__, "rows": [asdict(row) for row in rows],
+            "dense": [asdict(row) for row in sizes], "exponent": exponent,
+            "together": [asdict(row) for row in layers],
+        }  # fmt: skip
+
+    return report(options.scale, options.out, measured_all)
 
 
 if __name__ == "__main__":

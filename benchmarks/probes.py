@@ -17,18 +17,18 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # a module of this folder is called theory too
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
-from benchmarks.timing import one_core, writable  # noqa: E402
+from benchmarks.timing import one_core, report  # noqa: E402
 from empirics.data import Corpus, load_corpus  # noqa: E402
 from empirics.run_spec import RunSpec  # noqa: E402
 from empirics.train import train  # noqa: E402
 from theory.architecture import preset  # noqa: E402
-from theory.records import SCHEMA, write_json  # noqa: E402
 
 TARGET = 0.05  # of training time, at the default interval
 EVERY = next(field.default for field in fields(RunSpec) if field.name == "probe_every")
@@ -168,29 +168,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--scale", choices=list(SCALES), default="full", help="default full, about three minutes")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the record there too")
     arguments = parser.parse_args(argv)
-    if arguments.out is not None:
-        try:
-            writable(arguments.out.parent)
-        except ValueError as reason:
-            print(f"error: {reason}", file=sys.stderr)
-            return 2
     torch.set_num_threads(1)
     one_core()
-    rows: list[Row] = []
-    for task in SCALES[arguments.scale]:
-        corpus = load_corpus("sympy", vocab_size=preset(task.preset).vocab_size, cache=None)
-        rows.append(measure(task, corpus))
-    print(table(rows))
-    if arguments.out is not None:
-        environment = {"python": platform.python_version(), "torch": torch.__version__, "machine": platform.machine()}
-        body = {
-            "scale": arguments.scale,
-            "target": TARGET,
-            "environment": environment,
-            "rows": [asdict(r) for r in rows],
-        }
-        write_json(arguments.out, {"schema": SCHEMA, "kind": "benchmark", **body})
-    return 0
+
+    def measured() -> tuple[str, dict[str, Any]]:
+        rows: list[Row] = []
+        for task in SCALES[arguments.scale]:
+            corpus = load_corpus("sympy", vocab_size=preset(task.preset).vocab_size, cache=None)
+            rows.append(measure(task, corpus))
+        return table(rows), {
+            "torch": torch.__version__, "machine": platform.machine(), "target": TARGET,
+            "rows": [asdict(row) for row in rows],
+        }  # fmt: skip
+
+    return report(arguments.scale, arguments.out, measured)
 
 
 if __name__ == "__main__":

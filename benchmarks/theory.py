@@ -12,11 +12,11 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import platform
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 sys.path[0] = str(
     Path(__file__).resolve().parents[1]
@@ -24,12 +24,11 @@ sys.path[0] = str(
 
 import numpy as np  # noqa: E402
 
-from benchmarks.timing import Cost, best_of, measure, one_core, writable  # noqa: E402
+from benchmarks.timing import Cost, best_of, measure, one_core, report  # noqa: E402
 from theory.architecture import preset  # noqa: E402
 from theory.evaluate import closed_form  # noqa: E402
 from theory.growth import gradient_growth  # noqa: E402
 from theory.kernels import activation_function, activation_kernel, activation_slope  # noqa: E402
-from theory.records import SCHEMA, write_json  # noqa: E402
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -230,19 +229,14 @@ def main(arguments: list[str] | None = None) -> int:
         print(best_of(TASKS[options.task](scale), scale.repeats))
         return 0
     one_core()
-    try:
-        if options.out:
-            writable(options.out.parent)
+
+    def measured() -> tuple[str, dict[str, Any]]:
         found = rows(options.scale)
-        print(table(found))
-        if options.out:
-            versions = {"python": platform.python_version(), "numpy": np.__version__}
-            body = [asdict(row) | {"ratio": row.ratio} for row in found]
-            write_json(options.out, {"schema": SCHEMA, "scale": options.scale, **versions, "rows": body})
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+        return table(found), {
+            "numpy": np.__version__, "rows": [asdict(row) | {"ratio": row.ratio} for row in found],
+        }  # fmt: skip
+
+    return report(options.scale, options.out, measured)
 
 
 if __name__ == "__main__":

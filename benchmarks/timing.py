@@ -1,15 +1,19 @@
-"""What benchmarks share: a command on one core with its cost, the best of some repetitions, a folder made in time."""
+"""What benchmarks share: a command on one core with its cost, the best of some repetitions, tables and numbers out."""
 
 from __future__ import annotations
 
 import math
 import os
+import platform
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+from theory.records import SCHEMA, write_json
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -57,8 +61,30 @@ def one_core() -> None:
         os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
 
 
-def writable(folder: Path) -> None:
-    """Make the folder before a minute of measuring, not after it."""
+def report(scale: str, out: Path | None, measured: Callable[[], tuple[str, Mapping[str, Any]]]) -> int:
+    """Measure, print the tables and write the numbers.
+
+    Args:
+        out: file to write the numbers to, as JSON; its folder is made before a minute of measuring, not after it.
+        measured: gives the tables and the numbers.
+
+    Returns:
+        Exit status: 0 measured, 2 bad input, which is said in one line.
+    """
+    try:
+        if out is not None:
+            _make(out.parent)
+        tables, numbers = measured()
+        print(tables)
+        if out is not None:
+            write_json(out, {"schema": SCHEMA, "scale": scale, "python": platform.python_version(), **numbers})
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _make(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import platform
 import statistics
 import sys
 import tempfile
@@ -21,6 +20,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # a module of this folder is called theory too
 
@@ -29,14 +29,13 @@ from torch import Tensor  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 from benchmarks.gpt_peer import Config, Loop  # noqa: E402
-from benchmarks.timing import writable  # noqa: E402
+from benchmarks.timing import report  # noqa: E402
 from empirics.model import Attention, Kernel, faster_attention  # noqa: E402
 from empirics.plan import flops_per_token  # noqa: E402
 from empirics.run import corpus_of  # noqa: E402
 from empirics.run_spec import RunSpec  # noqa: E402
 from empirics.train import train  # noqa: E402
 from theory.architecture import Architecture, preset  # noqa: E402
-from theory.records import SCHEMA, write_json  # noqa: E402
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 PEERS = {"peer": False, "peer, fused AdamW": True}
@@ -283,18 +282,17 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, help="turns that each one has (default 3)")
     parser.add_argument("--out", type=Path, help="file to write the numbers to, as JSON")
     options = parser.parse_args(arguments)
-    scale = SCALES[options.scale]
-    try:
+
+    def measured() -> tuple[str, dict[str, Any]]:
         for option in ("threads", "rounds"):
             if getattr(options, option) is not None and getattr(options, option) < 1:
                 raise ValueError(f"--{option} {getattr(options, option)} is not positive; use 1 or more")
+        scale = SCALES[options.scale]
         scale = replace(scale, rounds=options.rounds or scale.rounds)
         known = {size.name: size for size in scale.sizes}
         names = list(known) if options.sizes is None else options.sizes.split(",")
         if set(names) - set(known):
             raise ValueError(f"--sizes {options.sizes} is not known; use some of {', '.join(known)}")
-        if options.out:
-            writable(options.out.parent)
         torch.set_num_threads(options.threads)
         attentions = attention_rows(scale, options.threads)
         peaks, rows = dict.fromkeys(PRECISIONS, 0.0), list[Row]()
@@ -305,18 +303,12 @@ def main(arguments: list[str] | None = None) -> int:
                     rows.append(compare(scale, size, precision, options.threads, Path(folder)))
                     bar.update()
         rows = [replace(row, of_peak=row.flops_per_second / peaks[row.precision]) for row in rows]
-        print(tables(rows, attentions, peaks))
-        if options.out:
-            body = {
-                "schema": SCHEMA, "scale": options.scale, "threads": options.threads,
-                "python": platform.python_version(), "torch": torch.__version__, "peaks": peaks,
-                "rows": [asdict(row) for row in rows], "attention": [asdict(row) for row in attentions],
-            }  # fmt: skip
-            write_json(options.out, body)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+        return tables(rows, attentions, peaks), {
+            "threads": options.threads, "torch": torch.__version__, "peaks": peaks,
+            "rows": [asdict(row) for row in rows], "attention": [asdict(row) for row in attentions],
+        }  # fmt: skip
+
+    return report(options.scale, options.out, measured)
 
 
 if __name__ == "__main__":
