@@ -10,37 +10,40 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from figures.corruptions import (
+    SWAPPED,
+    Corruption,
+    detached_too_late,
+    edited,
+    far_from_normal,
+    longer_norm,
+    no_events,
+    relabelled,
+    scaled_prediction,
+)
 from figures.criteria import (
     LARGE_EXCESS,
     MEAN_ERRORS,
     NORMAL_DISTANCE,
     SMALL_EXCESS,
-    SWAPPED,
     Finding,
     accuracy,
     detach,
-    detach_control,
-    edited,
     final_losses,
     gradient_norms,
     half_layers_below,
     llama_style,
-    no_events,
-    norm_control,
     norm_jacobian,
     normality,
     paper_sizes,
     post_ln,
     rate_gap,
-    relabelled,
-    scaled_prediction,
     short_sequences,
     spikes,
-    spread_control,
     untested,
     xavier,
 )
-from figures.selection import Record, Records
+from figures.selection import Records
 
 REPRODUCED, NOT_REPRODUCED, NOT_TESTED = "reproduced", "not reproduced", "not tested at this scale"
 
@@ -55,7 +58,7 @@ class Claim:
     criterion: str
     source: str
     judge: Callable[[Records], Finding]
-    control: Callable[[Records], list[Record]]
+    control: Corruption
 
     def verdict(self, records: Records) -> dict[str, Any]:
         """The claim's row in `claims.json`."""
@@ -102,7 +105,7 @@ CLAIMS: tuple[Claim, ...] = (
         criterion="spectral norm equal to 1/sigma within 1e-9, and the relative Frobenius gap below 1.5/sqrt(d)",
         source="takase2025spike, before eq. (15) [C]",
         judge=norm_jacobian,
-        control=edited(norm_control),
+        control=edited(longer_norm),
     ),
     Claim(
         id="claim-04",
@@ -112,7 +115,7 @@ CLAIMS: tuple[Claim, ...] = (
         "standard errors std/sqrt(d) for all of them at step 0; the end of training is reported beside",
         source="takase2025spike, assumption 1 [C]",
         judge=normality,
-        control=edited(spread_control),
+        control=edited(far_from_normal),
     ),
     Claim(
         id="claim-05",
@@ -207,7 +210,7 @@ CLAIMS: tuple[Claim, ...] = (
         "within 1e-5",
         source="spikecheck, from the definition of the method",
         judge=detach,
-        control=edited(detach_control),
+        control=edited(detached_too_late),
     ),
     Claim(
         id="question-02",

@@ -1,8 +1,7 @@
-"""Criteria by which claims are judged from records, and corruptions of the records under which they must fail."""
+"""Criteria by which claims are judged from records; `figures.corruptions` has records under which they must fail."""
 
 from __future__ import annotations
 
-import copy
 import itertools
 import math
 from collections import Counter
@@ -73,56 +72,17 @@ def _band(values: Sequence[float]) -> str:
     return f"{min(values):.3f} to {max(values):.3f}"
 
 
-# --- controls ----------------------------------------------------------------------------------------------------
-
-
-def relabelled(swap: dict[str, str]) -> Callable[[Records], list[Record]]:
-    """Exchange methods' names: what was measured on one is reported of the other."""
-
-    def control(records: Records) -> list[Record]:
-        changed = [copy.deepcopy(dict(record)) for record in records]
-        for record in changed:
-            for place in (record, record.get("spec") or {}, *record.get("rows", ())):
-                if "label" in place:
-                    place["label"] = swap.get(place["label"], place["label"])
-        return changed
-
-    return control
-
-
-SWAPPED = relabelled(
-    {"Vanilla": "Scaled Embed", "Scaled Embed": "Vanilla", "Embed Detach": "Embed LN", "Embed LN": "Embed Detach"}
-)
-
-
-def scaled_prediction(quantity: str, factor: float) -> Callable[[Records], list[Record]]:
-    """Multiply one estimate, as a wrong constant in its formula would."""
-
-    def control(records: Records) -> list[Record]:
-        changed = [copy.deepcopy(dict(record)) for record in records]
-        for record in changed:
-            for item in record.get("predictions") or ():
-                if item["quantity"] == quantity:
-                    item["values"] = [factor * value for value in item["values"]]
-        return changed
-
-    return control
-
-
-def edited(edit: Callable[[dict[str, Any]], None]) -> Callable[[Records], list[Record]]:
-    def control(records: Records) -> list[Record]:
-        changed = [copy.deepcopy(dict(record)) for record in records]
-        for record in changed:
-            edit(record)
-        return changed
-
-    return control
-
-
 # --- criteria ----------------------------------------------------------------------------------------------------
 
 
 def half_layers_below(quantity: str, measured: str) -> Callable[[Records], Finding]:
+    """Whether every measured half-layer's norm is at most 1 + the estimate of its branch.
+
+    Args:
+        quantity: the branch's, as it is predicted.
+        measured: the half-layer's, as a layer's row of `jacobians` names it.
+    """
+
     def judge(records: Records) -> Finding:
         ratios: list[float] = []
         seeds: set[int] = set()
@@ -148,6 +108,7 @@ def half_layers_below(quantity: str, measured: str) -> Callable[[Records], Findi
 
 
 def norm_jacobian(records: Records) -> Finding:
+    """Whether the normalisation's Jacobian has norm 1/sigma, and the paper's form misses one direction and no more."""
     found = [record for record in _of_kind(records, "initialisation") if record.get("norm_jacobian")]
     if not found:
         return Finding(holds=None)
@@ -166,6 +127,7 @@ def norm_jacobian(records: Records) -> Finding:
 
 
 def normality(records: Records) -> Finding:
+    """Whether residual streams and weights are normal with mean 0 at step 0; the end of training is told beside."""
     runs = _runs(records, "sweep")
     if not runs:
         return Finding(holds=None)
@@ -192,6 +154,7 @@ def normality(records: Records) -> Finding:
 
 
 def paper_sizes(records: Records) -> Finding:
+    """Whether eq. (15) at 350M is large in the first layer of `WEAK`, and small in every layer of `STRONG`."""
     bounds = {
         record["label"]: prediction(record, "ffn_branch", "estimate")
         for record in _of_kind(records, "prediction")
@@ -235,10 +198,12 @@ def _separated(
 
 
 def gradient_norms(records: Records) -> Finding:
+    """Whether the median gradient norms of `WEAK` lie above those of `STRONG`."""
     return _separated(_runs(records, "sweep"), _median_norm, STRONG, WEAK, "median gradient norm")
 
 
 def final_losses(records: Records) -> Finding:
+    """Whether the final held-out losses of `WEAK` lie above those of `STRONG`."""
     return _separated(_runs(records, "sweep"), _final, STRONG, WEAK, "final held-out loss")
 
 
@@ -248,6 +213,7 @@ def _event_rows(records: Records, quantity: str, definition: str) -> list[dict[s
 
 
 def spikes(records: Records) -> Finding:
+    """Whether every seed of Vanilla has a paired loss spike, and `STRONG` none."""
     losses = [row for row in _event_rows(records, "loss", "robust-deviation") if row["experiment"] != "short-sequences"]
     if not losses:
         return Finding(holds=None)
@@ -292,6 +258,7 @@ def _event_summary(records: Records) -> str:
 
 
 def rate_gap(records: Records) -> Finding:
+    """Whether the gap of mean final losses grows with the rate, and Scaled Embed trains at as high a rate."""
     runs = _runs(records, "sweep", "Vanilla", "Scaled Embed")
     rates = [rate for rate in _rates(runs) if _at(runs, rate, "Vanilla") and _at(runs, rate, "Scaled Embed")]
     if len(rates) < 2:
@@ -314,6 +281,7 @@ def rate_gap(records: Records) -> Finding:
 
 
 def short_sequences(records: Records) -> Finding:
+    """Whether Vanilla has fewer gradient-norm events with half the sequence length, at the same rate and seeds."""
     rows = [row for row in _event_rows(records, "gradient_norm", "twice-median") if row["label"] == "Vanilla"]
     short = [row for row in rows if row["experiment"] == "short-sequences"]
     if not short:
@@ -335,12 +303,14 @@ def short_sequences(records: Records) -> Finding:
 
 
 def xavier(records: Records) -> Finding:
+    """Whether final losses without the depth factor lie above those of Scaled Embed."""
     return _separated(
         _runs(records, "sweep"), _final, ("Scaled Embed",), ("Xavier + Scaled Embed",), "final held-out loss"
     )
 
 
 def llama_style(records: Records) -> Finding:
+    """Whether Vanilla's losses and gradient norms lie above Scaled Embed's with RMSNorm and SwiGLU."""
     runs = _runs(records, "llama-style")
     loss = _separated(runs, _final, ("Scaled Embed",), ("Vanilla",), "final held-out loss")
     norm = _separated(runs, _median_norm, ("Scaled Embed",), ("Vanilla",), "median gradient norm")
@@ -355,6 +325,7 @@ def llama_style(records: Records) -> Finding:
 
 
 def untested(records: Records) -> Finding:
+    """Nothing to judge 13B by; what is predicted there."""
     at_13b = {
         record["label"]: prediction(record, "gradient_growth", "sharp")
         for record in _of_kind(records, "prediction")
@@ -365,6 +336,7 @@ def untested(records: Records) -> Finding:
 
 
 def post_ln(records: Records) -> Finding:
+    """Nothing to judge Post-LN's training by; where its growth at initialisation is."""
     return Finding(
         holds=None, predicted="growth at initialisation: docs/accuracy.md has Post-LN, predicted and measured"
     )
@@ -404,6 +376,7 @@ ACCURACY = {"Vanilla": 0.05, "Scaled Embed": 0.01, "Embed LN": 0.01}  # the targ
 
 
 def accuracy(records: Records) -> Finding:
+    """Whether predicted growth is within `ACCURACY` of the measured, at widths from 256."""
     found = [record for record in _of_kind(records, "initialisation") if record["label"] in ACCURACY]
     found = [record for record in found if record["architecture"]["d_model"] >= 256]
     if not found:
@@ -426,26 +399,3 @@ def accuracy(records: Records) -> Finding:
         error=worst,
         seeds=tuple(found[0]["seeds"]),
     )
-
-
-def spread_control(record: dict[str, Any]) -> None:
-    for item in (record.get("series", {}).get("distributions", {}).get("start") or {}).get("places", ()):
-        item["normal_distance"] = 0.2
-
-
-def norm_control(record: dict[str, Any]) -> None:
-    if record.get("norm_jacobian"):
-        record["norm_jacobian"]["opnorm_sigma"] *= 1.1
-
-
-def detach_control(record: dict[str, Any]) -> None:
-    # A detach after the first block scales the gradient below it, which the places before it show.
-    if record["kind"] == "training" and record["spec"]["label"] == "Embed Detach":
-        for gradients in record["series"]["place_gradient"][:1]:
-            gradients[:2] = [0.1 * value for value in gradients[:2]]
-
-
-def no_events(record: dict[str, Any]) -> None:
-    for row in record.get("rows", ()):
-        row["raw"] = []
-        row["paired"] = None if row["paired"] is None else []
