@@ -101,6 +101,7 @@ class Run(NamedTuple):
     output: Tensor
 
     def of(self, module: nn.Module) -> Called:
+        """A module's first call."""
         return next(call for call in self.calls if call.module is module)
 
     def entering(self, sublayer: SubLayer) -> Tensor:

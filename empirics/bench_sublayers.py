@@ -34,6 +34,7 @@ ATTENTIONS = {
 
 
 def sequence(choices: Choices) -> tuple[int, int]:
+    """Shape (T, D) of an input."""
     return choices["n_tokens"], choices["d_model"]
 
 
@@ -41,10 +42,12 @@ def sequence(choices: Choices) -> tuple[int, int]:
 
 
 def norm_module(choices: Choices) -> nn.Module:
+    """The model's normalisation, of the kind and eps chosen."""
     return make_norm(small_architecture(choices))
 
 
 def has_scale(norm: Any, x_TD: Tensor) -> bool:
+    """Whether it divides every token by more than zero: with eps = 0 a constant token has no norm."""
     return bool(observables.observe_norm(norm, x_TD)["s"] > 0)
 
 
@@ -55,6 +58,7 @@ def norm_conditioning(norm: Any, x_TD: Tensor) -> float:
 
 
 def norm_size(norm: Any, x_TD: Tensor) -> float:
+    """What bounds its Jacobian: the largest gain over the smallest normaliser."""
     values = observables.observe_norm(norm, x_TD)
     return (values["gain"] / values["s"]).item()
 
@@ -81,6 +85,7 @@ def inner_gain(norm: Any, x_TD: Tensor) -> observables.Observed:
 
 
 def norm_inverse(norm: Any, x_TD: Tensor) -> Tensor:
+    """One over the true norm of its Jacobian: a lower bound is attacked as an upper one of this."""
     return 1 / observables.true_tokenwise(norm, x_TD)
 
 
@@ -115,6 +120,7 @@ class EmbeddingTables(nn.Module):
 
     @property
     def rows(self) -> int:
+        """Of the tables together, one below the other."""
         return VOCABULARY + (len(self.tokens) if self.learned else 0)
 
     def sums(self, table: Tensor) -> Tensor:
@@ -123,6 +129,7 @@ class EmbeddingTables(nn.Module):
         return x_TD + table[VOCABULARY:] if self.learned else x_TD
 
     def forward(self, table: Tensor) -> Tensor:
+        """(T, D), the stream that the first layer reads, times the factor on the gradient: so is its Jacobian."""
         x_TD = self.sums(table)
         return self.gradient * (x_TD if self.norm is None else self.norm(x_TD))
 
@@ -139,6 +146,7 @@ def embedding_slopes(embedding: Any, table: Tensor) -> Tensor:
 
 
 def observe_embedding(embedding: Any, table: Tensor) -> observables.Observed:
+    """The largest sum of squared slopes over a token's places, over a position's, and the norm's largest slope."""
     squares, norm = embedding_slopes(embedding, table).square(), embedding.norm
     places = torch.tensor(embedding.tokens)
     steepest = 1.0 if norm is None else norm.weight.abs().max() / math.sqrt(norm.eps)
@@ -151,6 +159,7 @@ def observe_embedding(embedding: Any, table: Tensor) -> observables.Observed:
 
 
 def embedding_rounding(embedding: Any, table: Tensor) -> float:
+    """That of the norm at its worst token, carried to the Jacobian's largest size."""
     if embedding.norm is None:
         return 0.0
     x_TD = embedding.sums(table)
@@ -206,6 +215,7 @@ class NormalMatrix(nn.Module):
         self.factor = sigma * math.sqrt(columns)  # a plain draw divides by the root of the columns
 
     def matrix(self) -> Tensor:
+        """(rows, columns), of the standard deviation asked for."""
         return self.factor * self.weight
 
 
@@ -232,6 +242,7 @@ add_bench(
 
 
 def feedforward_module(choices: Choices) -> FeedForward:
+    """The model's feed-forward sub-layer."""
     return FeedForward(small_architecture(choices))
 
 
@@ -287,10 +298,12 @@ class Branch(nn.Module):
         self.norm, self.inner = norm, inner
 
     def forward(self, x_TD: Tensor) -> Tensor:
+        """(T, D), before it is added to the shortcut."""
         return self.inner(self.norm(x_TD))
 
 
 def branch_rounding(branch: Any, x_TD: Tensor) -> float:
+    """That of the norm, as the feed-forward's slopes carry it on."""
     u_TD = branch.norm(x_TD)
     values = observables.observe_feedforward(branch.inner, u_TD)
     entering = values.get("opnorm_13", values["opnorm_1"])
@@ -323,10 +336,12 @@ class FullAttention(Attention):
     """Every token sees every other."""
 
     def seen(self, length: int, device: torch.device) -> Tensor:
+        """(T, T), true everywhere."""
         return torch.ones(length, length, dtype=torch.bool, device=device)
 
 
 def attention_module(choices: Choices) -> Attention:
+    """The model's attention, causal or not; heads are of even width where rotary positions turn them in pairs."""
     width = choices["head_pairs"] * (2 if choices["positions"] == "rope" else 1)
     heads = choices["n_kv_heads"] * choices["kv_group"]
     kind = Attention if choices["causal"] else FullAttention

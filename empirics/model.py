@@ -241,6 +241,7 @@ class Attention(nn.Module):
         return self.softmax(query, key)
 
     def forward(self, u_BTD: Tensor) -> Tensor:
+        """W_O P V of each token, (B, T, D)."""
         return self.output(self.heads(u_BTD))
 
     def _mask(self, query: Tensor) -> Tensor | None:
@@ -282,6 +283,7 @@ class FeedForward(nn.Module):
         self.leave = nn.Linear(a.d_ffn, a.d_model, bias=a.biases)
 
     def forward(self, u_BTD: Tensor) -> Tensor:
+        """Token by token, (B, T, D)."""
         hidden = self.activation(self.enter(u_BTD))
         if self.gate is not None:
             hidden = hidden * self.gate(u_BTD)
@@ -312,6 +314,7 @@ class Experts(nn.Module):
         return (top - total).exp(), index
 
     def forward(self, u_BTD: Tensor) -> Tensor:
+        """The sum of the chosen experts' outputs by their gates, (..., D) like what it reads."""
         u_ND = u_BTD.flatten(0, -2)
         gates, index = self.gates(u_ND)
         total = torch.zeros_like(u_ND)
@@ -432,6 +435,7 @@ class Transformer(nn.Module):
             self.head.weight = self.tokens.weight
 
     def embed(self, tokens_BT: Tensor) -> Tensor:
+        """The residual stream as the first layer reads it, (B, T, D): multiplier, positions, norm, gradient factor."""
         a, length = self.architecture, tokens_BT.shape[1]
         x_BTD = times(self.tokens(tokens_BT), a.embedding_multiplier)
         if self.positions is not None:
@@ -445,6 +449,7 @@ class Transformer(nn.Module):
         return x_BTD
 
     def forward(self, tokens_BT: Tensor, places: list[Tensor] | None = None) -> Tensor:
+        """Logits, (B, T, V); `places` is added to as the class says."""
         a, x_BTD = self.architecture, self.embed(tokens_BT)
         # Not the list itself: the hooks that shard a layer give it copies of lists that hold tensors.
         keep = None if places is None else places.append

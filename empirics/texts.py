@@ -217,6 +217,7 @@ def boundary(ends: NDArray[np.int64], total: int) -> int | None:
 
 
 def cut_range(total: int) -> tuple[float, float, float]:
+    """Of a text of so many characters: the least, the wanted and the most that the training part has."""
     heldout = min(HELDOUT * total, HELDOUT_CHARACTERS)
     return total - 2 * heldout, total - heldout, total - heldout / 2
 

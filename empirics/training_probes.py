@@ -41,6 +41,7 @@ class TrainingProbes:
 
     @property
     def on(self) -> bool:
+        """Whether anything is probed at all."""
         return bool(self._wanted)
 
     def due(self, step: int) -> bool:
