@@ -1,12 +1,15 @@
-"""Test-wide settings: hypothesis profiles, and one thread so that timings and rounding do not depend on the cores."""
+"""Test-wide settings: hypothesis profiles, and one thread so that timings and rounding do not depend on the cores; and
+the text that trainings are given."""
 
 from __future__ import annotations
 
 import os
 import warnings
+from pathlib import Path
 
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # read when numpy is imported
 
+import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
@@ -22,3 +25,10 @@ torch.set_num_threads(1)
 with warnings.catch_warnings():
     warnings.simplefilter("ignore", DeprecationWarning)
     torch.func.jvp(torch.sin, (torch.ones(1),), (torch.ones(1),))
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from helpers.training import write_text  # imports the whole package, which not every test needs
+
+    return write_text(tmp_path_factory.mktemp("text"))

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.ranks import ROOT, Launcher
-from helpers.training import write_text
+from helpers.training import cut, files, flip
 from safetensors.torch import load_file
 
 from empirics.__main__ import main
@@ -34,11 +34,6 @@ def launch() -> Iterator[Launcher]:
     launcher = Launcher()
     yield launcher
     launcher.close()
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_text(tmp_path_factory.mktemp("text"))
 
 
 # The one in shards of whole vectors of 16 numbers, what is left over being rounded differently by Adam's kernel; the
@@ -76,12 +71,6 @@ def record(out: Path) -> dict[str, Any]:
 def weights(out: Path) -> dict[str, torch.Tensor]:
     (path,) = (out / "models").glob("*/model.safetensors")
     return load_file(path)
-
-
-def files(out: Path) -> dict[str, bytes]:
-    """Everything that a run leaves; the tokenised text aside."""
-    found = {str(path.relative_to(out)): path for path in sorted(out.rglob("*")) if path.is_file()}
-    return {name: path.read_bytes() for name, path in found.items() if not name.startswith("data")}
 
 
 @pytest.fixture(scope="module")
@@ -245,16 +234,6 @@ def test_killed_at_random_moments_is_the_same(launch: Launcher, text: Path, tmp_
     ended = launch(2, command(text, killed, steps=steps))
     assert ended.statuses == [0, 0], ended.said
     assert files(killed) == files(calm)
-
-
-def cut(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-
-
-def flip(path: Path) -> None:
-    content = bytearray(path.read_bytes())
-    content[-1] ^= 1
-    path.write_bytes(content)
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.weights import architecture, generator
+from helpers.weights import architecture, disturb, generator
 from torch import Tensor, nn
 
 from empirics.model import ACTIVATIONS, Transformer, build
@@ -44,13 +44,6 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 def random_batch(seed: int = 0, batch: int = 3, length: int = LENGTH, vocab: int = VOCAB) -> tuple[Tensor, Tensor]:
     both = torch.randint(0, vocab, (2, batch, length), generator=generator(seed))
     return both[0], both[1]
-
-
-def disturb(model: nn.Module, seed: int) -> None:
-    """Move every parameter off its initial value, gains and biases too, by enough to make attention uneven."""
-    g = generator(seed)
-    for parameter in model.parameters():
-        parameter.data += 0.3 * torch.randn(parameter.shape, generator=g).to(parameter)
 
 
 # --- embedding treatments ---------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers.weights import architecture, generator
+from helpers.weights import architecture, disturb, generator
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -59,9 +59,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 def disturbed(a: Architecture, layer: int = 0) -> Attention:
     """A layer's attention with every parameter moved off its initial value by enough to make attention uneven."""
-    attention, g = build(a, seed=0, dtype=torch.float64).layers[layer].attention, generator(3)
-    for parameter in attention.parameters():
-        parameter.data += 0.3 * torch.randn(parameter.shape, generator=g, dtype=torch.float64)
+    attention = build(a, seed=0, dtype=torch.float64).layers[layer].attention
+    disturb(attention, 3)
     return attention
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers.training import Interrupted, specification, write_text
+from helpers.training import Interrupted, specification
 from helpers.weights import architecture
 
 from empirics import train as train_module
@@ -23,11 +23,6 @@ from empirics.run_spec import LATER, LATER_OF_ARCHITECTURE
 from empirics.tensorboard import TensorBoard
 from empirics.train import objective, train
 from theory.records import fingerprint, plain
-
-
-@pytest.fixture(scope="session")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_text(tmp_path_factory.mktemp("text"))
 
 
 def test_learning_rate_schedule(text: Path) -> None:

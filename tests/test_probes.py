@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers.weights import architecture, generator, normal
+from helpers.weights import architecture, disturbed, generator, normal, svd_norm
 from scipy import stats
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -30,24 +30,11 @@ from empirics.probes import (
 from empirics.spectral import explicit_jacobian, explicit_opnorm
 from theory.architecture import Architecture, preset
 
-
-def svd_norm(matrix: Tensor) -> float:
-    return float(torch.linalg.svdvals(matrix.detach())[0])
-
-
 # --- a layer's norms --------------------------------------------------------------------------------------------
 
 LAYERED: dict[str, Any] = {
     "d_model": 12, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "d_head": 4, "d_ffn": 30, "vocab_size": 50,
 }  # fmt: skip
-
-
-def disturbed(a: Architecture, seed: int = 0) -> Transformer:
-    """A float64 model some way off its initialisation, gains and biases included."""
-    model, g = build(a, seed=seed, dtype=torch.float64), generator(seed + 1)
-    for parameter in model.parameters():
-        parameter.data += 0.2 * torch.randn(parameter.shape, generator=g, dtype=torch.float64)
-    return model
 
 
 LAYOUTS: dict[str, dict[str, Any]] = {

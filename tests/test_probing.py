@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers.training import record_bytes, specification, train_until, write_text
+from helpers.training import record_bytes, specification, train_until
 from helpers.weights import architecture
 
 from empirics.__main__ import main
@@ -33,11 +33,6 @@ RUNS: dict[str, dict[str, Any]] = {
     "bfloat16": {"precision": "bfloat16"},
     "parallel": {"architecture": {"parallel": True, "positions": "learned"}},
 }
-
-
-@pytest.fixture(scope="session")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_text(tmp_path_factory.mktemp("text"))
 
 
 @pytest.mark.parametrize("changes", RUNS.values(), ids=RUNS)

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers import weights
 from helpers.weights import architecture, generator, normal
 from scipy import stats
 from torch import Tensor
@@ -22,7 +23,7 @@ from empirics import attention_probes
 from empirics.attention_probes import attention_rows
 from empirics.bounds import BOUNDED, a_posteriori_bounds
 from empirics.data import random_tokens
-from empirics.model import Attention, Layer, Transformer, build
+from empirics.model import Attention, Layer, Transformer
 from empirics.probes import distribution
 from empirics.registry import Reading, Unavailable, find, probe, probes, schedule
 from empirics.spectral import explicit_jacobian, explicit_opnorm
@@ -49,11 +50,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 
 
 def disturbed(layout: str, seed: int = 0) -> Transformer:
-    """A float64 model some way off its initialisation."""
-    model, g = build(architecture(**SIZES | LAYOUTS[layout]), seed=seed, dtype=torch.float64), generator(seed + 1)
-    for parameter in model.parameters():
-        parameter.data += 0.2 * torch.randn(parameter.shape, generator=g, dtype=torch.float64)
-    return model
+    return weights.disturbed(architecture(**SIZES | LAYOUTS[layout]), seed)
 
 
 def tokens(batch_size: int = 2, seq_len: int = 6) -> tuple[Tensor, Tensor]:

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.training import Interrupted, record_bytes, specification, train_until, write_text
+from helpers.training import Interrupted, cut, files, flip, record_bytes, specification, train_until
 from safetensors.torch import load_file
 
 import empirics.run
@@ -25,11 +25,6 @@ from empirics.run import checkpoints_of, model_path, record_path, run, stop_sign
 from empirics.train import Stopped, train
 
 ROOT = Path(__file__).resolve().parents[1]
-
-
-@pytest.fixture(scope="session")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_text(tmp_path_factory.mktemp("text"))
 
 
 @pytest.fixture(scope="session")
@@ -215,12 +210,6 @@ def test_killed_at_random_moments_is_the_same(text: Path, tmp_path: Path, times:
     assert files(killed) == files(calm)
 
 
-def files(folder: Path) -> dict[str, bytes]:
-    """Everything that a run leaves, by its name; the tokenised text aside."""
-    found = {str(path.relative_to(folder)): path for path in sorted(folder.rglob("*")) if path.is_file()}
-    return {name: path.read_bytes() for name, path in found.items() if not name.startswith("data")}
-
-
 def test_killed_before_the_record_is_written(
     text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, undisturbed: bytes
 ) -> None:
@@ -251,16 +240,6 @@ def test_killed_after_the_record_is_written(text: Path, tmp_path: Path) -> None:
 
 
 # --- damaged ------------------------------------------------------------------------------------------------------
-
-
-def cut(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-
-
-def flip(path: Path) -> None:
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.write_bytes(content)
 
 
 def edit(path: Path, **changes: Any) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
-from helpers.weights import architecture, normal
+from helpers.weights import architecture, normal, svd_norm
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -22,10 +22,6 @@ from empirics.spectral import explicit_jacobian, explicit_opnorm, jacobian_produ
 from empirics.stacked import batches, stacked
 
 EPS = {torch.float32: 1e-5, torch.float64: 1e-12}  # what rounding may add to a value
-
-
-def svd_norm(matrix: Tensor) -> float:
-    return float(torch.linalg.svdvals(matrix.detach())[0])
 
 
 def with_singular_values(values: Tensor, rows: int, columns: int, seed: int = 0) -> Tensor:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers.training import record_bytes, specification, write_text
+from helpers.training import record_bytes, specification
 
 import empirics.sweep
 from empirics.__main__ import main
@@ -27,11 +27,6 @@ CONFIG = {
     "model_type": "llama", "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 259,
     "intermediate_size": 32, "max_position_embeddings": 32, "tie_word_embeddings": False,
 }  # fmt: skip
-
-
-@pytest.fixture(scope="session")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_text(tmp_path_factory.mktemp("text"))
 
 
 def command(text: Path, out: Path, *more: str) -> list[str]:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers.training import record_bytes, specification, write_text
+from helpers.training import record_bytes, specification
 from helpers.weights import architecture
 
 from empirics import run as run_module
@@ -22,12 +22,6 @@ from empirics.run import corpus_of, record_path, run
 from empirics.sweep import run_all
 from theory.architecture import method
 from theory.records import read_record, read_records
-
-
-@pytest.fixture(scope="session")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_text(tmp_path_factory.mktemp("text"))
-
 
 # --- what a run writes ------------------------------------------------------------------------------------------
 

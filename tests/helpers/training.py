@@ -72,3 +72,21 @@ def train_until(spec: RunSpec, out: Path, last: int, *, every: int = 1) -> Path:
     with pytest.raises(Interrupted):
         train(spec, corpus_of(spec, out), checkpoints=checkpoints, checkpoint_every=every, on_step=stop)
     return checkpoints.folder
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    """Everything that a run leaves, by its name; the tokenised text aside."""
+    found = {str(path.relative_to(folder)): path for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {name: path.read_bytes() for name, path in found.items() if not name.startswith("data")}
+
+
+def cut(path: Path) -> None:
+    """Half of a file is lost."""
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def flip(path: Path) -> None:
+    """One bit of a file is another; of its last byte, which is contents in every format here."""
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
