@@ -1,19 +1,18 @@
-"""Figures and report: drawn from records of the documented shape, with the records' own numbers in them."""
+"""Figures: drawn from records of the documented shape, with the records' own numbers in them."""
 
 from __future__ import annotations
 
 import copy
 import math
 import os
-import re
 import subprocess
 import sys
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from helpers.figure_records import LAYERS, METHOD_NAMES, MINIMAL, full, initialisation, training
 from matplotlib.figure import Figure
 
 from figures import (
@@ -29,157 +28,9 @@ from figures import (
     style,
     wording,
 )
-from figures.report import VERDICTS, write_report
-from theory.architecture import METHODS, method, preset
-from theory.records import plain, write_json
+from theory.records import write_json
 
-METHOD_NAMES = tuple(METHODS)
-LAYERS = preset("tiny").n_layers
 ABOUT_TRAINING = ("loss_curves", "gradient_norms", "learning_rates", "distributions", "while_training")
-ABOUT_INITIALISATION = tuple(name for name in NAMES if name not in ABOUT_TRAINING)
-
-
-# --- synthetic records -------------------------------------------------------------------------------------------
-
-
-def distribution(rng: np.random.Generator) -> dict[str, Any]:
-    return {"mean": 0.0, "std": 1.0, "normal_distance": float(rng.uniform(0.004, 0.1)), "entries": 4096}
-
-
-def distributions(rng: np.random.Generator) -> dict[str, Any]:
-    names = ("tokens.weight", "layers.0.attention.query.weight", "layers.11.feedforward.leave.weight", "head.weight")
-    return {
-        "places": [distribution(rng) for _ in range(2 * LAYERS + 1)],
-        "weights": {name: distribution(rng) for name in names},
-    }
-
-
-def while_training(rng: np.random.Generator, steps: int) -> dict[str, Any]:
-    """What the default probes leave at every twentieth step; nothing if there was none."""
-    probed = list(range(0, steps, 20))
-    inside = [f"layers.{n}.attention.query.weight" for n in range(LAYERS)]
-    labels = {
-        "attention_entropy_relative": [f"layer {n}" for n in range(LAYERS)],
-        "gradient_growth": ["network"],
-        "update_ratio": ["tokens.weight", *inside, "head.weight"],
-    }
-    return {
-        name: {"labels": found, "steps": probed, "values": rng.uniform(0.1, 1, (len(probed), len(found))).tolist()}
-        for name, found in labels.items()
-        if probed
-    }
-
-
-def training(
-    label: str, *, seed: int = 0, rate: float = 0.01, experiment: str = "sweep", lost: int | None = None, **spec: Any
-) -> dict[str, Any]:
-    """A training record; `lost` is the step at which its loss stopped being finite."""
-    settings: dict[str, Any] = {"steps": 60, "batch_size": 16, "seq_len": 64, "schedule": "cosine", **spec}
-    architecture = method(preset("tiny"), label) if label in METHODS else preset("tiny")
-    rng = np.random.default_rng([seed, len(label), int(1e4 * rate)])
-    steps = settings["steps"] if lost is None else lost
-    norms = np.exp(rng.normal(size=(steps, LAYERS)))
-    series = {
-        "loss": [
-            *(6 * np.exp(-np.arange(steps) / 80) + rng.uniform(size=steps) / 5),
-            *([] if lost is None else [None]),
-        ],
-        "learning_rate": [rate] * steps,
-        "gradient_norm": np.sqrt((norms**2).sum(1)).tolist(),
-        "layer_gradient": norms.tolist(),
-        "distributions": {"start": distributions(rng), **({"end": distributions(rng)} if lost is None else {})},
-        "probes": while_training(rng, steps),
-        "diverged_at": lost,
-    }
-    body = {
-        "schema": 1,
-        "kind": "training",
-        "id": f"{experiment}-{label}-{rate:g}-{seed}",
-        "spec": {
-            "label": label,
-            "experiment": experiment,
-            "seed": seed,
-            "learning_rate": rate,
-            "architecture": architecture,
-            **settings,
-        },
-        "environment": {"torch": "2"},
-        "data": {"source": "synthetic text, 3 documents", "digest": "c0ffee1234567890", "vocab_size": 512},
-        "series": series,
-        "final": {"heldout_loss": 4 + rng.uniform() if lost is None else None, "diverged_at": lost},
-    }
-    return plain(body)
-
-
-def prediction(quantity: str, kind: str, values: Any, in_domain: bool = True) -> dict[str, Any]:
-    reasons = [] if in_domain else ["too narrow"]
-    found = {"quantity": quantity, "kind": kind, "statement": "s", "source": "s", "values": list(values)}
-    return {**found, "in_domain": in_domain, "reasons": reasons}
-
-
-def initialisation(label: str, *, name: str = "tiny", tokens: str = "text", seeds: tuple[int, ...] = (0, 1, 2)) -> Any:
-    """An initialisation record with every prediction the figures know."""
-    architecture = method(preset(name), label)
-    places = np.arange(2 * architecture.n_layers + 1)
-    profile = 1 + (places[-1] - places) * (0.1 if label in ("Vanilla", "Embed Detach") else 0.01)
-    branch = np.linspace(3, 1, architecture.n_layers)
-    spread = [0.02] * places.size if len(seeds) > 1 else [None] * places.size
-    predictions = [
-        prediction("gradient_profile", "sharp", profile * 1.01),
-        prediction("gradient_growth", "sharp", [profile[0] * 1.02], in_domain=name != "wide"),
-        prediction("gradient_growth", "estimate", [profile[0] * 0.7]),
-        prediction("residual_std", "sharp", profile),
-        prediction("ffn_branch", "estimate", branch),
-        prediction("ffn_branch", "upper", branch * 2),
-        prediction("attention_branch", "estimate", branch * 1.5),
-        prediction("log10_gradient_bound", "estimate", (places[-1] - places) * 0.4),
-        prediction("log10_gradient_bound", "upper", (places[-1] - places) * 0.6),
-    ]
-    measured = {"seeds": list(seeds), "lower_estimate": False}
-    measurements = [
-        {"quantity": "gradient_growth", "values": [profile[0]], "log_sd": spread[:1], **measured},
-        {"quantity": "gradient_profile", "values": profile, "log_sd": spread, **measured},
-        {"quantity": "residual_std", "values": profile, "log_sd": None, **measured},
-    ]
-    layer = {"attention_branch": 0.9, "attention_half": 1.7, "J_Z": 1.0, "feedforward_branch": 0.8}
-    layers = [{**layer, "feedforward_half": 1.5, "sigma_x": 1.0} for _ in range(architecture.n_layers)]
-    body = {
-        "schema": 1,
-        "kind": "initialisation",
-        "id": f"init-{name}-{tokens}-{label}",
-        "label": label,
-        "preset": name,
-        "architecture": architecture,
-        "seq_len": 64,
-        "tokens": tokens,
-        "seeds": seeds,
-        "predictions": predictions,
-        "measurements": measurements,
-        "jacobians": {"seq_len": 64, "seed": 0, "layers": layers},
-    }
-    return plain({**body, "measurements": [{**m, "values": list(m["values"])} for m in measurements]})
-
-
-def full() -> list[dict[str, Any]]:
-    runs = [training(label, seed=s, rate=r) for label in METHOD_NAMES for s in (0, 1) for r in (0.01, 0.03)]
-    runs += [training("Vanilla", seed=seed, rate=0.1, lost=20) for seed in (0, 1)]
-    runs += [training("an arm of our own", seed=0, rate=0.01)]
-    return runs + [initialisation(label, name=n) for label in METHOD_NAMES for n in ("tiny", "wide")]
-
-
-MINIMAL = {
-    "one run": [training("Vanilla"), initialisation("Vanilla", seeds=(0,))],
-    "diverged at once": [training("Embed LN", lost=1), initialisation("Embed LN")],
-    "diverged before a step": [training("Embed LN", lost=0), initialisation("Embed LN")],
-    "nothing predicted": [training("Vanilla"), initialisation("Vanilla") | {"predictions": [], "jacobians": None}],
-    "several experiments": [
-        training("Vanilla"),
-        training("Vanilla", experiment="long", steps=200, schedule="constant"),
-        training("Scaled Embed", experiment="short-sequences", seq_len=16, batch_size=64),
-        training("Scaled Embed", experiment="short-sequences", seq_len=32, batch_size=32),
-        initialisation("Scaled Embed"),
-    ],
-}
 
 
 @pytest.fixture(scope="module")
@@ -440,107 +291,6 @@ def test_listed_values() -> None:
     assert wording.listed(range(1, 100, 2)) == "1, 3, 5, 7, 9, 11, 13, ..., 99"
 
 
-# --- the report --------------------------------------------------------------------------------------------------
-
-VOID = {"meta", "img", "link", "br", "circle", "line"}
-
-
-class Reader(HTMLParser):
-    """Checks that tags nest, and collects addresses and text."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.addresses: list[str] = []
-        self.tags: list[str] = []
-        self.text = ""
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append(tag)
-        self.addresses += [value or "" for name, value in attrs if name in ("src", "href", "srcset", "action", "data")]
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_endtag(self, tag: str) -> None:
-        if tag not in VOID:
-            assert self.open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        self.text += data
-
-
-@pytest.fixture
-def claims() -> list[dict[str, Any]]:
-    base = {
-        "kind": "upper",
-        "criterion": "a < b & c",
-        "source": "someone, eq. (1)",
-        "seeds": [0, 1],
-        "error": 0.01234567,
-    }
-    return [
-        {**base, "id": f"c{n}", "claim": f"<script>alert({n})</script>", "verdict": verdict, "observed": None}
-        for n, verdict in enumerate(VERDICTS)
-    ]
-
-
-def report(path: Path, claims: list[dict[str, Any]]) -> tuple[str, Reader]:
-    png, svg = save(loss_curves.draw([training("Vanilla")]), path.parent, "loss_curves")
-    figures = [("loss_curves", png, "a <b>caption</b>"), ("again", svg, "the same as a drawing")]
-    settings = {"scale": "smoke", "versions": {"numpy": "2"}, "rates": [0.01, 0.03]}
-    write_report(path, title="A & B", claims=claims, figures=figures, settings=settings, notes=["1 < 2"])
-    page = path.read_text()
-    reader = Reader()
-    reader.feed(page)
-    reader.close()
-    return page, reader
-
-
-def test_report_is_whole_and_self_contained(tmp_path: Path, claims: list[dict[str, Any]]) -> None:
-    page, reader = report(tmp_path / "report.html", claims)
-    assert not reader.open
-    assert "script" not in reader.tags
-    assert "link" not in reader.tags
-    assert len(reader.addresses) == 2
-    assert all(address.startswith("data:image/") for address in reader.addresses)
-    assert "url(" not in page
-    assert "@import" not in page
-    assert (tmp_path / "report.html").read_bytes().isascii()
-
-
-def test_report_says_every_verdict_in_words_and_symbols(tmp_path: Path, claims: list[dict[str, Any]]) -> None:
-    _, reader = report(tmp_path / "report.html", claims)
-    for verdict, symbol in zip(VERDICTS, "\u2713\u2717\u25cb"):
-        assert f"{symbol} {verdict}" in reader.text
-    for kind in ("Sharp prediction", "Estimate", "Rigorous upper bound", "Measured"):
-        assert kind in reader.text
-    assert "0.01235" in reader.text
-    assert "0, 1" in reader.text
-    assert "versions" in reader.text
-
-
-def test_report_escapes_what_it_is_given(tmp_path: Path, claims: list[dict[str, Any]]) -> None:
-    page, reader = report(tmp_path / "report.html", claims)
-    assert "<script>alert(0)</script>" in reader.text
-    assert "<script>" not in page
-    assert "a < b & c" in reader.text
-    assert "a <b>caption</b>" in reader.text
-    assert "1 < 2" in reader.text
-
-
-def test_report_is_the_same_twice(tmp_path: Path, claims: list[dict[str, Any]]) -> None:
-    assert report(tmp_path / "1.html", claims)[0] == report(tmp_path / "2.html", claims)[0]
-
-
-def test_letters_of_a_narrow_figure_are_no_larger(tmp_path: Path) -> None:
-    wide, _ = save(loss_curves.draw([training("Vanilla")]), tmp_path, "wide")
-    narrow, vector = save(learning_rates.draw([training("Vanilla")]), tmp_path, "narrow")
-    figures = [(path.name, path, "") for path in (wide, narrow, vector)]
-    write_report(tmp_path / "r.html", title="t", claims=[], figures=figures, settings={}, notes=[])
-    widths = [int(found) for found in re.findall(r'<img style="max-width: (\d+)px"', (tmp_path / "r.html").read_text())]
-    assert widths == [920, round(0.62 * 920), 920]
-
-
 def test_a_device_check_is_drawn_beside_its_tolerances() -> None:
     def row(quantity: str, difference: float | None, verdict: str) -> dict[str, Any]:
         return {"quantity": quantity, "difference": difference, "tolerance": 1e-6, "verdict": verdict}
@@ -556,20 +306,6 @@ def test_a_device_check_is_drawn_beside_its_tolerances() -> None:
     assert "no evidence" in device_distances.caption(record | {"gpu": False})
     with pytest.raises(ValueError, match="nothing to compare"):
         device_distances.draw({"rows": [measured]})
-
-
-def test_report_of_nothing_is_still_a_page(tmp_path: Path) -> None:
-    write_report(tmp_path / "r.html", title="t", claims=[], figures=[], settings={}, notes=[])
-    assert "How to read this" in (tmp_path / "r.html").read_text()
-
-
-def test_report_names_the_remedy(tmp_path: Path, claims: list[dict[str, Any]]) -> None:
-    claims[0]["verdict"] = "maybe"
-    with pytest.raises(ValueError, match="use one of reproduced"):
-        write_report(tmp_path / "r.html", title="t", claims=claims, figures=[], settings={}, notes=[])
-    for path, remedy in ((tmp_path / "a.gif", "save the figure"), (tmp_path / "a.png", "draw the figure")):
-        with pytest.raises(ValueError, match=remedy):
-            write_report(tmp_path / "r.html", title="t", claims=[], figures=[("a", path, "")], settings={}, notes=[])
 
 
 def test_drawing_leaves_the_records_alone(records: list[dict[str, Any]]) -> None:

@@ -1,0 +1,90 @@
+"""A decoder's growth held against the prediction: what agrees, and what is said to be unknown."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+
+from helpers.decoders import NanoGPT
+from helpers.known_decoders import real, some_batch
+from helpers.real_classes import REAL, build
+
+from empirics.model import build as build_own
+from empirics.monitor import check
+from theory.architecture import Architecture, preset
+from theory.initialisation import flat
+
+
+def test_a_nanogpt_held_to_an_architecture() -> None:
+    """A module without a config of its own; its biases are torch's, until they are what the architecture says."""
+    torch.manual_seed(0)
+    model = NanoGPT()
+    said = Architecture(
+        name="nano", d_model=64, n_layers=3, n_heads=4, n_kv_heads=4, d_head=16, d_ffn=256, vocab_size=50, context=128,
+        activation="gelu", positions="learned", biases=True, tied=True, init=flat(0.1),
+    )  # fmt: skip
+    assert check(model, architecture=said).reasons[0].startswith("a bias has root mean square")
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                parameter.zero_()
+    answer = check(model, architecture=said)
+    assert (answer.verdict, answer.reasons) == ("agrees", ())
+    wrong = check(model, architecture=replace(said, parallel=True))
+    assert wrong.reasons == ("parallel is measured False, the config says True",)
+
+
+SLOW_REAL = [pytest.param(kind, marks=pytest.mark.slow) for kind in REAL if kind not in ("gpt2", "olmo2")]
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "olmo2", *SLOW_REAL])
+def test_a_fresh_class_agrees(kind: str) -> None:
+    """About 256 wide, where one network does not scatter by much."""
+    answer = check(build(REAL[kind]))
+    assert (answer.verdict, answer.reasons) == ("agrees", ())
+    assert f"predicted {answer.predicted:.4g} (sharp)" in str(answer)
+    assert str(answer).count("\n") == 2 + len(answer.record.places)
+
+
+def test_a_network_that_is_not_as_initialised_is_unknown() -> None:
+    model = copy.deepcopy(real("llama"))
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight.mul_(3)
+    answer = check(model)
+    assert answer.verdict == "unknown"
+    assert "ffn_out of layer 1" in answer.reasons[0]
+
+
+def test_a_config_that_lies_is_told() -> None:
+    model = copy.deepcopy(real("granite"))
+    model.config.residual_multiplier = 1.0
+    answer = check(model)
+    assert answer.verdict == "unknown"
+    assert answer.reasons == ("residual_multiplier is measured 0.22, the config says 1",)
+
+
+def test_a_class_without_a_prediction_is_unknown() -> None:
+    model = copy.deepcopy(real("mixtral"))
+    model.config.router_jitter_noise = 0.1
+    answer = check(model)
+    assert (answer.verdict, answer.predicted) == ("unknown", None)
+    assert answer.measured > 0
+
+
+def test_check_leaves_no_gradient() -> None:
+    model = copy.deepcopy(real("gpt2")).train()
+    before = torch.get_rng_state()
+    check(model, some_batch())
+    assert all(p.grad is None for p in model.parameters())
+    assert torch.equal(before, torch.get_rng_state())
+    assert model.training
+
+
+def test_our_own_transformer_agrees() -> None:
+    answer = check(build_own(replace(preset("wide"), n_layers=3), seed=0))
+    assert (answer.verdict, answer.reasons) == ("agrees", ())
