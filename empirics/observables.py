@@ -125,11 +125,6 @@ def true_attention(attention: Attention, u_TD: Tensor) -> Tensor:
     return true_opnorm(PlainAttention(attention), u_TD[None])
 
 
-def true_heads(attention: Attention, u_TD: Tensor) -> Tensor:
-    """|J^Z|: the concatenated heads' Jacobian over the whole sequence."""
-    return true_opnorm(PlainAttention(attention).heads, u_TD[None])
-
-
 def true_probability(attention: Attention, u_TD: Tensor) -> Tensor:
     """Largest norm over heads of the softmax matrix."""
     return opnorm(attention.probabilities(u_TD[None])[1][0]).max()
