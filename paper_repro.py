@@ -19,6 +19,7 @@ from figures.selection import Record
 from theory.__main__ import Parser, natural_list, run_command, whole
 from theory.architecture import METHODS, Architecture, method, preset
 from theory.records import fingerprint, read_record, read_records, write_json, write_record
+from theory.words import counted
 
 FOUR = tuple(METHODS)[:4]
 PAPER_SIZES = ("350m", "1.7b", "13b")
@@ -267,7 +268,8 @@ def paper(size: str, seeds: Sequence[int], device: str, data: str) -> list[Step]
         ]  # fmt: skip
 
     hours = 6 * big.n_parameters * PAPER_STEPS * PAPER_BATCH * PAPER_TOKENS / 400e12 / 3600  # at 400 TFLOP/s
-    purpose = f"{len(seeds) * len(METHODS)} trainings, each about {hours:.0f} hours of an H100 (estimated, not run)"
+    trainings = counted(len(seeds) * len(METHODS), "training")
+    purpose = f"{trainings}, each about {hours:.0f} hours of an H100 (estimated, not run)"
     return [
         _predictions(),
         Step(name="sweep", purpose=purpose, minutes=60 * hours * len(seeds) * len(METHODS), specs=specs),
@@ -350,6 +352,13 @@ def _require(device: str, scale: str) -> None:
         ) from None
 
 
+def _device(text: str) -> str:
+    """As `empirics.command_line.device_name`, which needs torch, as much else here does not."""
+    from empirics.command_line import device_name
+
+    return device_name(text)
+
+
 def _settings_of(out: Path, scale: str) -> dict[str, Any]:
     """What the folder was last computed with; empty for a new one.
 
@@ -395,7 +404,7 @@ def _run(arguments: argparse.Namespace) -> int:
     if arguments.list:
         for step in steps:
             cost = f"{step.minutes:.1f} min" if step.minutes < 100 else f"{step.minutes / 60:.0f} h"
-            print(f"{step.name:16}{len(step.specs()):4} records {cost:>9}  {step.purpose}")
+            print(f"{step.name:16}{counted(len(step.specs()), 'record'):>11} {cost:>9}  {step.purpose}")
         return 0
     if not arguments.draw_only:
         _require(device, arguments.scale)
@@ -422,15 +431,15 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--draw-only", action="store_true", help="draw again from the records; compute nothing")
     top.add_argument("--out", metavar="DIR", help="default results/SCALE")
     top.add_argument(
-        "--seeds", type=natural_list, metavar="S,S,...", help="seeds (default 0,1,2; cpu-full 0 to 4; others 0)"
+        "--seeds", type=natural_list, metavar="S,S,...", help="default 0,1,2; of cpu-full 0 to 4; of the others 0"
     )
     top.add_argument("--data", metavar="TEXT", help="sympy, files, hf:NAME, or shards (default: the scale's)")
-    top.add_argument("--device", metavar="DEVICE", help="cpu or cuda (default: the scale's)")
+    top.add_argument("--device", type=_device, metavar="DEVICE", help="cpu or cuda (default: the scale's)")
     top.add_argument(
         "--gpu-record", type=Path, metavar="FILE",
         help=f"the device check that the report shows (default: the latest in docs/gpu or results/{CHECK}/records)",
     )  # fmt: skip
-    top.add_argument("--processes", type=whole, default=2, help="runs at a time on a CPU (default 2)")
+    top.add_argument("--processes", type=whole, default=2, metavar="K", help="runs at a time on a CPU (default 2)")
     top.set_defaults(run=_run)
     return top
 

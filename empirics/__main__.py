@@ -7,7 +7,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from empirics.command_line import positive
+from empirics.command_line import device_name, positive
 from empirics.distributed import silenced_after_first
 from empirics.measure_command import add_command as add_measure
 from empirics.perplexity_command import add_command as add_perplexity
@@ -101,7 +101,9 @@ def parser() -> argparse.ArgumentParser:
     )
     accuracy.add_argument("--only", metavar="TEXT", help="cases with this in their name")
     accuracy.add_argument("--list", action="store_true", help="list the cases")
-    accuracy.add_argument("--out", default="results/accuracy", metavar="DIR", help="records (default results/accuracy)")
+    accuracy.add_argument(
+        "--out", default="results/accuracy", metavar="DIR", help="of the records (default results/accuracy)"
+    )
     accuracy.add_argument("--markdown", metavar="FILE", help="write the table, for example docs/accuracy.md")
     accuracy.set_defaults(run=_accuracy)
 
@@ -113,7 +115,9 @@ def parser() -> argparse.ArgumentParser:
     )
     classes.add_argument("--only", metavar="TEXT", help="classes with this in their name")
     classes.add_argument("--seeds", type=_several, default=32, metavar="K", help="seeds 0..K-1 (default 32)")
-    classes.add_argument("--out", default="results/classes", metavar="DIR", help="records (default results/classes)")
+    classes.add_argument(
+        "--out", default="results/classes", metavar="DIR", help="of the records (default results/classes)"
+    )
     classes.add_argument("--markdown", metavar="FILE", help="write the table, for example docs/classes.md")
     classes.set_defaults(run=_classes)
 
@@ -128,12 +132,12 @@ def parser() -> argparse.ArgumentParser:
     attack.add_argument("name", nargs="?", metavar="NAME", help="an upper bound (see --list), or all")
     attack.add_argument("--list", action="store_true", help="name every upper bound, and run nothing")
     attack.add_argument("--budget", type=whole, default=200, metavar="N", help="Jacobian evaluations (default 200)")
-    attack.add_argument("--seed", type=natural, default=0, help="default 0")
+    attack.add_argument("--seed", type=natural, default=0, help="of the search (default 0)")
     attack.add_argument(
         "--shrink", type=positive, metavar="F", help="multiply the bound (default 1); 0.9 must break a tight one"
     )
     attack.add_argument("--replay", metavar="FILE", help="recompute the ratio of the witness that --out or --json gave")
-    attack.add_argument("--processes", type=whole, default=2, metavar="K", help="for all: at a time (default 2)")
+    attack.add_argument("--processes", type=whole, default=2, metavar="K", help="bounds at a time, for all (default 2)")
     attack.add_argument("--markdown", metavar="FILE", help="write the table of ratios")
     attack.add_argument("--json", action="store_true", help="print JSON")
     attack.add_argument(
@@ -150,18 +154,24 @@ def parser() -> argparse.ArgumentParser:
     spikes.add_argument(
         "run_log", type=Path, metavar="RUN", help="a run's folder, its losses.jsonl, a training record, or a CSV"
     )
-    spikes.add_argument("--reference", type=Path, metavar="RUN", help="a calm run on the same batches, to pair with")
+    spikes.add_argument(
+        "--reference", type=Path, metavar="RUN",
+        help="a calm run to pair with; where both have a record, refused unless it saw the same batches",
+    )  # fmt: skip
     spikes.add_argument("--column", default="loss", metavar="NAME", help="column or series (default loss)")
     spikes.add_argument(
         "--lag", action="store_true", help="by how many steps gradient and update spikes lead or lag the loss's"
     )
-    spikes.add_argument("--definition", action="append", choices=DEFINITIONS, help="only this one; may be given again")
+    spikes.add_argument(
+        "--definition", action="append", choices=DEFINITIONS, metavar="NAME",
+        help=f"this one alone, of {', '.join(DEFINITIONS)}; may be given again",
+    )  # fmt: skip
     spikes.add_argument("--json", action="store_true", help="print JSON")
     spikes.add_argument("--out", metavar="FILE", help="write to a file instead of standard output")
     spikes.set_defaults(run=_spikes)
     probes = add_probes(commands)
     for command in (measure, train, sweep, perplexity, probes):
-        command.add_argument("--device", default="cpu", help="cpu (default), cuda, cuda:1, ...")
+        command.add_argument("--device", type=device_name, default="cpu", help="cpu (default), cuda, cuda:1, ...")
     return top
 
 

@@ -264,8 +264,8 @@ def require_upper(statement: Statement) -> None:
     """
     if statement.kind != "upper":
         raise ValueError(
-            f"{statement.name} is {statement.kind}, and only an upper bound can be violated; "
-            f"use one of {', '.join(upper_statements())}"
+            f"{statement.name} is of kind {statement.kind}, and only an upper bound can be violated; "
+            "run `python -m empirics attack --list` to list them"
         )
 
 

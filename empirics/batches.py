@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from empirics.corpus import Corpus, Tokens
 from empirics.shards import ShardedTokens
+from theory.words import counted
 
 Batch = tuple[NDArray[np.int64], NDArray[np.int64]]
 Order = Literal["random", "epoch"]
@@ -63,6 +64,16 @@ def batch(
     else:
         raise ValueError(f"unknown order {order!r}; use one of {', '.join(ORDERS)}")
     return _windows(corpus.train, starts, seq_len)
+
+
+def require_length(corpus: Corpus, seq_len: int) -> None:
+    """Refuse a text too short to train on and to be tested on, before either is begun.
+
+    Raises:
+        ValueError: a split is shorter than seq_len + 1.
+    """
+    _places(corpus.train, seq_len, "training")
+    _places(corpus.heldout, seq_len, "held-out")
 
 
 def permuted(places: NDArray[np.int64], size: int, *, seed: int, epoch: int) -> NDArray[np.int64]:
@@ -147,7 +158,7 @@ def _places(ids: Tokens, seq_len: int, split: str) -> int:
         raise ValueError(f"seq_len={seq_len} is no sequence; use at least 1")
     if len(ids) <= seq_len:
         raise ValueError(
-            f"the {split} split has {len(ids)} tokens, fewer than seq_len + 1 = {seq_len + 1}; "
+            f"the {split} split has {counted(len(ids), 'token')}, fewer than the {seq_len + 1} of seq_len={seq_len}; "
             "use a longer text or a shorter sequence"
         )
     return len(ids) - seq_len

@@ -10,6 +10,7 @@ import torch
 
 from empirics.plan import kept_numbers
 from theory.architecture import Architecture
+from theory.words import counted
 
 
 def positive(text: str) -> float:
@@ -33,8 +34,17 @@ def positive_or_off(text: str) -> float:
     return math.inf if text.strip() == "off" else positive(text)
 
 
+def device_name(text: str) -> str:
+    """What torch takes for a device, here or on another machine, for argparse."""
+    try:
+        torch.device(text)
+    except RuntimeError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no device; use cpu, cuda or, of several, cuda:1") from None
+    return text
+
+
 def check_device(device: str) -> str:
-    """The device, if torch can reach it.
+    """The device, if torch can reach it here and now.
 
     Raises:
         ValueError: it cannot.
@@ -52,7 +62,7 @@ def check_memory(architecture: Architecture, n_tokens: int) -> None:
     Counted in float32: weights and gradients, and what one pass over n_tokens tokens keeps for the backward pass.
     """
     needed = 8 * architecture.n_parameters + 4 * n_tokens * kept_numbers(architecture)
-    require_memory(f"{architecture.name} with {n_tokens} tokens at once", needed)
+    require_memory(f"{architecture.name} with {counted(n_tokens, 'token')} at once", needed)
 
 
 def require_memory(what: str, needed: float, *, smaller: str = "fewer --layers or a smaller preset") -> None:

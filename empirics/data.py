@@ -4,7 +4,7 @@
 deals them out.
 """
 
-from empirics.batches import ORDERS, Batch, Order, batch, heldout_batches, random_tokens
+from empirics.batches import ORDERS, Batch, Order, batch, heldout_batches, random_tokens, require_length
 from empirics.corpus import TOKENS_FORMAT, Corpus, load_corpus
 from empirics.shards import is_shards, tokenise
 from empirics.texts import Documents, TextSource, load_text
@@ -26,5 +26,6 @@ __all__ = [
     "load_text",
     "load_tokenizer",
     "random_tokens",
+    "require_length",
     "tokenise",
 ]

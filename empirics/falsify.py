@@ -19,8 +19,10 @@ from empirics import attack as engine
 from empirics.attack import attack, evaluate, require_upper, upper_statements
 from empirics.benches import find_bench, replay
 from theory.__main__ import emit
+from theory.names import unknown
 from theory.records import fingerprint, plain, read_record, write_json, write_record
-from theory.statements import Statement, find
+from theory.statements import Statement, catalogue, find
+from theory.words import counted
 
 EXIT_HOLDS, EXIT_VIOLATED = 0, 1
 ALL = "all"
@@ -139,12 +141,13 @@ def summary(record: Mapping[str, Any]) -> str:
     """A record in two lines."""
     found, tightness = record["violations"], record["tightness"]
     shrunk = "" if record["shrink"] == 1 else f", bound times {record['shrink']:g}"
-    verdict = f"VIOLATED {found} times" if found else "not violated"
+    verdict = f"VIOLATED {counted(found, 'time')}" if found else "not violated"
     several = f"; largest with several tokens {_several(record)}" if _several(record) else ""
+    cases = counted(tightness["cases"], "random case")
     return (
         f"{record['name']}: {verdict}; worst ratio {record['worst_ratio']:.9g} of truth to bound in "
-        f"{record['evaluations']} evaluations (seed {record['seed']}{shrunk})\n"
-        f"  {tightness['cases']} random cases: median {tightness['median']:.3g}, best {tightness['best']:.3g}, "
+        f"{counted(record['evaluations'], 'evaluation')} (seed {record['seed']}{shrunk})\n"
+        f"  {cases}: median {tightness['median']:.3g}, best {tightness['best']:.3g}, "
         f"worst {tightness['worst']:.3g}; drawn like an initialisation, median {tightness['plain']:.3g}{several}"
     )
 
@@ -179,9 +182,22 @@ def _saved(path: str) -> list[dict[str, Any]]:
     return records
 
 
-def _replayed(record: Mapping[str, Any], shrink: float | None) -> dict[str, Any]:
-    statement = find(str(record["name"]))
+def _bound(name: str) -> Statement:
+    """An upper bound by name.
+
+    Raises:
+        ValueError: there is none; the message names close ones.
+    """
+    if name not in catalogue():
+        known = (ALL, *upper_statements())
+        raise ValueError(unknown("bound", name, known, command="python -m empirics attack --list"))
+    statement = find(name)
     require_upper(statement)
+    return statement
+
+
+def _replayed(record: Mapping[str, Any], shrink: float | None) -> dict[str, Any]:
+    statement = _bound(str(record["name"]))
     case = replay(record["witness"])
     if case.bench.quantity != statement.quantity.name:
         raise ValueError(f"the witness is of {case.bench.quantity}, not of {statement.quantity.name}; fix the file")
@@ -227,7 +243,7 @@ def command(arguments: argparse.Namespace) -> int:
     if arguments.replay is not None:
         return _replay(arguments)
     if arguments.name is None:
-        raise ValueError(f"no bound is named; use --list, {ALL}, or one of {', '.join(upper_statements())}")
+        raise ValueError(f"no bound is named; name one or {ALL}, or use --list to see them")
     shrink = 1.0 if arguments.shrink is None else arguments.shrink
     if arguments.name == ALL:
         out = RECORDS if arguments.out is None else Path(arguments.out)
@@ -236,8 +252,7 @@ def command(arguments: argparse.Namespace) -> int:
             processes=arguments.processes,
         )  # fmt: skip
     else:
-        statement = find(arguments.name)
-        require_upper(statement)
+        statement = _bound(arguments.name)
         torch.set_num_threads(1)
         with tqdm(total=arguments.budget, unit="case", desc=statement.name, disable=None) as bar:
             found = attack(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,7 @@ from theory.architecture import PRESETS
 from theory.growth import Growth
 from theory.hf_config import UnknownArchitecture
 from theory.records import plain
+from theory.words import counted
 
 LARGEST_SEEDS = 100_000
 SEQ_LEN = 128  # default where the context is longer: activations of the whole batch are kept
@@ -56,7 +58,9 @@ def add_command(commands: Any) -> argparse.ArgumentParser:
     add_architecture_options(
         measure, most_tokens=SEQ_LEN, help=f"{', '.join(PRESETS)}, a config.json, or a folder with weights"
     )
-    measure.add_argument("--width", type=whole, metavar="D", help="another d_model, with heads as wide as before")
+    measure.add_argument(
+        "--width", type=whole, metavar="D", help="d_model (default the configuration's), with heads as wide as before"
+    )
     measure.add_argument(
         "--implementation", choices=("own", "transformers"),
         help="for a config.json: our Transformer or the real class (default the class, where transformers has it)",
@@ -111,8 +115,8 @@ def _measured(subject: Network, arguments: argparse.Namespace, device: str) -> d
     a = subject.architecture
     if seq_len > LARGEST_SEQ_LEN:
         raise ValueError(f"--seq-len {seq_len} is out of range; use at most {LARGEST_SEQ_LEN}")
-    if seq_len > subject.context and (a is None or a.positions == "learned"):
-        raise ValueError(f"--seq-len {seq_len} exceeds the {subject.context} positions; use fewer tokens")
+    if subject.positions is not None and seq_len > subject.positions:
+        raise ValueError(f"--seq-len {seq_len} exceeds the {subject.positions} positions; use fewer tokens")
     _require_memory(subject, arguments.batch, seq_len)
     tokens = batches_of(
         subject, batch_size=arguments.batch, seq_len=seq_len, data=arguments.data, cache=arguments.cache, device=device
@@ -154,7 +158,7 @@ def _require_memory(subject: Network, batch: int, seq_len: int) -> None:
         parameters, kept = n_parameters(subject.settings), 3.0 * subject.settings.vocab_size
     needed = (4 if subject.trained else 8) * parameters + 4 * batch * seq_len * kept
     smaller = "or a machine with more memory" if subject.trained else "fewer --layers or a smaller --width"
-    require_memory(f"{subject.name} with {batch * seq_len} tokens at once", needed, smaller=smaller)
+    require_memory(f"{subject.name} with {counted(batch * seq_len, 'token')} at once", needed, smaller=smaller)
 
 
 # --- the answer -----------------------------------------------------------------------------------------------------
@@ -256,12 +260,11 @@ def place_names(architecture: Any) -> list[str]:
 def text(answer: dict[str, Any]) -> str:
     """The answer as a page to read."""
     growth, predicted = answer["gradient_growth"], answer["predicted"]
-    n = len(growth["seeds"])
-    spread = (
-        "" if growth["log_sd"] is None else f" (log sd {growth['log_sd']:.3f} over {n} seeds of {answer['seeds_of']})"
-    )
+    seeds = f"{counted(len(growth['seeds']), 'seed')} of {answer['seeds_of']}"
+    spread = f" ({seeds})" if growth["log_sd"] is None else f" (log sd {growth['log_sd']:.3f} over {seeds})"
     whose = {"own": "our Transformer", "transformers": f"{answer['class']} of transformers"}[answer["implementation"]]
-    lines = [f"{answer['name']} ({whose}), {answer['seq_len']} tokens: gradient growth {growth['value']:.4g}{spread}"]
+    tokens = counted(answer["seq_len"], "token")
+    lines = [f"{answer['name']} ({whose}), {tokens}: gradient growth {growth['value']:.4g}{spread}"]
     lines.append(f"tokens: {answer['tokens']}")
     if predicted is None:
         lines.append("predicted: none")
@@ -281,7 +284,8 @@ def text(answer: dict[str, Any]) -> str:
     lines += [f"why: {reason}" for reason in answer["why"]]
     lines.append(f"measured to be: {Measured(**answer['measured_architecture'])}")
     lines += [f"reduced: {change}" for change in answer["reduced"]]
-    lines.append(f"{'place':<20}{'residual std':>14}{'predicted':>12}{'gradient':>12}{'predicted':>12}")
+    lines += ["", f"{'':<20}{'residual std':>24}{'gradient norm':>24}"]
+    lines.append(f"{'place':<20}{'measured':>12}{'predicted':>12}{'measured':>12}{'predicted':>12}")
     blank = [None] * len(answer["places"])
     rows = zip(
         answer["places"],
@@ -291,21 +295,26 @@ def text(answer: dict[str, Any]) -> str:
         predicted["gradient_profile"] if predicted else blank,
     )
     lines += [
-        f"{name:<20}{std:>14.4g}{_number(said):>12}{gradient:>12.4g}{_number(foretold):>12}"
+        f"{name:<20}{std:>12.4g}{_number(said):>12}{gradient:>12.4g}{_number(foretold):>12}"
         for name, std, said, gradient, foretold in rows
     ]
-    lines.append(f"{'matrix':<34}{'std, first layer':>18}{'last layer':>12}{'drawn with':>12}{'':>12}")
+    lines += ["", f"{'':<34}{'std measured':>24}{'std drawn with':>24}"]
+    lines.append(f"{'matrix':<34}{'first layer':>12}{'last layer':>12}{'first layer':>12}{'last layer':>12}")
     for role, stds in answer["stds"].items():
-        values, drawn = stds["values"], stds["drawn_with"] or [None]
-        last = "" if len(values) == 1 else f"{values[-1]:.4g}"
-        lines.append(f"{role:<34}{values[0]:>18.4g}{last:>12}{_number(drawn[0]):>12}{_number(drawn[-1]):>12}")
+        lines.append(f"{role:<34}{_ends(stds['values'])}{_ends(stds['drawn_with'])}".rstrip())
     if answer["norms"] is not None:
-        lines.append("Jacobian norms, lower estimates:")
+        lines += ["", "Jacobian norms, lower estimates:"]
         lines += [
             f"layer {n}: " + ", ".join(f"{name} {e['value']:.4g}" for name, e in row.items())
             for n, row in enumerate(answer["norms"])
         ]
     return "\n".join(lines)
+
+
+def _ends(values: Sequence[float] | None) -> str:
+    """The first and the last layer's cells; one of a matrix that there is once."""
+    ends = [values[0], *values[1:][-1:]] if values else [None]
+    return "".join(f"{_number(value):>12}" for value in ends).ljust(24)
 
 
 def _number(value: float | None) -> str:

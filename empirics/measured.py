@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from empirics.anatomy import FAR, Anatomy, Block, Run, SubLayer, Wiring, anatomy, capture, some_tokens, token_table
 from empirics.running import close, evaluating, factor, removed
+from theory.words import counted
 
 CHUNK = 1024  # unit vectors sent through a linear module at once
 
@@ -55,7 +56,7 @@ class Measured:
         order = {True: "parallel", False: "serial", None: "of unknown order"}[self.parallel]
         embedding = "normalised" if self.embedding_norm else f"times {_number(self.embedding_multiplier)}"
         return (
-            f"d_model {self.d_model}, {self.n_layers} layers, {self.block or 'of unknown layout'}, {order}, "
+            f"d_model {self.d_model}, {counted(self.n_layers, 'layer')}, {self.block or 'of unknown layout'}, {order}, "
             f"embedding {embedding}, residual multiplier {_number(self.residual_multiplier)}, "
             f"shortcut multiplier {_number(self.shortcut_multiplier)}, {'tied' if self.tied else 'untied'} head"
         )

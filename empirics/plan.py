@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from theory.architecture import Architecture
 from theory.records import plain
+from theory.words import counted
 
 SHARE_OF_PEAK = 0.4  # a convention: what well-tuned runs report at these sizes
 STATE_BYTES = 16  # a parameter: float32 weight, gradient and the two moments of Adam
@@ -85,8 +86,8 @@ class Plan:
         lines = (
             f"{self.name} on {self.devices} x {self.device}, {self.precision} (estimates; nothing was built)",
             f"parameters   {self.parameters / 1e9:.3g} billion",
-            f"tokens       {self.tokens / 1e9:.4g} billion: {self.steps:,} steps of {self.batch_size} sequences of "
-            f"{self.seq_len}",
+            f"tokens       {self.tokens / 1e9:.4g} billion: {self.steps:,} {'step' if self.steps == 1 else 'steps'} of "
+            f"{counted(self.batch_size, 'sequence')} of {self.seq_len}",
             f"FLOPs        {self.flops:.3g}",
             f"memory       {self.needed_bytes / 1e9:.3g} of {self.device_bytes / 1e9:.3g} GB a device: state "
             f"{self.state_bytes / 1e9:.3g} ({STATE_BYTES} bytes a parameter, shared), {gathered}activations "
@@ -149,7 +150,7 @@ def plan(
     if device not in DEVICES:
         raise ValueError(f"no data sheet for device {device!r}; use one of {', '.join(DEVICES)}")
     if batch_size % devices:
-        raise ValueError(f"{batch_size} sequences do not go evenly over {devices} devices; use a multiple")
+        raise ValueError(f"batch_size={batch_size} does not go evenly over {devices} devices; use a multiple of those")
     a, sheet = architecture, DEVICES[device]
     tokens = steps * batch_size * seq_len
     flops = tokens * flops_per_token(a, seq_len)

@@ -13,7 +13,7 @@ from typing import Any
 from tqdm import tqdm
 
 from empirics.checkpoints import Checkpoints
-from empirics.data import Corpus, load_corpus
+from empirics.data import Corpus, load_corpus, require_length
 from empirics.distributed import ALONE, Ranks
 from empirics.initialisation import InitialisationSpec, initialisation
 from empirics.run_spec import RunSpec
@@ -112,6 +112,7 @@ def _train(
     corpus = corpus_of(spec, out)  # before the bar: an unreadable text is one line
     if ranks.first:
         ranks.wait()
+    require_length(corpus, spec.seq_len)
     with tqdm(total=spec.steps, disable=not progress, desc=spec.label, unit="step") as bar:
 
         def on_step(step: int, values: Mapping[str, float]) -> None:

@@ -9,6 +9,7 @@ from typing import Literal, get_args
 from empirics.data import ORDERS, TOKENS_FORMAT, Order
 from theory.architecture import Architecture
 from theory.records import fingerprint, plain, slug
+from theory.words import counted
 
 Schedule = Literal["cosine", "linear", "constant", "wsd"]
 SCHEDULES: tuple[Schedule, ...] = get_args(Schedule)
@@ -103,9 +104,9 @@ class RunSpec:
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)!r} is out of range; use 0 or more, and less than 1")
         if self.decay_embeddings and not self.weight_decay:
-            raise ValueError("decay_embeddings does nothing at weight_decay=0; add a weight decay (--weight-decay)")
+            raise ValueError(f"embeddings do not decay at weight_decay={self.weight_decay:g}; give a weight decay")
         if self.attention == "fused" and (self.architecture.attention_softcap or not self.architecture.logit_scale):
-            raise ValueError("no fused attention has a scale of 0 or a soft cap; use auto or plain (--attention)")
+            raise ValueError("no fused attention has a scale of 0 or a soft cap; use attention=plain or auto")
         if self.seq_len > self.architecture.context and self.architecture.positions == "learned":
             raise ValueError(
                 f"seq_len={self.seq_len} exceeds the {self.architecture.context} learned positions; use fewer tokens"
@@ -123,11 +124,15 @@ class RunSpec:
             raise ValueError(f"decay_fraction={self.decay_fraction!r} is out of range; use more than 0, at most 1")
         if self.schedule != "wsd":
             if self.decay_fraction != _default("decay_fraction"):
-                raise ValueError(f"decay_fraction is of no use to the schedule {self.schedule}; use --schedule wsd")
+                raise ValueError(
+                    f"decay_fraction={self.decay_fraction:g} is of no use to the schedule {self.schedule}; "
+                    "leave it out, or use schedule=wsd"
+                )
         elif self.warmup + self.decay_steps > self.steps:
             raise ValueError(
-                f"{self.warmup} steps of warm-up and {self.decay_steps} of decay do not fit into {self.steps}; use a "
-                "shorter --warmup, a smaller --decay-fraction or more --steps"
+                f"warmup={self.warmup} and the {counted(self.decay_steps, 'step')} of "
+                f"decay_fraction={self.decay_fraction:g} do not fit into steps={self.steps}; use fewer, or more steps "
+                "in all"
             )
 
     @property

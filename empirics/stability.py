@@ -15,6 +15,7 @@ from empirics.anatomy import Place, anatomy
 from empirics.residual_stream import length_sums, n_tokens, variance_sum
 from empirics.running import first_tensor, run_eagerly
 from theory.records import Measurement
+from theory.words import counted
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,7 +44,7 @@ class StabilityRecord:
         rows = zip(self.places, self.residual_std, self.place_gradient, self.token_gradient)
         return "\n".join(
             [
-                f"step {self.step}, {self.n_tokens} tokens: gradient growth {self.growth:.4g}",
+                f"step {self.step}, {counted(self.n_tokens, 'token')}: gradient growth {self.growth:.4g}",
                 f"{'place':<20}{'residual std':>14}{'gradient':>12}{'a token':>12}",
                 *(f"{name:<20}{std:>14.4g}{norm:>12.4g}{token:>12.4g}" for name, std, norm, token in rows),
             ]

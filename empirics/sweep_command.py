@@ -17,6 +17,7 @@ from empirics.train_command import add_run_options, specification
 from theory.__main__ import add_architecture_options, chosen, emit, natural_list, whole
 from theory.architecture import METHODS, method
 from theory.records import read_record, slug
+from theory.words import counted
 
 EXPERIMENT = "sweep"
 NAMES = {slug(name): name for name in METHODS}
@@ -81,7 +82,8 @@ def command(arguments: argparse.Namespace) -> int:
         return 0
     if arguments.slurm is not None:
         jobs = submit(specs, out, _parameters(arguments.slurm), checkpoint_every=arguments.checkpoint_every)
-        print(f"{len(jobs)} of {len(specs)} runs submitted; the same command with --list says which are finished")
+        submitted = f"{len(jobs)} of {counted(len(specs), 'run')} submitted"
+        print(f"{submitted}; the same command with --list says which are finished")
         return 0
     architecture = specs[0].architecture
     check_device(arguments.device)

@@ -29,6 +29,7 @@ from empirics.subject import Subject
 from empirics.surroundings import environment, true_float32
 from empirics.training_probes import Probed, TrainingProbes
 from theory.records import plain
+from theory.words import counted
 
 HELDOUT_BATCHES = 8
 
@@ -131,7 +132,7 @@ def train(
                 checkpoints.save(step, model, optimizer, plain(series) | {"data": corpus.digest})
             if stopping:
                 saved = "" if checkpoints is None else " and saved"
-                raise Stopped(f"stopped{saved} after {step} of {spec.steps} steps")
+                raise Stopped(f"stopped{saved} after {step} of {counted(spec.steps, 'step')}")
         final = math.nan
         if series.diverged_at is None:
             evaluated = _evaluated(spec, model, ranks)
@@ -316,7 +317,7 @@ def check_shares(spec: RunSpec, ranks: Ranks) -> None:
     if spec.batch_size % together:
         micro = "" if spec.micro_batch is None else f" of micro_batch={spec.micro_batch}"
         raise ValueError(
-            f"batch_size={spec.batch_size} does not go evenly over {ranks.size} ranks{micro}; "
+            f"batch_size={spec.batch_size} does not go evenly over {counted(ranks.size, 'rank')}{micro}; "
             f"use a multiple of {together}"
         )
 

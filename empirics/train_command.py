@@ -17,6 +17,7 @@ from empirics.tensorboard import TensorBoard
 from theory.__main__ import add_architecture_options, chosen, emit, natural, whole
 from theory.architecture import Architecture
 from theory.records import write_bytes
+from theory.words import counted
 
 EXPERIMENT = "train"
 
@@ -32,8 +33,8 @@ def add_command(commands: Any) -> argparse.ArgumentParser:
         "another number of them (docs/scale-out.md).",
     )
     add_architecture_options(train)
-    train.add_argument("--seed", type=natural, default=0, help="default 0")
-    train.add_argument("--lr", type=positive, default=1e-3, help="peak learning rate (default 1e-3)")
+    train.add_argument("--seed", type=natural, default=0, help="of the weights and of the batches (default 0)")
+    train.add_argument("--lr", type=positive, default=1e-3, metavar="R", help="peak learning rate (default 1e-3)")
     add_run_options(train)
     train.add_argument(
         "--keep-checkpoint", action="store_true",
@@ -42,13 +43,17 @@ def add_command(commands: Any) -> argparse.ArgumentParser:
     train.add_argument(
         "--tensorboard", type=Path, metavar="DIR", help="write every step's numbers there too (extra tensorboard)"
     )
-    train.add_argument("--out", metavar="DIR", help="folder for the record and losses.jsonl; needed but for --plan")
+    train.add_argument(
+        "--out", metavar="DIR", help="folder of the run: record, losses.jsonl, checkpoints; only --plan needs none"
+    )
     train.add_argument(
         "--plan", metavar="GPU",
         help=f"train nothing: print parameters, FLOPs, memory and hours on {', '.join(DEVICES)}",
     )  # fmt: skip
-    train.add_argument("--devices", type=whole, default=1, help="devices that --plan shares the run over (default 1)")
-    train.add_argument("--json", action="store_true", help="the plan as JSON")
+    train.add_argument(
+        "--devices", type=whole, default=1, metavar="K", help="over which --plan shares the run (default 1)"
+    )
+    train.add_argument("--json", action="store_true", help="print the plan as JSON")
     train.add_argument("--plan-out", metavar="FILE", help="write the plan to a file instead of standard output")
     train.set_defaults(run=command)
     return train
@@ -56,8 +61,10 @@ def add_command(commands: Any) -> argparse.ArgumentParser:
 
 def add_run_options(parser: argparse.ArgumentParser) -> None:
     """What decides a run beside its architecture, seed and learning rate."""
-    parser.add_argument("--steps", type=whole, default=300, help="default 300")
-    parser.add_argument("--batch", type=whole, default=8, help="sequences a step, of all devices (default 8)")
+    parser.add_argument("--steps", type=whole, default=300, metavar="N", help="of the training (default 300)")
+    parser.add_argument(
+        "--batch", type=whole, default=8, metavar="B", help="sequences a step, of all devices (default 8)"
+    )
     parser.add_argument(
         "--micro-batch", type=whole, metavar="N",
         help="sequences at once on a device, gradients accumulated (default its share of --batch)",
@@ -84,7 +91,7 @@ def _add_optimization(train: argparse.ArgumentParser) -> None:
         "AdamW. Weight decay acts on the matrices inside the layers and on the head, never on gains and biases, and "
         "on token and position tables only with --decay-embeddings; a tied head is the token table.",
     )
-    group.add_argument("--warmup", type=natural, default=20, help="steps of linear warm-up (default 20)")
+    group.add_argument("--warmup", type=natural, default=20, metavar="N", help="steps of linear warm-up (default 20)")
     group.add_argument(
         "--schedule", choices=SCHEDULES, default="cosine",
         help="after the warm-up: cosine (default) falls to a tenth, linear to 0, wsd is constant and then falls to 0",
@@ -127,8 +134,10 @@ def _add_execution(train: argparse.ArgumentParser) -> None:
         help="default (the cheap ones), none, or names with commas, such as default,stack_jacobian; dear ones are "
         "taken before the first step and after the last, NAME@N every N steps; `probes --list` names them all",
     )  # fmt: skip
-    group.add_argument("--probe-every", type=whole, default=20, help="steps between probes (default 20)")
-    group.add_argument("--checkpoint-every", type=whole, default=100, help="steps between checkpoints (default 100)")
+    group.add_argument("--probe-every", type=whole, default=20, metavar="N", help="steps between probes (default 20)")
+    group.add_argument(
+        "--checkpoint-every", type=whole, default=100, metavar="N", help="steps between checkpoints (default 100)"
+    )
 
 
 def command(arguments: argparse.Namespace) -> int:
@@ -189,13 +198,13 @@ def _report(arguments: argparse.Namespace, spec: RunSpec, out: Path, record: dic
         json.dumps({"step": step, "loss": loss}) + "\n" for step, loss in enumerate(record["series"]["loss"])
     )
     write_bytes(out / "losses.jsonl", losses.encode())
-    final = record["final"]
+    final, steps = record["final"], counted(spec.steps, "step")
     if final["diverged_at"] is not None:
         print(f"diverged: the loss or its gradient was not finite at step {final['diverged_at']}")
     elif final["heldout_loss"] is None:
-        print(f"diverged: the held-out loss is not finite after {spec.steps} steps")
+        print(f"diverged: the held-out loss is not finite after {steps}")
     else:
-        print(f"held-out loss {final['heldout_loss']:.4f} nats a token after {spec.steps} steps")
+        print(f"held-out loss {final['heldout_loss']:.4f} nats a token after {steps}")
     print(f"record {record_path(spec, out)}\nlosses {out / 'losses.jsonl'}")
     if arguments.keep_checkpoint:
         print(f"model {model_path(spec, out)}")

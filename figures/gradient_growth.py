@@ -128,7 +128,7 @@ def caption(records: Records) -> str:
     pale = f"Pale: outside the prediction's domain, {'; '.join(outside)}. " if outside else ""
     return (
         "Gradient growth at initialisation. Above: norm of the loss gradient at each place of the residual stream over "
-        f"that at the last ({shown.title}; {_seeds(shown.records)} seeds). "
+        f"that at the last ({shown.title}; {_seeds(shown.records)}). "
         f"{wording.kinds(selection.kinds(shown.records, 'gradient_profile'))} "
         "Shaded: one standard deviation over seeds. Below: error of the predicted growth from the last place to the "
         "first for every network and method; filled markers are the sharp prediction with the standard error of the "
@@ -138,4 +138,5 @@ def caption(records: Records) -> str:
 
 
 def _seeds(records: list[Record]) -> str:
-    return wording.listed(len(record["seeds"]) for record in records)
+    numbers = wording.listed(len(record["seeds"]) for record in records)
+    return f"{numbers} {'seed' if numbers == '1' else 'seeds'}"

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from figures.selection import Record, Records, by_setting, labels_of
+from theory.words import counted
 
 KINDS_IN_WORDS = {
     "measured": "markers are measured",
@@ -66,7 +67,7 @@ def _runs(records: Records) -> str:
     return (
         f"{first['experiment']}, batches of {first['batch_size']} x {first['seq_len']} tokens, "
         f"{first['steps']} steps, {first['schedule']} schedule, peak learning {many} {rates}, "
-        f"seeds {listed(spec['seed'] for spec in specs)} ({len(records)} runs)"
+        f"seeds {listed(spec['seed'] for spec in specs)} ({counted(len(records), 'run')})"
     )
 
 

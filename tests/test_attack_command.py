@@ -192,7 +192,7 @@ def saved(**changes: Any) -> str:
         ("[]", "no name and witness"),
         ("{}", "no name and witness"),
         ('{"name": "softmax-jacobian", "witness": 3}', "not a witness"),
-        ('{"name": "softmax-jacobiam", "witness": {}}', "unknown statement"),
+        ('{"name": "softmax-jacobiam", "witness": {}}', "unknown bound"),
         ('{"name": "ffn-estimate", "witness": {}}', "only an upper bound"),
         (saved(quantity="ffn_jacobian"), "choices"),
         (saved(quantity="ffn"), "no bench"),
@@ -220,7 +220,8 @@ def test_what_cannot_be_replayed(content: str, word: str, tmp_path: Path, capsys
     ("argv", "word"),
     [
         ((), "no bound is named"),
-        (("ffn-uper",), "ffn-upper"),
+        (("nope",), "unknown bound 'nope'; run `python -m empirics attack --list` to list them"),
+        (("ffn-uper",), "did you mean ffn-upper"),
         (("ffn-estimate",), "only an upper bound"),
         (("ffn-sharp-relu",), "only an upper bound"),
         (("ffn-upper", "--budget", "0"), "use 1 to"),

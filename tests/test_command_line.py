@@ -154,12 +154,12 @@ CONTRADICTIONS: dict[str, tuple[dict[str, Any], str]] = {
     "no heads": ({key: value for key, value in GPT2.items() if key != "n_head"}, "n_head"),
     "no LLaMA width": ({key: value for key, value in LLAMA.items() if key != "hidden_size"}, "hidden_size"),
     "null width": (GPT2 | {"n_embd": None}, "n_embd"),
-    "heads do not divide": (GPT2 | {"n_head": 5}, "d_model=60 or 65"),
-    "more heads than width": (GPT2 | {"n_head": 65}, "d_model=65"),
-    "LLaMA heads do not divide": (LLAMA | {"num_attention_heads": 6}, "d_model=60 or 66"),
-    "kv heads do not divide": (LLAMA | {"num_key_value_heads": 3}, "n_kv_heads="),
-    "more kv heads than heads": (LLAMA | {"num_key_value_heads": 8}, "n_kv_heads=4"),
-    "odd rope head": (LLAMA | {"head_dim": 7}, "even head width"),
+    "heads do not divide": (GPT2 | {"n_head": 5}, "n_embd=64 is not divisible by n_head=5; use n_embd=60 or 65"),
+    "more heads than width": (GPT2 | {"n_head": 65}, "n_embd=65"),
+    "LLaMA heads do not divide": (LLAMA | {"num_attention_heads": 6}, "hidden_size=60 or 66"),
+    "kv heads do not divide": (LLAMA | {"num_key_value_heads": 3}, "num_key_value_heads="),
+    "more kv heads than heads": (LLAMA | {"num_key_value_heads": 8}, "num_key_value_heads=4"),
+    "odd rope head": (LLAMA | {"head_dim": 7}, "head_dim=7 is odd and rotary positions need pairs; use an even"),
     "odd rope head from the width": (LLAMA | {"hidden_size": 36, "num_attention_heads": 4}, "even head width"),
     "all zero": (GPT2 | {"initializer_range": 0}, "initializer_range=0"),
     "all but zero": (GPT2 | {"initializer_range": 1e-200, "layer_norm_epsilon": 1e-300}, "eps=1e-5"),
@@ -337,12 +337,49 @@ def test_a_close_name_is_suggested(argv: list[str], question: str, capsys: pytes
     assert_refused(call(theory.__main__.main, argv, capsys), question)
 
 
-def test_a_class_that_is_close_is_suggested(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("kind", "question"),
+    [
+        ("lama", "did you mean llama?"),
+        ("mistrel", "did you mean mistral?"),
+        *((other, "") for other in ("mamba", "jamba", "falcon_mamba", "olmo3", "llama4", "qwen2_moe", "t5")),
+    ],
+)
+def test_a_class_that_is_close_is_suggested(
+    kind: str, question: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A slip is; another class, which may be called much the same, is not."""
     path = tmp_path / "config.json"
-    path.write_text(json.dumps(LLAMA | {"model_type": "lama"}))
+    path.write_text(json.dumps(LLAMA | {"model_type": kind}))
     status, out, _ = call(theory.__main__.main, ["check", str(path)], capsys)
     assert status == theory.__main__.EXIT_UNKNOWN
-    assert "did you mean llama?" in out
+    assert re.findall(r"did you mean .*?\?", out) == [question] * bool(question)
+    assert "there is one for bloom, cohere, " in out
+
+
+def test_statements_are_a_table_of_a_hundred_columns(capsys: pytest.CaptureFixture[str]) -> None:
+    status, out, _ = call(theory.__main__.main, ["statements"], capsys)
+    head, *lines = out.splitlines()
+    assert (status, head.split()) == (0, ["name", "kind", "quantity", "source"])
+    assert max(map(len, lines)) <= 100
+    places = [head.index(name) for name in head.split()]
+    named = [line for line in lines if not line.startswith(" ")]
+    assert len(named) == len(json.loads(call(theory.__main__.main, ["statements", "--json"], capsys)[1]))
+    for line in named:  # every cell begins where its column does
+        assert all(line[place - 2 : place] == "  " and line[place] != " " for place in places[1:]), line
+    assert all(len(line) - len(line.lstrip()) == places[3] for line in lines if line not in named)
+
+
+def test_one_is_no_plural(capsys: pytest.CaptureFixture[str]) -> None:
+    out = call(theory.__main__.main, ["check", "tiny", "--layers", "1", "--seq-len", "1"], capsys)[1]
+    assert "1 layer, 2 heads" in out
+    assert out.splitlines()[0].endswith(" 1 token")
+    options = ["--layers", "1", "--seq-len", "1", "--seeds", "1", "--batch", "1"]
+    out = call(empirics.__main__.main, ["measure", "tiny", *options], capsys)[1]
+    assert "1 token: gradient growth" in out
+    assert "(1 seed of weights and tokens)" in out
+    assert "1 layer, pre-ln" in out
+    assert not re.search(r"\b1 [a-z]+s\b", out)
 
 
 @pytest.mark.parametrize("kind", ["upper", "sharp", "estimate"])
@@ -440,6 +477,28 @@ def test_measurement_that_cannot_be_written(capsys: pytest.CaptureFixture[str]) 
     assert_refused(call(empirics.__main__.main, ["measure", "tiny", *options], capsys), "cannot write")
 
 
+TYPED: dict[str, tuple[list[str], str]] = {
+    "micro-batch": (["--micro-batch", "3"], "--micro-batch 3 does not divide --batch 8; use"),
+    "beta": (["--beta2", "1"], "--beta2 1.0 is out of range; use"),
+    "decay": (["--schedule", "wsd", "--decay-fraction", "0.97"], "the 291 steps of --decay-fraction 0.97 do not fit"),
+    "decay without wsd": (["--decay-fraction", "0.2"], "--decay-fraction 0.2 is of no use to the schedule cosine"),
+    "embeddings": (["--decay-embeddings"], "do not decay at --weight-decay 0; give"),
+    "text too short": (["--data", "SHORT", "--tokenizer", "bytes"], "fewer than the 65 of --seq-len 64; use"),
+}
+
+
+@pytest.mark.parametrize(("argv", "words"), TYPED.values(), ids=TYPED)
+def test_a_refusal_names_what_was_typed(
+    argv: list[str], words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And not what the code calls it."""
+    (tmp_path / "short.txt").write_text("too short\n" * 5)
+    argv = [str(tmp_path / "short.txt") if part == "SHORT" else part for part in argv]
+    result = call(empirics.__main__.main, ["train", "tiny", *argv, "--out", str(tmp_path / "run")], capsys)
+    assert_refused(result, words)
+    assert not re.search(r"[a-z]_[a-z]+=", result[2]), result[2]
+
+
 TRAIN: dict[str, list[str]] = {
     "missing data": ["--data", "none.txt"],
     "unknown tokenizer": ["--tokenizer", "words"],
@@ -529,6 +588,7 @@ REPRODUCE: dict[str, list[str]] = {
     "unknown scale": ["--scale", "70b"],
     "no GPU": ["--scale", "350m", "--device", "abacus"],
     "unknown device": ["--scale", "smoke", "--device", "abacus"],
+    "unknown device, listed": ["--scale", "gpu-smoke", "--device", "foo", "--list"],
     "no processes": ["--processes", "0"],
     "seeds that are not": ["--seeds", "0,x"],
     "negative seed": ["--seeds", "-1"],

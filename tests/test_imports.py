@@ -17,6 +17,7 @@ MODULES = [path for package in PACKAGES for path in sorted((ROOT / package).rglo
 
 # A probe may share types with the theory it tests, never a formula.
 TYPES = {"theory.architecture", "theory.initialisation", "theory.records", "theory.quantities", "theory.sources"}
+TYPES |= {"theory.words"}  # how a number and its noun are written
 # The doors: these put a prediction, or a bound, beside a measurement.
 DOORS = {"empirics.__main__", "empirics.initialisation", "empirics.run", "empirics.comparison"}
 DOORS |= {"empirics.tokenise_command", "empirics.perplexity_command"}  # the options and output of every command
@@ -75,7 +76,8 @@ def test_theory_knows_no_network(path: Path) -> None:
 def test_figures_draw_from_records(path: Path) -> None:
     assert not roots(path) & {"torch", "transformers", "empirics"}
     modules = {name for name in imported(path) if name.startswith("theory.")}
-    assert {".".join(name.split(".")[:2]) for name in modules} <= {"theory.architecture", "theory.records"}
+    known = {"theory.architecture", "theory.records", "theory.words"}
+    assert {".".join(name.split(".")[:2]) for name in modules} <= known
     assert "theory" not in imported(path)
 
 

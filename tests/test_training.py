@@ -200,13 +200,16 @@ def test_compiled_run(text: Path, tmp_path: Path) -> None:
         ({"schedule": "cubic"}, "unknown schedule 'cubic'; use one of cosine, linear, constant, wsd"),
         ({"schedule": "wsd", "decay_fraction": 0.0}, "decay_fraction=0.0 is out of range"),
         ({"schedule": "wsd", "decay_fraction": math.nan}, "decay_fraction=nan is out of range"),
-        ({"decay_fraction": 0.2}, "decay_fraction is of no use to the schedule cosine; use --schedule wsd"),
-        ({"schedule": "wsd", "decay_fraction": 0.9}, "2 steps of warm-up and 8 of decay do not fit into 9"),
+        ({"decay_fraction": 0.2}, "decay_fraction=0.2 is of no use to the schedule cosine; leave it out, or use"),
+        (
+            {"schedule": "wsd", "decay_fraction": 0.9},
+            "warmup=2 and the 8 steps of decay_fraction=0.9 do not fit into steps=9",
+        ),
         ({"beta_1": 1.0}, "beta_1=1.0 is out of range"),
         ({"beta_2": math.nan}, "beta_2=nan is out of range"),
         ({"weight_decay": -0.1}, "weight_decay=-0.1 is negative"),
         ({"z_loss": math.inf}, "z_loss=inf is negative or not finite"),
-        ({"decay_embeddings": True}, "decay_embeddings does nothing at weight_decay=0"),
+        ({"decay_embeddings": True}, "embeddings do not decay at weight_decay=0"),
         ({"batch_size": 4, "micro_batch": 3}, "micro_batch=3 does not divide batch_size=4"),
         ({"architecture": architecture(positions="learned", context=8)}, "seq_len=16 exceeds the 8 learned positions"),
     ],
@@ -248,7 +251,7 @@ def test_output_that_cannot_be_written(text: Path, tmp_path: Path) -> None:
 def test_text_that_is_too_short(tmp_path: Path) -> None:
     short = tmp_path / "short.txt"
     short.write_text("a few words\n" * 3)
-    with pytest.raises(ValueError, match="fewer than seq_len"):
+    with pytest.raises(ValueError, match="fewer than the"):
         run(specification(short), tmp_path)
 
 

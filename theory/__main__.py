@@ -17,11 +17,37 @@ from theory.architecture import EMBEDDINGS, INITS, PRESETS, Architecture, preset
 from theory.hf_config import Config, UnknownArchitecture, read_config
 from theory.names import meant, unknown
 from theory.quantities import QUANTITIES
+from theory.words import as_typed, counted, table
 
 EXIT_STABLE, EXIT_AT_RISK, EXIT_BAD_INPUT, EXIT_UNKNOWN = 0, 1, 2, 3
 DEFAULT_SEQ_LEN = 2048
 LARGEST_SEQ_LEN = 2**17  # the averaging norm is found in about a second at this length
 LARGEST_DEPTH = 4096  # the recursion keeps every half-layer's Gram: about 2 GB at this depth
+# Options by what a message of the code calls what they set.
+OPTIONS = {
+    "batch_size": "--batch",
+    "micro_batch": "--micro-batch",
+    "seq_len": "--seq-len",
+    "n_tokens": "--seq-len",
+    "steps": "--steps",
+    "warmup": "--warmup",
+    "learning_rate": "--lr",
+    "schedule": "--schedule",
+    "decay_fraction": "--decay-fraction",
+    "clip": "--clip",
+    "beta_1": "--beta1",
+    "beta_2": "--beta2",
+    "weight_decay": "--weight-decay",
+    "z_loss": "--z-loss",
+    "attention": "--attention",
+    "probe_every": "--probe-every",
+    "seed": "--seed",
+    "vocab_size": "--vocab",
+    "limit": "--limit",
+    "shard_tokens": "--shard-tokens",
+    "context": "--context",
+    "stride": "--stride",
+}
 
 
 class Parser(argparse.ArgumentParser):
@@ -103,12 +129,18 @@ def add_architecture_options(
     """
     argument: dict[str, Any] = {"help": f"{', '.join(PRESETS)}, or the path of a config.json"} | config
     parser.add_argument("config", metavar="CONFIG", **argument)
-    parser.add_argument("--embedding", choices=EMBEDDINGS, help="embedding treatment (default: vanilla, or the file's)")
-    parser.add_argument("--init", choices=list(INITS), help="initialisation (default: paper, or the file's class's)")
     parser.add_argument(
-        "--seq-len", type=whole, metavar="T", help=f"tokens (default: the context, at most {most_tokens})"
+        "--embedding", choices=EMBEDDINGS, metavar="NAME",
+        help=f"embedding treatment: {', '.join(EMBEDDINGS)} (default vanilla, or the file's)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--init", choices=list(INITS), metavar="NAME",
+        help=f"initialisation: {', '.join(INITS)} (default paper, or that of the file's class)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--seq-len", type=whole, metavar="T", help=f"tokens of a sequence (default the context, at most {most_tokens})"
     )
-    parser.add_argument("--layers", type=whole, metavar="N", help="another depth")
+    parser.add_argument("--layers", type=whole, metavar="N", help="number of layers (default the configuration's)")
 
 
 def chosen(arguments: argparse.Namespace) -> tuple[Architecture, int, tuple[str, ...]]:
@@ -166,8 +198,9 @@ def _verdict_text(verdict: Any) -> str:
         growth = f"unknown: {verdict.growth.reasons[-1]}"
     paper = verdict.paper.log10_product
     lines = [
-        f"{a.name}: d_model {a.d_model}, {a.n_layers} layers, {a.n_heads} heads, d_ffn {a.d_ffn}, "
-        f"{a.n_parameters / 1e6:.4g}M parameters, init {a.init.name}, {verdict.seq_len} tokens",
+        f"{a.name}: d_model {a.d_model}, {counted(a.n_layers, 'layer')}, {counted(a.n_heads, 'head')}, "
+        f"d_ffn {a.d_ffn}, {a.n_parameters / 1e6:.4g}M parameters, init {a.init.name}, "
+        f"{counted(verdict.seq_len, 'token')}",
         f"verdict: {verdict.outcome}",
         f"gradient growth: {growth}",
         f"log10 of the bound on it: {'unknown' if math.isnan(paper) else f'{paper:.4g}'} (the paper's estimate), "
@@ -241,7 +274,8 @@ def _statements(arguments: argparse.Namespace) -> int:
     if arguments.json:
         emit(json.dumps(rows, indent=2), arguments.out)
     else:
-        emit("\n".join(f"{r['name']:30} {r['kind']:9} {r['quantity']:22} {r['source']}" for r in rows), arguments.out)
+        columns = ("name", "kind", "quantity", "source")
+        emit(table(columns, [[row[column] for column in columns] for row in rows]), arguments.out)
     return EXIT_STABLE
 
 
@@ -313,12 +347,18 @@ def parser() -> argparse.ArgumentParser:
     sweep = commands.add_parser(
         "sweep",
         help="closed-form growth over a grid of sizes",
-        description="Closed-form growth and the first layer's eq. (15) excess over a grid; both are estimates.",
+        description="Closed-form growth, and the first layer's excess over 1 by the paper's eq. (15), over a grid of "
+        "model widths and numbers of layers; both are estimates.",
     )
-    sweep.add_argument("--widths", type=_sizes, default=[256, 1024, 4096], metavar="D,D,...", help="model widths")
-    sweep.add_argument("--depths", type=_sizes, default=[8, 24, 96], metavar="N,N,...", help="numbers of layers")
-    sweep.add_argument("--embedding", choices=EMBEDDINGS, action="append", help="repeatable; default: all four")
-    sweep.add_argument("--seq-len", type=whole, default=1024, metavar="T", help="tokens (default 1024)")
+    sweep.add_argument(
+        "--widths", type=_sizes, default=[256, 1024, 4096], metavar="D,D,...", help="default 256,1024,4096"
+    )
+    sweep.add_argument("--depths", type=_sizes, default=[8, 24, 96], metavar="N,N,...", help="default 8,24,96")
+    sweep.add_argument(
+        "--embedding", choices=EMBEDDINGS, action="append", metavar="NAME",
+        help=f"{', '.join(EMBEDDINGS)}; may be given again (default all four)",
+    )  # fmt: skip
+    sweep.add_argument("--seq-len", type=whole, default=1024, metavar="T", help="tokens of a sequence (default 1024)")
     sweep.set_defaults(run=_sweep)
 
     for command in (check, statements, sweep):
@@ -337,7 +377,7 @@ def run_command(top: argparse.ArgumentParser, argv: Sequence[str] | None) -> int
     try:
         return int(arguments.run(arguments))
     except ValueError as error:
-        print(f"{top.prog}: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"{top.prog}: {as_typed(' '.join(str(error).split()), _options(arguments))}", file=sys.stderr)
         return EXIT_BAD_INPUT
     except UnknownArchitecture as reason:
         print(f"{top.prog}: unknown: {reason}", file=sys.stderr)
@@ -354,6 +394,11 @@ def run_command(top: argparse.ArgumentParser, argv: Sequence[str] | None) -> int
     except BrokenPipeError:
         sys.stderr.close()
         return EXIT_STABLE
+
+
+def _options(arguments: argparse.Namespace) -> dict[str, str]:
+    """Those of `OPTIONS` that the command has."""
+    return {name: option for name, option in OPTIONS.items() if hasattr(arguments, option.strip("-").replace("-", "_"))}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

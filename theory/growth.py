@@ -29,6 +29,7 @@ from theory.gram_maps import Applied, AttentionMap, AttentionModel, FeedForwardM
 from theory.grams import Blocks, Gram, causal
 from theory.routing import Routing
 from theory.softmax_moments import softmax_moments
+from theory.words import counted
 
 Array = NDArray[np.float64]
 
@@ -329,7 +330,8 @@ def _domain(
         reasons.append(f"LayerNorm scaling is predicted with pre-ln alone, not with {architecture.block}")
     if tokens is not None and (distinct := np.unique(tokens).size) < min(MIN_DISTINCT, tokens.size):
         # A row that averages few different values does not lose its fluctuations: measured 27 % off at 4 tokens.
-        reasons.append(f"{distinct} distinct tokens repeat over the sequence, fewer than {MIN_DISTINCT}")
+        repeat = counted(distinct, "distinct token repeats", "distinct tokens repeat")
+        reasons.append(f"{repeat} over the sequence, fewer than {MIN_DISTINCT}")
     return tuple(reasons)
 
 

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,6 +19,7 @@ from theory.hf_gpt import GPT_CLASSES
 from theory.hf_llama import LLAMA_CLASSES
 from theory.hf_reader import Reader, UnknownArchitecture
 from theory.names import meant
+from theory.words import as_typed
 
 __all__ = ["CLASSES", "Config", "UnknownArchitecture", "parse_config", "read_config", "read_json"]
 
@@ -31,6 +34,15 @@ class Config(NamedTuple):
 CLASSES = GPT_CLASSES | LLAMA_CLASSES | EXPERT_CLASSES
 ALIASES = hf_gpt.ALIASES | hf_experts.ALIASES
 KNOWN = ", ".join(sorted(CLASSES))
+SLIP = 0.8  # names of classes are alike
+KEYS = {  # what a file may call what a message is about
+    "d_model": ("hidden_size", "n_embd", "n_embed", "d_model"),
+    "n_heads": ("num_attention_heads", "n_head", "n_heads", "num_heads"),
+    "n_kv_heads": ("num_key_value_heads", "num_kv_heads"),
+    "d_head": ("head_dim",),
+    "experts_per_token": ("num_experts_per_tok",),
+    "n_experts": ("num_local_experts", "num_experts"),
+}
 
 
 def parse_config(data: Any) -> Config:
@@ -48,12 +60,15 @@ def parse_config(data: Any) -> Config:
     if not isinstance(kind, str):
         raise ValueError(f"model_type={kind!r} is not a name; use one of {KNOWN}")
     if kind not in CLASSES:
-        reason = " ".join(filter(None, (f"model_type {kind!r} has no prediction yet;", meant(kind, CLASSES))))
+        reason = " ".join(filter(None, (f"model_type {kind!r} has no prediction yet;", _meant(kind))))
         raise UnknownArchitecture(f"{reason} there is one for {KNOWN}")
     if data.get("per_layer_config"):
         raise UnknownArchitecture("per_layer_config is given; predictions cover layers of one kind")
     reader = Reader(data, ALIASES.get(kind))
-    architecture = CLASSES[kind](reader)
+    try:
+        architecture = CLASSES[kind](reader)
+    except ValueError as error:
+        raise ValueError(as_typed(str(error), _keys(data))) from None
     return Config(architecture, (*reader.assumed, f"initialised as the {kind} class does"))
 
 
@@ -86,6 +101,17 @@ def read_json(path: Path) -> Any:
     except (ValueError, RecursionError) as error:
         detail = "it is nested too deeply" if isinstance(error, RecursionError) else str(error).split(";")[0]
         raise ValueError(f"{path} is not valid JSON ({detail}); fix it and try again") from None
+
+
+def _meant(kind: str) -> str:
+    """A class whose name this may be a slip for; another number is no slip but another generation."""
+    numbers = re.findall(r"\d", kind)
+    return meant(kind, [name for name in CLASSES if re.findall(r"\d", name) == numbers], close=SLIP)
+
+
+def _keys(data: Mapping[str, Any]) -> dict[str, str]:
+    """The keys of a file by what the code calls them."""
+    return {ours: next(key for key in keys if key in data) for ours, keys in KEYS.items() if data.keys() & set(keys)}
 
 
 def _json_kind(value: Any) -> str:

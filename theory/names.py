@@ -5,17 +5,21 @@ from __future__ import annotations
 from collections.abc import Iterable
 from difflib import get_close_matches
 
+CLOSE = 0.65  # of difflib's ratio: one slip in three letters, where half of two names often agrees by chance
 
-def meant(name: str, names: Iterable[str]) -> str:
+
+def meant(name: str, names: Iterable[str], *, close: float = CLOSE) -> str:
     """A question that names the closest of the names that there are; empty if none is close.
 
     >>> meant("fnn-uper", ["ffn-upper", "ffn", "softmax"])
     'did you mean ffn-upper?'
     >>> meant("350M", ["350m", "1.7b"]), meant("nonsense", ["ffn"])
     ('did you mean 350m?', '')
+    >>> meant("mamba", ["llama"])
+    ''
     """
     lower = {one.lower(): one for one in names}
-    found = [lower[one] for one in get_close_matches(name.lower(), lower, n=3, cutoff=0.6)]
+    found = [lower[one] for one in get_close_matches(name.lower(), lower, n=3, cutoff=close)]
     return f"did you mean {' or '.join(found)}?" if found else ""
 
 

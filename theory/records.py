@@ -114,7 +114,7 @@ def write_bytes(path: Path, content: bytes) -> None:
             os.chmod(temporary, 0o644)
             os.replace(temporary, path)
         except BaseException:
-            os.unlink(temporary)
+            Path(temporary).unlink(missing_ok=True)  # it is gone where a signal comes right after the replacement
             raise
     except OSError as error:
         raise ValueError(f"cannot write {path}: {error.strerror}; choose a writable folder with --out") from None
