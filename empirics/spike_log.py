@@ -17,8 +17,14 @@ from empirics.spike_definitions import DEFINITIONS, Definition, Series, finite
 from empirics.spikes import RULE, events, pair, series_of
 from theory.records import read_record
 from theory.sources import REFERENCES
+from theory.words import counted
 
 SHOWN = 12  # events printed a line; JSON has them all
+# What decides a run's batches beside the tokens themselves, by the words for it.
+DECIDES = {"seed": "seed", "sequences a batch": "batch_size", "tokens a sequence": "seq_len", "order": "order"}
+# What decides the tokens; the same tokens may come from another copy of a text.
+TOKENS = {"text": "data", "tokenizer": "tokenizer", "bytes of text": "data_bytes"}
+RECORDED, ON_TRUST = "recorded", "on trust"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,12 +34,14 @@ class Log:
     Attributes:
         steps: shape (entries,), increasing; the entries' numbers where the file names no step.
         values: shape (entries,); what is not finite is a divergence.
+        record: of the run that it is the log of, where there is one.
     """
 
     path: Path
     column: str
     steps: NDArray[np.int64]
     values: Series
+    record: Mapping[str, Any] | None = None
 
 
 def read_log(path: Path, column: str) -> Log:
@@ -83,12 +91,47 @@ def _inside(folder: Path, column: str) -> Path:
     """The file of a run's folder that has the column."""
     if column == "loss" and (folder / "losses.jsonl").is_file():
         return folder / "losses.jsonl"
-    found = [*sorted((folder / "records").glob("*.json")), *sorted(folder.glob("*.json"))]
-    trainings = [path for path in found if (read_record(path) or {}).get("kind") == "training"]
+    trainings = _trainings(folder)
     if len(trainings) != 1:
         remedy = "name one of them" if trainings else "finish the run (train again goes on), or name a file with losses"
         raise ValueError(f"{folder} has {len(trainings)} training records; {remedy}")
     return trainings[0]
+
+
+def _trainings(folder: Path) -> list[Path]:
+    found = [*sorted((folder / "records").glob("*.json")), *sorted(folder.glob("*.json"))]
+    return [path for path in found if (read_record(path) or {}).get("kind") == "training"]
+
+
+def _record_of(path: Path) -> Mapping[str, Any] | None:
+    """The record that a log is, or that lies beside it as `train` leaves them."""
+    if path.name == "losses.jsonl" and len(found := _trainings(path.parent)) == 1:
+        path = found[0]
+    return read_record(path) if path.suffix == ".json" else None
+
+
+def _batches(log: Log) -> dict[str, Any] | None:
+    """What a run's record says of its batches, by the words for it; None where nothing does."""
+    spec, data = ((log.record or {}).get(part) for part in ("spec", "data"))
+    if not (isinstance(spec, Mapping) and isinstance(data, Mapping) and isinstance(data.get("digest"), str)):
+        return None
+    spec = {"order": "random", **spec}  # the oldest records know no other
+    said = {words: spec.get(name) for words, name in (TOKENS | DECIDES).items()}
+    return said | {"vocabulary": data.get("vocab_size"), "tokens": data["digest"]}
+
+
+def _other_batches(log: Log, reference: Log) -> str | None:
+    """In what the batches of two runs differ, in words; empty where they are the same, None where nobody knows."""
+    ours, theirs = _batches(log), _batches(reference)
+    if ours is None or theirs is None:
+        return None
+    names = list(DECIDES)
+    if ours["tokens"] != theirs["tokens"]:
+        names = [*TOKENS, "vocabulary", *names]
+    differing = [f"{name} {theirs[name]} and not {ours[name]}" for name in names if ours[name] != theirs[name]]
+    if ours["tokens"] != theirs["tokens"] and not differing:
+        differing = ["a text that has changed since"]
+    return ", ".join(differing)
 
 
 def _of_record(path: Path, column: str) -> tuple[list[float], list[int]]:
@@ -139,30 +182,40 @@ def _log(path: Path, column: str, values: Sequence[float], steps: Sequence[float
     if back.size:
         before, after = numbers[back[0] : back[0] + 2]
         raise ValueError(f"in {path} step {after:.0f} follows step {before:.0f}; keep one entry a step, in order")
-    return Log(path=path, column=column, steps=numbers.astype(np.int64), values=np.array(values, dtype=np.float64))
+    series = np.array(values, dtype=np.float64)
+    return Log(path=path, column=column, steps=numbers.astype(np.int64), values=series, record=_record_of(path))
 
 
 def tell(log: Log, reference: Log | None, names: Sequence[str]) -> dict[str, Any]:
     """Every event of every definition, raw and paired with the reference, as JSON.
 
     Raises:
-        ValueError: the reference has other steps, so that it saw other batches.
+        ValueError: the reference has other steps, or its record says that it saw other batches.
     """
-    if reference is not None:
-        length = min(log.steps.size, reference.steps.size)
-        if not np.array_equal(log.steps[:length], reference.steps[:length]):
-            raise ValueError(f"{reference.path} has other steps than {log.path}; a reference saw the same batches")
+    pairing = None if reference is None else _pairing(log, reference)
     whole = finite(log.values).size
     return {
         "file": str(log.path),
         "column": log.column,
         "reference": None if reference is None else str(reference.path),
+        "same_batches": pairing,
         "entries": log.values.size,
         "steps": [int(log.steps[0]), int(log.steps[-1])],
         "diverged_at": int(log.steps[whole]) if whole < log.values.size else None,
         "recovery": asdict(RULE),
         "definitions": [_told(DEFINITIONS[name], log, reference) for name in names],
     }
+
+
+def _pairing(log: Log, reference: Log) -> str:
+    """How it is known that two runs saw the same batches."""
+    remedy = "name a reference that saw the same batches, or leave --reference out"
+    length = min(log.steps.size, reference.steps.size)
+    if not np.array_equal(log.steps[:length], reference.steps[:length]):
+        raise ValueError(f"{reference.path} has other steps than {log.path}; {remedy}")
+    if other := _other_batches(log, reference):
+        raise ValueError(f"{reference.path} is of other batches than {log.path}: {other}; {remedy}")
+    return ON_TRUST if other is None else RECORDED
 
 
 def _told(definition: Definition, log: Log, reference: Log | None) -> dict[str, Any]:
@@ -187,11 +240,15 @@ def text(told: Mapping[str, Any]) -> str:
     """The table of all definitions side by side, then what each of them says."""
     first, last = told["steps"]
     ended = "" if told["diverged_at"] is None else f"; diverged at step {told['diverged_at']}"
-    lines = [f"{told['file']}: {told['column']}, {told['entries']} entries, steps {first} to {last}{ended}"]
+    entries = counted(told["entries"], "entry", "entries")
+    lines = [f"{told['file']}: {told['column']}, {entries}, steps {first} to {last}{ended}"]
     if last - first + 1 != told["entries"]:
         lines.append("note: not every step is there; windows and times to recover count entries")
     if told["reference"] is not None:
-        lines.append(f"paired with {told['reference']}")
+        how = "on the same batches, as both records say"
+        if told["same_batches"] == ON_TRUST:
+            how = "taken on trust to have seen the same batches: not both have a record"
+        lines.append(f"paired with {told['reference']}, {how}")
     lines.append(f"{'definition':<25}{'series':<8}{'events':>6}  step: outcome (steps from its first value)")
     for definition in told["definitions"]:
         lines.append(_line(definition["name"], "raw", definition))
@@ -216,7 +273,8 @@ def _line(name: str, series: str, definition: Mapping[str, Any]) -> str:
     """One row of the table; a series too short for any event is not said to have none."""
     entries, found = definition[series]["entries"], definition[series]["events"]
     if entries <= definition["begins"]:
-        return f"{name:<25}{series:<8}{'-':>6}  too short: {entries} entries of {definition['begins'] + 1} needed"
+        needed = f"{definition['begins'] + 1} entries needed, {entries} there"
+        return f"{name:<25}{series:<8}{'-':>6}  too short: {needed}"
     shown = [
         f"{event['step']}: {event['outcome']}" + ("" if event["after"] is None else f" ({event['after']})")
         for event in found[:SHOWN]

@@ -553,7 +553,7 @@ def test_command_prints_definitions_side_by_side(tmp_path: Path, capsys: pytest.
     assert main(["spikes", write(tmp_path / "short.csv", LOSS[:100])]) == 0
     out = capsys.readouterr().out
     assert out.count("too short") == 2  # it does not say that they found nothing
-    assert "100 entries of 105 needed" in out
+    assert "105 entries needed, 100 there" in out
     many = series(600)
     many[20::20] = 50.0
     assert main(["spikes", write(tmp_path / "many.csv", many), "--out", str(tmp_path / "t" / "told.txt")]) == 0
@@ -626,7 +626,7 @@ def test_a_reference_of_other_steps_is_refused(tmp_path: Path, capsys: pytest.Ca
     other = tmp_path / "other.csv"
     other.write_text("step,loss\n5,1.0\n6,1.0\n")
     assert main(["spikes", run, "--reference", str(other)]) == 2
-    assert "a reference saw the same batches" in capsys.readouterr().err
+    assert "name a reference that saw the same batches" in capsys.readouterr().err
     with pytest.raises(SystemExit) as stop:
         main(["spikes", run, "--definition", "seven-sigma"])
     assert stop.value.code == 2
@@ -634,3 +634,53 @@ def test_a_reference_of_other_steps_is_refused(tmp_path: Path, capsys: pytest.Ca
     write(tmp_path / "two" / "b.json", LOSS)
     assert main(["spikes", str(tmp_path / "two")]) == 2
     assert "2 training records" in capsys.readouterr().err
+
+
+def written(folder: Path, digest: str = "aa", **changes: Any) -> str:
+    """A finished run's folder, as `train` leaves it, but for what no log is read for."""
+    spec = {"data": "a.txt", "tokenizer": "bpe", "data_bytes": None, "seed": 0, "batch_size": 8, "seq_len": 64}
+    write(folder / "losses.jsonl", CALM)
+    data = {"source": "a.txt", "digest": digest, "vocab_size": changes.pop("vocab_size", 512)}
+    body = {"schema": 1, "kind": "training", "spec": spec | changes, "data": data, "series": {"loss": CALM.tolist()}}
+    (folder / "records").mkdir()
+    (folder / "records" / "run.json").write_text(json.dumps(body))
+    return str(folder)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"seed": 1}, "seed 1 and not 0"),
+        ({"batch_size": 4}, "sequences a batch 4 and not 8"),
+        ({"seq_len": 32}, "tokens a sequence 32 and not 64"),
+        ({"order": "epoch"}, "order epoch and not random"),
+        ({"data": "b.txt", "digest": "bb"}, "text b.txt and not a.txt"),
+        ({"tokenizer": "bytes", "digest": "bb"}, "tokenizer bytes and not bpe"),
+        ({"vocab_size": 300, "digest": "bb"}, "vocabulary 300 and not 512"),
+        ({"digest": "bb"}, "a text that has changed since"),
+        ({"seed": 1, "order": "epoch"}, "seed 1 and not 0, order epoch and not random"),
+    ],
+)
+def test_a_reference_of_other_batches_is_refused(
+    tmp_path: Path, changes: dict[str, Any], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, other = written(tmp_path / "run"), written(tmp_path / "other", **changes)
+    for log, reference in ((run, other), (f"{run}/losses.jsonl", f"{other}/records/run.json")):
+        assert main(["spikes", log, "--reference", reference]) == 2
+        out, err = capsys.readouterr()
+        assert (out, err.count("\n")) == ("", 1)
+        assert f"is of other batches than {run}/losses.jsonl: {words}; name a reference that" in err
+
+
+def test_a_reference_is_known_or_trusted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Another rate, or another copy of the text, leaves the batches; where a record is missing, nobody knows."""
+    run = written(tmp_path / "run")
+    calm = written(tmp_path / "calm", learning_rate=1e-4, steps=9, data="/copy/a.txt", order="random")
+    assert found_in(capsys, run, "--reference", calm)["same_batches"] == "recorded"
+    assert main(["spikes", run, "--reference", calm]) == 0
+    assert f"paired with {calm}/losses.jsonl, on the same batches, as both records say\n" in capsys.readouterr().out
+    for log, reference in ((run, write(tmp_path / "c.csv", CALM)), (write(tmp_path / "d.jsonl", CALM), run)):
+        assert found_in(capsys, log, "--reference", reference)["same_batches"] == "on trust"
+        assert main(["spikes", log, "--reference", reference]) == 0
+        assert "taken on trust to have seen the same batches" in capsys.readouterr().out
+    assert found_in(capsys, run)["same_batches"] is None
