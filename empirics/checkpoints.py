@@ -31,13 +31,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from empirics.data import Tokenizer
 from empirics.distributed import ALONE, Ranks, whole
 from empirics.model import Transformer
-from theory.records import architecture_from, plain, write_json
+from theory.records import plain, write_json
+from theory.words import counted
 
 KEPT = 2  # so that damage to the newest loses the steps since the one before, not the run
 MODEL, OPTIMIZER, SERIES, MANIFEST = "model.safetensors", "optimizer.safetensors", "series.json", "manifest.json"
@@ -139,7 +140,7 @@ def _difference(path: Path, size: int, digest: str) -> str:
         if not path.is_file():
             return f"{path.name} is missing"
         if path.stat().st_size != size:
-            return f"{path.name} has {path.stat().st_size} bytes and not {size}"
+            return f"{path.name} has {counted(path.stat().st_size, 'byte')} and not {size}"
         return "" if _digest(path) == digest else f"{path.name} has another SHA-256"
     except OSError as error:
         return f"{path.name} cannot be read: {error.strerror}"
@@ -153,7 +154,7 @@ def keep_model(
     run: Mapping[str, Any] | None = None,
     ranks: Ranks = ALONE,
 ) -> None:
-    """Write the weights and the architecture, which `load_model` reads; whole, by the first rank, from its memory.
+    """Write the weights and the architecture, which `kept.load_model` reads; whole, by the first rank, from its memory.
 
     Args:
         tokenizer: of the text that it was trained on, kept in the form that transformers reads.
@@ -178,17 +179,30 @@ def keep_model(
             _seal(temporary / MODEL)
 
 
-def load_model(folder: Path) -> Transformer:
-    """The model that `keep_model` wrote, on the CPU."""
-    model = Transformer(architecture_from(json.loads((folder / ARCHITECTURE).read_text())))
-    weights = load_file(folder / MODEL)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.copy_(weights[name])
-    return model
-
-
 # --- tensors by name ----------------------------------------------------------------------------------------------
+
+
+def fill(tensors: dict[str, Tensor], folder: Path, *, alone: bool = True) -> None:
+    """Read tensors by their names from the safetensors of a folder, whole or in shards, into those that are given.
+
+    Args:
+        alone: else every rank calls this, each with its parts.
+
+    Raises:
+        ValueError: one is not there, has another shape, or its file is damaged.
+    """
+    from torch.distributed.checkpoint.api import CheckpointException
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader  # half a second
+    from torch.distributed.checkpoint.state_dict_loader import load
+
+    try:
+        with warnings.catch_warnings():
+            # Said of `no_dist` even where it is asked for.
+            warnings.filterwarnings("ignore", message=".*single process")
+            load(tensors, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=alone)
+    except CheckpointException as error:
+        first, _ = next(iter(error.failures.values()))
+        raise ValueError(str(first) or type(first).__name__) from None
 
 
 def _parameters(model: Transformer) -> dict[str, Tensor]:
@@ -218,9 +232,6 @@ def _save_shards(folder: Path, tensors: dict[str, Tensor]) -> None:
 @torch.no_grad()
 def _load(folder: Path, model: Transformer, optimizer: torch.optim.Optimizer, *, alone: bool) -> None:
     """Fill the model in place, and the optimizer with moments as it has them after a step."""
-    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader  # half a second, for a resumed run
-    from torch.distributed.checkpoint.state_dict_loader import load
-
     parameters = dict(model.named_parameters())
     moments: dict[str, dict[str, Tensor]] = {
         name: {
@@ -232,9 +243,7 @@ def _load(folder: Path, model: Transformer, optimizer: torch.optim.Optimizer, *,
     }
     tensors = _parameters(model)
     tensors |= {f"{name}.{key}": value for name, state in moments.items() for key, value in state.items()}
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*single process")  # said of `no_dist` even where it is asked for
-        load(tensors, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=alone)
+    fill(tensors, folder, alone=alone)
     names = {id(parameter): name for name, parameter in parameters.items()}
     ordered = [names[id(parameter)] for group in optimizer.param_groups for parameter in group["params"]]
     state = {place: moments[name] for place, name in enumerate(ordered)}

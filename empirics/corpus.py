@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from empirics.shards import GROUP, ShardedTokens, is_shards, open_shards
 from empirics.texts import DEFAULT_BYTES, TextSource, groups, load_text, split
-from empirics.tokenizer import Tokenizer, make_tokenizer, require_room, require_vocabulary, train_bpe
+from empirics.tokenizer import SMALLEST_VOCAB, Tokenizer, make_tokenizer, require_room, require_vocabulary, train_bpe
 from theory.records import slug
 
 Tokens = NDArray[np.int32] | ShardedTokens
@@ -107,7 +107,8 @@ def _name(fixed: Tokenizer | None) -> str:
 
 def _from_shards(folder: Path, vocab_size: int) -> Corpus:
     tokens, tokenizer, manifest = open_shards(folder)
-    require_room(tokenizer, vocab_size, f"the tokenizer of {folder}")
+    other = f"tokenise the text with --tokenizer bpe --vocab {max(vocab_size, SMALLEST_VOCAB)}"
+    require_room(tokenizer, vocab_size, f"the tokenizer of {folder}", other=other)
     return Corpus(
         train=tokens.part(0, manifest["train_tokens"]),
         heldout=tokens.part(manifest["train_tokens"], len(tokens)),

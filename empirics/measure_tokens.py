@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from empirics.data import batch, load_corpus, random_tokens
+from empirics.data import batch, is_shards, load_corpus, random_tokens
 from empirics.decoder_growth import Tokens, distinct_tokens
 from empirics.networks import Network
 
@@ -49,18 +49,26 @@ def batches_of(
     if data is None:
         return Batches(lambda model, seed: distinct_tokens(model, seed, **shape), "random, distinct in a sequence")
     vocab_size = a.vocab_size if a is not None else int(network.settings.vocab_size)
-    own = None if network.folder is None else network.folder / TOKENIZER
-    if own is not None and own.is_file():
-        tokenizer, how = str(own), f"by {own}"
-    elif network.trained:
-        raise ValueError(
-            f"{network.folder} has no {TOKENIZER}, and other ids mean nothing to it; drop --data, or add one"
-        )
-    else:
-        tokenizer, how = "bpe", "by a tokenizer trained on it"
+    tokenizer, how = tokenizer_of(data, network.folder, trained=network.trained)
     corpus = load_corpus(data, vocab_size=vocab_size, tokenizer=tokenizer, limit=TEXT_BYTES, cache=cache)
 
     def text(_: nn.Module, seed: int) -> Tokens:
         return moved(batch(corpus, seed=seed, step=0, batch_size=batch_size, seq_len=seq_len))
 
     return Batches(text, f"{corpus.description}, {how}")
+
+
+def tokenizer_of(data: str, folder: Path | None, *, trained: bool) -> tuple[str, str]:
+    """The tokenizer by which a text is read for a network, and how that is in words; shards bring their own.
+
+    Raises:
+        ValueError: the network is trained, and its folder has none.
+    """
+    if is_shards(data):
+        return "bpe", "by its own tokenizer"
+    own = None if folder is None else folder / TOKENIZER
+    if own is not None and own.is_file():
+        return str(own), f"by {own}"
+    if trained:
+        raise ValueError(f"{folder} has no {TOKENIZER}, and other ids mean nothing to it; drop --data, or add one")
+    return "bpe", "by a tokenizer trained on it"

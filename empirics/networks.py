@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from safetensors import SafetensorError
 from torch import nn
 
 from empirics import real_classes
-from empirics.checkpoints import ARCHITECTURE, MODEL, load_model
+from empirics.kept import architecture_of, load_model, model_folder
 from empirics.model import build
 from empirics.reduction import reduced_architecture
 from theory.__main__ import LARGEST_DEPTH, load
 from theory.architecture import Architecture, EmbeddingTreatment
 from theory.hf_config import Config, UnknownArchitecture, parse_config, read_json
-from theory.records import architecture_from
 
 Implementation = Literal["own", "transformers"]
 LARGEST_CONTEXT = 2048  # where a class has no largest length
@@ -57,6 +54,11 @@ class Network:
             return self.architecture.context
         return int(getattr(self.settings, "max_position_embeddings", None) or LARGEST_CONTEXT)
 
+    @property
+    def positions(self) -> int | None:
+        """The most tokens that it takes, where positions are learned or nobody says that they are not; None for any."""
+        return self.context if self.architecture is None or self.architecture.positions == "learned" else None
+
 
 def network(
     given: str,
@@ -81,7 +83,7 @@ def network(
     changes = {"--layers": n_layers, "--width": width, "--embedding": embedding, "--init": init}
     asked = [option for option, value in changes.items() if value is not None]
     if folder is not None:
-        ours = _own_folder(folder)
+        ours = model_folder(folder)
         theirs = ours is None and _has_weights(folder)
         if (ours or theirs) and asked:
             raise ValueError(f"{given} has weights of its own, which {asked[0]} would not fit; leave out {asked[0]}")
@@ -92,7 +94,7 @@ def network(
         if theirs:
             if implementation == "own":
                 raise ValueError(f"{given} holds weights of a class of transformers; leave out --implementation own")
-            return _checkpoint(folder)
+            return checkpoint(folder)
     elif os.path.isfile(given) and Path(given).suffix in (".safetensors", *real_classes.PICKLED):
         raise ValueError(f"{given} is a file of weights; give the folder that has its config.json beside it")
     if not os.path.exists(given):
@@ -177,16 +179,6 @@ def _require_depth(n_layers: int) -> None:
 # --- folders --------------------------------------------------------------------------------------------------------
 
 
-def _own_folder(folder: Path) -> Path | None:
-    """The folder of our own weights that is given, or that a run's folder has: the model it left, or its last state."""
-    for pattern in ("", "models/*/", "checkpoints/*/step-*/"):
-        found = sorted(folder.glob(pattern + ARCHITECTURE)) if pattern else [folder / ARCHITECTURE]
-        found = [path.parent for path in found if path.is_file()]
-        if found:
-            return found[-1]
-    return None
-
-
 def _has_weights(folder: Path) -> bool:
     endings = (".safetensors", real_classes.INDEX, *real_classes.PICKLED)
     try:
@@ -196,27 +188,10 @@ def _has_weights(folder: Path) -> bool:
 
 
 def _own_checkpoint(folder: Path) -> Network:
-    try:
-        architecture = architecture_from(json.loads((folder / ARCHITECTURE).read_text()))
-    except (OSError, ValueError, TypeError, LookupError) as error:
-        raise ValueError(
-            f"{folder / ARCHITECTURE} cannot be read ({error}); train again with --keep-checkpoint"
-        ) from None
-    if not (folder / MODEL).is_file():
-        raise ValueError(f"{folder} has no {MODEL}; train again with --keep-checkpoint")
-
-    def load_own() -> nn.Module:
-        try:
-            return load_model(folder)
-        except (SafetensorError, KeyError, RuntimeError, OSError) as error:
-            if "memory" in str(error):
-                raise
-            detail = f"it has no {error.args[0]}" if isinstance(error, KeyError) else str(error).splitlines()[0]
-            raise ValueError(f"{folder / MODEL} is damaged ({detail}); train again with --keep-checkpoint") from None
-
+    architecture = architecture_of(folder)
     return Network(
         name=f"{architecture.name} of {folder}",
-        make=_once(load_own),
+        make=_once(lambda: load_model(folder)),
         implementation="own",
         trained=True,
         architecture=architecture,
@@ -224,7 +199,15 @@ def _own_checkpoint(folder: Path) -> Network:
     )
 
 
-def _checkpoint(folder: Path) -> Network:
+def checkpoint(folder: Path, *, attention: str = "eager") -> Network:
+    """The network of a folder that transformers wrote, with config.json and safetensors.
+
+    Args:
+        attention: transformers' name of the way to attend; the default writes it out, for derivatives of any order.
+
+    Raises:
+        ValueError: it is no such folder; or, once the network is made, it is damaged.
+    """
     real_classes.require_safetensors(folder)
     data = read_json(folder)
     try:
@@ -239,7 +222,7 @@ def _checkpoint(folder: Path) -> Network:
     settings, _ = real_classes.settings(data)
     return Network(
         name=f"{settings.model_type} of {folder}",
-        make=_once(lambda: real_classes.load(folder, settings)),
+        make=_once(lambda: real_classes.load(folder, settings, attention=attention)),
         implementation="transformers",
         trained=True,
         architecture=None if read is None else read.architecture,

@@ -35,13 +35,14 @@ from typing import Any, Literal, get_args
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors import SafetensorError
 from torch import Tensor
 from tqdm import tqdm
 
-from empirics.checkpoints import ARCHITECTURE, RUN, load_model
-from empirics.texts import Documents, rows_of
-from empirics.tokenizer import Tokenizer, load_tokenizer
+from empirics.checkpoints import RUN
+from empirics.kept import load_model, model_folder
+from empirics.networks import checkpoint
+from empirics.texts import WHOLE_FILES, Documents, rows_of
+from empirics.tokenizer import Tokenizer, has_tokenizer, load_tokenizer, read_tokenizer
 
 Format = Literal["wikitext", "lambada", "text"]
 FORMATS: tuple[Format, ...] = get_args(Format)
@@ -70,8 +71,9 @@ class LanguageModel:
         logits: token ids (B, T) to the logits (B, T, V) of the next ones, each a function of the ids up to its place.
         start_id: the token that a document begins with.
         vocab_size: ids that `logits` takes.
-        context: the most tokens that `logits` should be given: for a network of this package the length it was
-            trained at, for another one its number of positions.
+        context: tokens that `logits` is given unless more are asked for: for a network of this package the length it
+            was trained at, for another one its number of positions.
+        positions: the most tokens that it takes; None for any number.
     """
 
     logits: Callable[[Tensor], Tensor]
@@ -79,6 +81,7 @@ class LanguageModel:
     start_id: int
     vocab_size: int
     context: int
+    positions: int | None = None
     device: str = "cpu"
 
 
@@ -91,60 +94,64 @@ class Window:
     scored: int
 
 
-def load_language_model(folder: Path, *, device: str = "cpu") -> LanguageModel:
-    """A model that `train --keep-checkpoint` kept, or one of transformers in safetensors; float32. No code of it runs.
+def load_language_model(folder: Path, *, tokenizer: str | None = None, device: str = "cpu") -> LanguageModel:
+    """A model that `train` left, or one of transformers in safetensors; float32. No code of it runs.
+
+    Args:
+        folder: as `empirics.kept.model_folder` takes it, or with a config.json.
+        tokenizer: as `load_tokenizer` takes it; the folder's own unless given.
 
     Raises:
         ValueError: the folder has no model or no tokenizer, or its weights are not safetensors.
     """
-    if (folder / ARCHITECTURE).is_file():
-        return _own(folder, device)
+    if (ours := model_folder(folder)) is not None:
+        return _own(ours, _tokenizer(tokenizer, ours), device)
     if not (folder / "config.json").is_file():
         raise ValueError(
-            f"{folder} holds no model; name a folder that train --keep-checkpoint left (OUT/models/RUN), or one of "
+            f"{folder} holds no model; name the folder of a run that train --keep-checkpoint left, or one of "
             "transformers with config.json, safetensors and the tokenizer"
         )
-    tokenizer = load_tokenizer(str(folder))
-    try:
-        from transformers import AutoModelForCausalLM
-    except ImportError as error:
-        raise ValueError(f"{folder} needs transformers; pip install 'spikecheck[hf]'") from error
-    try:
-        foreign: Any = AutoModelForCausalLM.from_pretrained(
-            folder, use_safetensors=True, trust_remote_code=False, local_files_only=True, dtype=torch.float32
-        )
-    except (OSError, ValueError, SafetensorError) as error:
-        raise ValueError(
-            f"cannot load {folder} ({str(error).splitlines()[0]}); only safetensors of a class of transformers are read"
-        ) from error
-    foreign = foreign.to(device).eval()
-    config = foreign.config.get_text_config()
-    start = config.bos_token_id if isinstance(config.bos_token_id, int) else config.eos_token_id
-    return LanguageModel(
-        logits=lambda ids: foreign(input_ids=ids, use_cache=False).logits,
-        tokenizer=tokenizer,
-        start_id=start if isinstance(start, int) else tokenizer.end_id,
-        vocab_size=config.vocab_size,
-        context=getattr(config, "max_position_embeddings", None) or 2048,
-        device=device,
-    )
+    return _foreign(folder, _tokenizer(tokenizer, folder), device)
 
 
-def _own(folder: Path, device: str) -> LanguageModel:
-    tokenizer = load_tokenizer(str(folder))
-    try:
-        model = load_model(folder).to(device).eval()
-    except (OSError, ValueError, LookupError, TypeError, SafetensorError) as error:
-        raise ValueError(f"cannot load {folder} ({type(error).__name__}: {error}); train it again") from error
-    run = folder / RUN
+def _own(folder: Path, tokenizer: Tokenizer, device: str) -> LanguageModel:
+    model = load_model(folder).to(device).eval()
+    a, run = model.architecture, folder / RUN
     return LanguageModel(
         logits=model,
         tokenizer=tokenizer,
         start_id=tokenizer.end_id,
-        vocab_size=model.architecture.vocab_size,
-        context=json.loads(run.read_text())["seq_len"] if run.is_file() else model.architecture.context,
+        vocab_size=a.vocab_size,
+        context=json.loads(run.read_text())["seq_len"] if run.is_file() else a.context,
+        positions=a.context if a.positions == "learned" else None,
         device=device,
     )
+
+
+def _foreign(folder: Path, tokenizer: Tokenizer, device: str) -> LanguageModel:
+    found = checkpoint(folder, attention="sdpa")
+    model, config = found.make(0).to(device), found.settings.get_text_config()
+    start = config.bos_token_id if isinstance(config.bos_token_id, int) else config.eos_token_id
+    return LanguageModel(
+        logits=lambda ids: model(input_ids=ids, use_cache=False).logits,
+        tokenizer=tokenizer,
+        start_id=start if isinstance(start, int) else tokenizer.end_id,
+        vocab_size=config.vocab_size,
+        context=found.context,
+        positions=found.positions,
+        device=device,
+    )
+
+
+def _tokenizer(asked: str | None, folder: Path) -> Tokenizer:
+    if asked is not None:
+        return load_tokenizer(asked)
+    if not has_tokenizer(folder):
+        raise ValueError(
+            f"{folder} has no tokenizer; name the one that the model was trained with: --tokenizer bytes, gpt2, or "
+            "the path of a tokenizer.json"
+        )
+    return read_tokenizer(folder)
 
 
 def windows(tokens: int, context: int, stride: int) -> Iterator[Window]:
@@ -255,14 +262,15 @@ def perplexity(
             `wikitext`: the file as distributed, or the data set's lines; all lines are one text, de-tokenised a line
                 at a time and each followed by a line end. Words are what spaces separate in the file as it is, and
                 line ends count as words. `<unk>`, in files that are not `raw`, is predicted like any other text;
-            `lambada`: JSON lines of `text`. The target is the last word with the space before it: the tokens of the
-                whole beyond as many as the rest has on its own. It is right if each of its tokens is the most likely
-                one. An example begins with the start token, as documents do.
+            `lambada`: lines of JSON, or rows of a table, with an example as `text` each. The target is the last word
+                with the space before it: the tokens of the whole beyond as many as the rest has on its own. It is right
+                if each of its tokens is the most likely one. An example begins with the start token, as documents do.
         context, stride: as above; by default the model's context, and windows that do not overlap.
 
     Returns:
-        JSON-ready: `nats`, `tokens`, `token_perplexity`, and by format `bits_per_byte`, or `words`, `word_perplexity`,
-        `unknown_words`, or `examples`, `word_perplexity`, `accuracy`.
+        JSON-ready: `read_as`, `nats`, `tokens`, `token_perplexity`, and by format `bits_per_byte`, or `words`,
+        `word_perplexity`, `unknown_words`, or `examples`, `word_perplexity`, `accuracy`. `trained_context` is there
+        where the context is longer than that.
 
     Raises:
         ValueError: the text is missing, empty or of another format; context or stride is out of range.
@@ -270,13 +278,17 @@ def perplexity(
     if format not in FORMATS:
         raise ValueError(f"unknown format {format!r}; use one of {', '.join(FORMATS)}")
     context = context or model.context
+    if model.positions is not None and context > model.positions:
+        raise ValueError(f"context={context} exceeds the model's {model.positions} positions; use at most as many")
     stride = stride or context
     if not 1 <= stride <= context:
         raise ValueError(f"stride={stride} is out of range; use 1 to the context, {context}")
     if data.startswith("hf:"):
         data += "" if data.count(":") > 2 else ":" * (3 - data.count(":")) + "test"
     sizes: dict[str, Any] = {"context": context, "stride": stride, "batch": batch, "progress": progress}
-    settings = {"format": format, "data": data, "context": context}
+    settings = {"format": format, "data": data, "read_as": Documents(data).formats, "context": context}
+    if context > model.context:
+        settings["trained_context"] = model.context
     if format == "lambada":
         return settings | _lambada(model, data, context=context, batch=batch, progress=progress)
     if format == "wikitext":
@@ -305,7 +317,13 @@ def _wikitext(model: LanguageModel, data: str, sizes: dict[str, Any]) -> dict[st
 
 def _lambada(model: LanguageModel, data: str, *, context: int, batch: int, progress: bool) -> dict[str, Any]:
     sequences: list[tuple[NDArray[np.int64], int]] = []
-    for text in Documents(data):
+    documents = Documents(data)
+    if WHOLE_FILES in documents.formats:  # of each the very last word alone would be scored
+        raise ValueError(
+            f'{data} does not say where examples end; write one {{"text": "..."}} a line into a .jsonl file, '
+            "or use .parquet or hf:EleutherAI/lambada_openai"
+        )
+    for text in documents:
         before, word = last_word(text)
         # A context that is too long loses its beginning; at least one token is left to predict the word from.
         whole, rest = model.tokenizer.encode([before + word, before])

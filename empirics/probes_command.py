@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError
 
 from empirics.bounds import BOUNDED, a_posteriori_bounds, over_random
-from empirics.checkpoints import ARCHITECTURE, load_model
 from empirics.command_line import check_device, check_memory, positive
 from empirics.data import Batch, batch, load_corpus, random_tokens
+from empirics.kept import REMEDY, architecture_of, load_model, model_folder
+from empirics.measure_tokens import tokenizer_of
 from empirics.model import Transformer, build
 from empirics.registry import Probe, Reading, Unavailable, find, probes
 from empirics.subject import TOLERANCE, Subject
@@ -32,12 +32,13 @@ def add_command(commands: Any) -> argparse.ArgumentParser:
     command = commands.add_parser(
         "probes",
         help="measure a network, by any of the probes",
-        description="Measure a network at initialisation, or a model that `train --keep-checkpoint` kept: standard "
-        "deviations and gradients of the residual stream, attention entropy, Jacobian norms, weight spectra, distance "
-        "from normality. Norms of Jacobians are lower estimates, and come with a residual.",
+        description="Measure a network at initialisation, or the model that `train` left (with --keep-checkpoint, or a "
+        "checkpoint of an unfinished run): standard deviations and gradients of the residual stream, attention "
+        "entropy, Jacobian norms, weight spectra, distance from normality. Norms of Jacobians are lower estimates, and "
+        "come with a residual.",
     )
-    what = f"{', '.join(PRESETS)}, the path of a config.json, or the folder of a kept model"
-    add_architecture_options(command, nargs="?", help=what)
+    what = f"{', '.join(PRESETS)}, the path of a config.json, or the folder of a run of `train`"
+    add_architecture_options(command, most_tokens=SEQ_LEN, nargs="?", help=what)
     command.add_argument("--list", action="store_true", help="name every probe with what it measures, and stop")
     command.add_argument("--only", action="append", metavar="NAME", help="this probe alone; may be given again")
     command.add_argument("--bounds", action="store_true", help="put rigorous upper bounds beside the norms (slow)")
@@ -45,13 +46,16 @@ def add_command(commands: Any) -> argparse.ArgumentParser:
         "--stack", type=_layers, metavar="A:B", help="layers of stack_jacobian, first and last (default all)"
     )
     command.add_argument(
-        "--tolerance", type=positive, default=TOLERANCE, help=f"relative, of Jacobian norms (default {TOLERANCE:g})"
-    )
+        "--tolerance", type=positive, default=TOLERANCE, metavar="R",
+        help=f"relative error of Jacobian norms (default {TOLERANCE:g})",
+    )  # fmt: skip
     command.add_argument("--batch", type=whole, default=4, metavar="B", help="sequences (default 4)")
     command.add_argument("--seed", type=natural, default=0, help="of the weights and of the tokens (default 0)")
     command.add_argument(
-        "--data", metavar="TEXT", help="text to measure on (sympy, a file, hf:NAME); default random ids"
-    )
+        "--data", metavar="TEXT",
+        help="text to measure on (sympy, a file, hf:NAME), by the tokenizer.json of a folder that has one; default "
+        "random ids",
+    )  # fmt: skip
     command.add_argument("--cache", type=Path, metavar="DIR", help="folder that keeps tokenised text")
     command.add_argument("--json", action="store_true", help="print JSON")
     command.add_argument("--out", metavar="FILE", help="write to a file instead of standard output")
@@ -79,8 +83,8 @@ def run(arguments: argparse.Namespace) -> int:
         return 0
     if arguments.config is None:
         raise ValueError("nothing to measure; name a preset, a config.json or a model's folder, or use --list")
-    model, about, seq_len = _model(arguments)
-    tokens, targets = (torch.from_numpy(part).to(arguments.device) for part in _batch(arguments, model, seq_len))
+    model, about, seq_len, kept = _model(arguments)
+    tokens, targets = (torch.from_numpy(part).to(arguments.device) for part in _batch(arguments, model, seq_len, kept))
     stack = arguments.stack
     if stack is not None and not 0 <= stack[0] <= stack[1] < len(model.layers):
         last = len(model.layers) - 1
@@ -105,50 +109,37 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _model(arguments: argparse.Namespace) -> tuple[Transformer, str, int]:
-    """The model, what it is in a few words, and the tokens of a sequence."""
+def _model(arguments: argparse.Namespace) -> tuple[Transformer, str, int, Path | None]:
+    """The model, what it is in a few words, the tokens of a sequence, and the folder that it was kept in."""
     device = check_device(arguments.device)
     folder = Path(arguments.config)
     if folder.is_dir():
         if arguments.embedding or arguments.init or arguments.layers:
             raise ValueError("a kept model is what it is; drop --embedding, --init and --layers, or name a preset")
-        found = [path.parent for path in sorted(folder.glob(f"**/{ARCHITECTURE}"))]
-        if len(found) != 1:
-            raise ValueError(
-                f"{folder} holds {len(found)} models of `train`; name one that it left, with --keep-checkpoint"
-            )
-        model, about = _loaded(found[0]), f"{found[0]}"
-        a = model.architecture
+        found = model_folder(folder)
+        if found is None:
+            raise ValueError(f"{folder} holds no model of `train`; name the folder of a run, or {REMEDY}")
+        a = architecture_of(found)
         seq_len = arguments.seq_len or min(a.context, SEQ_LEN)
         if a.positions == "learned" and seq_len > a.context:
             raise ValueError(f"--seq-len {seq_len} exceeds the {a.context} learned positions; use fewer tokens")
         if seq_len > LARGEST_SEQ_LEN:
             raise ValueError(f"--seq-len {seq_len} is out of range; use at most {LARGEST_SEQ_LEN}")
         check_memory(a, arguments.batch * seq_len)
-        return model.to(device), about, seq_len
+        return load_model(found).to(device), f"{found}", seq_len, found
     a, longest, _ = chosen(arguments)
     seq_len = arguments.seq_len or min(longest, SEQ_LEN)
     check_memory(a, arguments.batch * seq_len)
-    return build(a, seed=arguments.seed, device=device), f"{a.name} at initialisation, seed {arguments.seed}", seq_len
+    about = f"{a.name} at initialisation, seed {arguments.seed}"
+    return build(a, seed=arguments.seed, device=device), about, seq_len, None
 
 
-def _loaded(folder: Path) -> Transformer:
-    """The model of a folder.
-
-    Raises:
-        ValueError: it is damaged.
-    """
-    try:
-        return load_model(folder)
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as reason:
-        raise ValueError(f"the model in {folder} is damaged ({reason}); train again with --keep-checkpoint") from None
-
-
-def _batch(arguments: argparse.Namespace, model: Transformer, seq_len: int) -> Batch:
+def _batch(arguments: argparse.Namespace, model: Transformer, seq_len: int, kept: Path | None) -> Batch:
     size, vocabulary = arguments.batch, model.architecture.vocab_size
     if arguments.data is None:
         return random_tokens(vocabulary, seed=arguments.seed, batch_size=size, seq_len=seq_len)
-    corpus = load_corpus(arguments.data, vocab_size=vocabulary, cache=arguments.cache)
+    tokenizer, _ = tokenizer_of(arguments.data, kept, trained=kept is not None)
+    corpus = load_corpus(arguments.data, vocab_size=vocabulary, tokenizer=tokenizer, cache=arguments.cache)
     return batch(corpus, seed=arguments.seed, step=0, batch_size=size, seq_len=seq_len)
 
 

@@ -137,8 +137,11 @@ def require_safetensors(folder: Path) -> None:
         raise ValueError(f"{folder} has no {WEIGHTS}; give a folder that save_pretrained wrote")
 
 
-def load(folder: Path, configuration: Any) -> nn.Module:
+def load(folder: Path, configuration: Any, *, attention: str = "eager") -> nn.Module:
     """The checkpoint of a folder, float32, in eval mode.
+
+    Args:
+        attention: transformers' name of the way to attend.
 
     Raises:
         ValueError: no safetensors, or they are not the weights of this configuration.
@@ -151,7 +154,7 @@ def load(folder: Path, configuration: Any) -> nn.Module:
             use_safetensors=True,
             local_files_only=True,
             trust_remote_code=False,
-            attn_implementation="eager",
+            attn_implementation=attention,
             dtype=torch.float32,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # what does not fit is reported, and refused below

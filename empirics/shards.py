@@ -32,8 +32,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from empirics.texts import HELDOUT, Documents, boundary, cut_range, describe, groups, split
-from empirics.tokenizer import CONFIG, FILE, TRAINED_ON, Tokenizer, load_tokenizer, make_tokenizer
+from empirics.tokenizer import CONFIG, FILE, TRAINED_ON, Tokenizer, make_tokenizer, read_tokenizer
 from theory.records import write_bytes, write_json
+from theory.words import counted
 
 FORMAT = 1  # of the folder: raise it when an older reader would misread it.
 MANIFEST = "manifest.json"
@@ -133,7 +134,7 @@ def tokenise(
         manifest = _begin(out, recipe, made, documents.name, is_short=False)
     if manifest["complete"]:
         return manifest
-    made = load_tokenizer(str(out))
+    made = read_tokenizer(out)
     shards = manifest["shards"]
     documents = Documents(spec, limit=limit, position=shards[-1]["position"] if shards else None)
     shard = _Shard(out, made, manifest)
@@ -145,6 +146,15 @@ def tokenise(
     if shard.tokens:
         shard.write(documents.position)
     return _finish(out, manifest, _cut(out, manifest), shards[-1]["position"]["bytes"])
+
+
+def kept(out: Path) -> tuple[int, int]:
+    """Shards and tokens that `tokenise` would go on after: of a text that it would begin anew, none."""
+    if not (out / MANIFEST).is_file():
+        return 0, 0
+    manifest = _manifest(out)
+    begun_anew = manifest["short"] and not manifest["complete"]
+    return (0, 0) if begun_anew else (len(manifest["shards"]), manifest["tokens"])
 
 
 def open_shards(folder: Path) -> tuple[ShardedTokens, Tokenizer, dict[str, Any]]:
@@ -163,7 +173,7 @@ def open_shards(folder: Path) -> tuple[ShardedTokens, Tokenizer, dict[str, Any]]
         if reason := _damage(folder, entry, checksums=checksums):
             raise ValueError(f"{folder / entry['file']} {reason}; run the same tokenise command again, it is repaired")
     maps = [np.memmap(folder / s["file"], dtype=manifest["dtype"], mode="r") for s in manifest["shards"]]
-    return ShardedTokens(maps), load_tokenizer(str(folder)), manifest
+    return ShardedTokens(maps), read_tokenizer(folder), manifest
 
 
 # --- writing --------------------------------------------------------------------------------------------------------
@@ -352,7 +362,7 @@ def _damage(folder: Path, entry: dict[str, Any], *, checksums: bool = True) -> s
     if not path.is_file():
         return "is missing"
     if (size := path.stat().st_size) != entry["bytes"]:
-        return f"is damaged (it has {size} bytes and not {entry['bytes']})"
+        return f"is damaged (it has {counted(size, 'byte')} and not {entry['bytes']})"
     if checksums:
         with path.open("rb") as stream:
             if hashlib.file_digest(stream, "sha256").hexdigest() != entry["sha256"]:

@@ -19,6 +19,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from theory.words import counted
+
 HELDOUT = 0.05  # share of the characters, at the end of the text,
 HELDOUT_CHARACTERS = 10_000_000  # and at most so many: more would say nothing more precisely.
 DEFAULT_BYTES = 6_000_000  # taken of `sympy` and of a stream; a file is read whole unless a limit is given.
@@ -27,6 +29,7 @@ LEFT_OUT = {"tests", "benchmarks", "_antlr", "test-examples"}
 DEFAULT_CONFIGS = {"allenai/c4": "en"}  # data sets whose configuration has to be named.
 LINES = {".jsonl", ".json"}  # JSON lines, as C4's files are; each may end in .gz.
 KNOWN = (".txt", *sorted(LINES), ".parquet")  # what is read of a folder
+WHOLE_FILES = "whole files"
 SPECS = "use sympy, hf:NAME[:CONFIG[:SPLIT]], or the path of .txt, .jsonl or .parquet files, a folder or a glob of them"
 
 
@@ -75,7 +78,7 @@ def describe(name: str, documents: int, size: int) -> str:
     >>> describe("a.txt", 1, 1_500_000)
     'a.txt, 1 document, 1.5 MB'
     """
-    return f"{name}, {documents} {'document' if documents == 1 else 'documents'}, {size / 1e6:.3g} MB"
+    return f"{name}, {counted(documents, 'document')}, {size / 1e6:.3g} MB"
 
 
 class Documents:
@@ -115,6 +118,13 @@ class Documents:
             self.name = spec
         else:
             self.files, self.name = _files(spec), Path(spec).name
+
+    @property
+    def formats(self) -> tuple[str, ...]:
+        """What its documents are, in words: a row each, or a file each."""
+        if self.spec.startswith("hf:"):
+            return ("rows of a data set",)
+        return tuple(sorted({_format(file) for file in self.files})) or (WHOLE_FILES,)
 
     @property
     def position(self) -> dict[str, Any]:
@@ -252,6 +262,11 @@ def _files(spec: str) -> list[Path]:
 
 def _suffix(path: Path) -> str:
     return (path.with_suffix("") if path.suffix.lower() == ".gz" else path).suffix.lower()
+
+
+def _format(path: Path) -> str:
+    suffix = _suffix(path)
+    return "lines of JSON" if suffix in LINES else "rows of parquet" if suffix == ".parquet" else WHOLE_FILES
 
 
 def _file_rows(path: Path) -> Iterator[str]:

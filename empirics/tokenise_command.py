@@ -5,12 +5,14 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from tqdm import tqdm
 
-from empirics.shards import SHARD_TOKENS, tokenise
+from empirics.run import stop_signals
+from empirics.shards import SHARD_TOKENS, kept, tokenise
 from theory.__main__ import whole
+from theory.words import counted
 
 
 def add_command(commands: Any) -> argparse.ArgumentParser:
@@ -19,9 +21,10 @@ def add_command(commands: Any) -> argparse.ArgumentParser:
         "tokenise",
         help="a text to memory-mapped shards, for train --data DIR",
         description="Write a text's tokens to a folder that `train --data DIR` maps into memory: for texts larger than "
-        "memory, or to tokenise once. The text is streamed. A killed run goes on after its last whole shard; a "
-        "finished one is checked, and a damaged shard made again. Documents are whole, each followed by the "
-        "end-of-document token that the manifest names; the last 5 % (at most ten million characters) are held out.",
+        "memory, or to tokenise once. The text is streamed. A killed run goes on after its last whole shard; Ctrl-C or "
+        "SIGTERM ends it with status 130. A finished one is checked, and a damaged shard made again. Documents are "
+        "whole, each followed by the end-of-document token that the manifest names; the last 5 % (at most ten million "
+        "characters) are held out.",
     )
     command.add_argument(
         "text", metavar="TEXT",
@@ -35,13 +38,13 @@ def add_command(commands: Any) -> argparse.ArgumentParser:
         "tokenizer.json, of a vocab.json with merges.txt beside it, or of a folder with either",
     )  # fmt: skip
     command.add_argument(
-        "--vocab", type=whole, metavar="N", help="ids of bpe (default 50257); of the others, the most that are accepted"
+        "--vocab", type=whole, metavar="N", help="ids of bpe (default 50257); another tokenizer with more is refused"
     )
     command.add_argument("--limit", type=size_in_bytes, metavar="BYTES", help="bytes of text (default all)")
     command.add_argument(
         "--shard-tokens", type=whole, default=SHARD_TOKENS, metavar="N",
-        help=f"tokens of a shard, at least (default {SHARD_TOKENS}), and of the last some millions of characters, "
-        "which are tokenised together; what a kill can cost",
+        help=f"tokens of a shard, at least (default {SHARD_TOKENS}), which is what a kill can cost; one may have more, "
+        "as some millions of characters are tokenised at a time",
     )  # fmt: skip
     command.add_argument("--json", action="store_true", help="print the manifest")
     command.set_defaults(run=_run)
@@ -55,7 +58,34 @@ def size_in_bytes(text: str) -> int:
     return int(text)
 
 
+def _stop() -> NoReturn:
+    raise KeyboardInterrupt
+
+
 def _run(arguments: argparse.Namespace) -> int:
+    try:
+        with stop_signals(_stop):  # at once: a shard is written whole or not at all
+            manifest = _tokenised(arguments)
+    except KeyboardInterrupt:
+        shards, tokens = kept(arguments.out)
+        saved = f"saved {counted(shards, 'shard')}, {counted(tokens, 'token')}, in {arguments.out}"
+        raise KeyboardInterrupt(f"stopped and {saved}" if shards else "stopped before the first shard") from None
+    if arguments.json:
+        print(json.dumps(manifest, indent=2))
+        return 0
+    end = manifest["tokenizer"]["end_of_document"]
+    print(
+        f"{manifest['description']}: {counted(manifest['tokens'], 'token')} in "
+        f"{counted(len(manifest['shards']), 'shard')} "
+        f"({manifest['dtype'].replace('<u2', 'uint16').replace('<u4', 'uint32')}), "
+        f"{manifest['tokens'] - manifest['train_tokens']} held out\n"
+        f"tokenizer: {manifest['tokenizer']['vocab_size']} ids; a document ends with {end['token']} ({end['id']})\n"
+        f"train with --data {arguments.out}"
+    )
+    return 0
+
+
+def _tokenised(arguments: argparse.Namespace) -> dict[str, Any]:
     with tqdm(total=arguments.limit, desc="text", unit="B", unit_scale=True) as bar:
 
         def on_group(size: int, tokens: int) -> None:
@@ -69,15 +99,4 @@ def _run(arguments: argparse.Namespace) -> int:
             limit=arguments.limit, shard_tokens=arguments.shard_tokens, on_group=on_group,
         )  # fmt: skip
         bar.update(manifest["bytes"] - bar.n)
-    if arguments.json:
-        print(json.dumps(manifest, indent=2))
-        return 0
-    end = manifest["tokenizer"]["end_of_document"]
-    print(
-        f"{manifest['description']}: {manifest['tokens']} tokens in {len(manifest['shards'])} shards "
-        f"({manifest['dtype'].replace('<u2', 'uint16').replace('<u4', 'uint32')}), "
-        f"{manifest['tokens'] - manifest['train_tokens']} held out\n"
-        f"tokenizer: {manifest['tokenizer']['vocab_size']} ids; a document ends with {end['token']} ({end['id']})\n"
-        f"train with --data {arguments.out}"
-    )
-    return 0
+    return manifest

@@ -138,7 +138,7 @@ def train_bpe(documents: Iterable[str], vocab_size: int) -> Tokenizer:
 
 
 def make_tokenizer(spec: str, training_documents: Iterable[str], vocab_size: int | None) -> Tokenizer:
-    """The tokenizer `bytes`, `bpe` (trained on these documents), or one of `load_tokenizer`.
+    """The tokenizer `bpe`, trained on these documents, or one of `load_tokenizer`.
 
     Args:
         vocab_size: largest number of ids; None for as many as the tokenizer has, and 50257 for `bpe`.
@@ -151,7 +151,7 @@ def make_tokenizer(spec: str, training_documents: Iterable[str], vocab_size: int
     require_vocabulary(vocab_size)
     if spec == "bpe":
         return train_bpe(training_documents, vocab_size)
-    made = byte_tokenizer() if spec == "bytes" else load_tokenizer(spec)
+    made = load_tokenizer(spec)
     require_room(made, vocab_size, f"the tokenizer {spec}")
     return made
 
@@ -169,8 +169,11 @@ def require_vocabulary(vocab_size: int) -> None:
         )
 
 
-def require_room(tokenizer: Tokenizer, vocab_size: int, name: str) -> None:
+def require_room(tokenizer: Tokenizer, vocab_size: int, name: str, *, other: str = "another tokenizer") -> None:
     """Refuse an architecture whose vocabulary is too small.
+
+    Args:
+        other: what there is to do beside a larger vocabulary.
 
     Raises:
         ValueError: it is.
@@ -178,29 +181,54 @@ def require_room(tokenizer: Tokenizer, vocab_size: int, name: str) -> None:
     if tokenizer.vocab_size > vocab_size:
         raise ValueError(
             f"{name} has {tokenizer.vocab_size} ids and the vocabulary {vocab_size}; use a config.json with "
-            f"vocab_size {tokenizer.vocab_size} or more, or another tokenizer"
+            f"vocab_size {tokenizer.vocab_size} or more, or {other}"
         )
 
 
 def load_tokenizer(spec: str) -> Tokenizer:
-    """GPT-2's tokenizer (`gpt2`), or the one at a path; no code of anyone's runs.
+    """A tokenizer that needs no text: bytes, GPT-2's, or the one at a path; no code of anyone's runs.
 
     Args:
-        spec: `gpt2`: from the local cache of the Hugging Face Hub, else fetched from there;
-            a path: a tokenizer.json or vocab.json (with merges.txt beside it), or a folder with either; the end of a
-            document is the `eos_token` of a tokenizer_config.json beside it, where there is one.
+        spec: `bytes`;
+            `gpt2`: from the local cache of the Hugging Face Hub, else fetched from there;
+            a path, as in `read_tokenizer`.
 
     Raises:
         ValueError: it is not there, cannot be fetched or cannot be read; the message names the remedy.
     """
+    if spec == "bytes":
+        return byte_tokenizer()
     path = _gpt2() if spec == "gpt2" else Path(spec).expanduser()
-    if path.is_dir():
-        path = next((path / name for name in (FILE, "vocab.json") if (path / name).is_file()), path / FILE)
-    if not path.is_file():
+    if not has_tokenizer(path):
         raise ValueError(
-            f"there is no tokenizer {spec!r}; use bpe, bytes, gpt2, or the path of a {FILE}, of a vocab.json with "
-            "merges.txt beside it, or of a folder with one of them"
+            f"there is no tokenizer {spec!r}; use bytes, gpt2, the path of a {FILE}, of a vocab.json with merges.txt "
+            "beside it or of a folder with one of them, or, where there is a text to train it on, bpe"
         )
+    return read_tokenizer(path)
+
+
+def has_tokenizer(path: Path) -> bool:
+    """Whether `read_tokenizer` finds a file there."""
+    return _file(path).is_file()
+
+
+def _file(path: Path) -> Path:
+    if path.is_dir():
+        return next((path / name for name in (FILE, "vocab.json") if (path / name).is_file()), path / FILE)
+    return path
+
+
+def read_tokenizer(path: Path) -> Tokenizer:
+    """The tokenizer of a file or a folder.
+
+    Args:
+        path: a tokenizer.json or vocab.json (with merges.txt beside it), or a folder with either; the end of a
+            document is the `eos_token` of a tokenizer_config.json beside it, where there is one.
+
+    Raises:
+        ValueError: it cannot be read; the message names the remedy.
+    """
+    path = _file(path)
     try:
         if path.name.endswith("vocab.json"):
             return _from_vocabulary(path, path.with_name(path.name.replace("vocab.json", "merges.txt")))

@@ -21,6 +21,7 @@ from helpers.training import cut, files, flip
 from safetensors.torch import load_file
 
 from empirics.__main__ import main
+from empirics.kept import load_model
 from empirics.model import Transformer
 from theory.architecture import preset
 from theory.hf_config import parse_config
@@ -209,6 +210,29 @@ def test_resumes_on_another_number_of_ranks(
     assert np.abs(losses(tmp_path) - losses(two)).max() < FLOAT32
 
 
+def test_a_checkpoint_in_shards_is_measured(
+    launch: Launcher, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By the folder of the run, and by the checkpoint itself: the weights are those that its files hold in parts."""
+    assert launch(2, command(text, tmp_path), stop_after=4).statuses == [130, 130]
+    (state,) = (tmp_path / "checkpoints").glob("*/step-00000004")
+    parts = [load_file(path) for path in sorted(state.glob("shard-*.safetensors"))]
+    model = load_model(state)
+    for name, parameter in model.named_parameters():  # FSDP2 cuts rows
+        whole = torch.cat([part[name] for part in parts if name in part])
+        assert torch.equal(parameter, whole), name
+    for folder in (tmp_path, state):
+        assert main(["measure", str(folder), "--seeds", "1", "--seq-len", "8", "--json"]) == 0
+        answer = json.loads(capsys.readouterr().out)
+        assert answer["name"].endswith(f" of {state}")
+        assert answer["stds"]["query"]["values"][0] == pytest.approx(float(model.layers[0].query.weight.std()), rel=0.1)
+        assert main(["probes", str(folder), "--only", "weight_norm", "--seq-len", "8"]) == 0
+        assert str(state) in capsys.readouterr().out
+    (state / "shard-00001-model-00001-of-00001.safetensors").write_bytes(b"cut")
+    assert main(["measure", str(tmp_path)]) == 2
+    assert "is damaged" in capsys.readouterr().err
+
+
 def test_a_rank_holds_its_part(launch: Launcher, text: Path, tmp_path: Path) -> None:
     """Two ranks' shards of the weights and of the moments: half each, and together every number once."""
     launch(2, command(text, tmp_path), stop_after=2)
@@ -300,8 +324,8 @@ def test_a_signal_to_all_keeps_one_checkpoint(launch: Launcher, text: Path, two:
 @pytest.mark.parametrize(
     ("ranks", "more", "words"),
     [
-        (3, [], "batch_size=4 does not go evenly over 3 ranks; use a multiple of 3"),
-        (2, ["--micro-batch", "4"], "does not go evenly over 2 ranks of micro_batch=4; use a multiple of 8"),
+        (3, [], "--batch 4 does not go evenly over 3 ranks; use a multiple of 3"),
+        (2, ["--micro-batch", "4"], "does not go evenly over 2 ranks of --micro-batch 4; use a multiple of 8"),
         (2, ["--device", "cuda:1"], "--device cuda:1 names one device for 2 ranks; use --device cuda, a device each"),
         (2, ["--stepss", "3"], "unrecognized arguments: --stepss 3"),
         (2, ["--data", "/nowhere"], "there is no text '/nowhere'"),

@@ -192,6 +192,25 @@ def test_ours_and_theirs_agree(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert abs(ratio - 1) < 4 * sum(errors)
 
 
+def test_tables_say_what_their_columns_are(capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--layers", "2", "--seq-len", "8", "--seeds", "1", "--batch", "1"]
+    _, answer = measure("tiny", *options, capsys=capsys)
+    assert main(["measure", "tiny", *options]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    n = next(n for n, line in enumerate(lines) if line.startswith("matrix"))
+    assert lines[n - 1].split() == ["std", "measured", "std", "drawn", "with"]
+    assert lines[n].split() == ["matrix", "first", "layer", "last", "layer", "first", "layer", "last", "layer"]
+    ends = [lines[n].index(name) + len(name) for name in ("first layer", "last layer")]
+    rows = {line.split()[0]: line for line in lines[n + 1 :]}
+    assert rows.keys() == answer["stds"].keys()
+    for role, stds in answer["stds"].items():
+        values, drawn = stds["values"], stds["drawn_with"]
+        cells = [values[0], *values[1:][-1:], drawn[0], *drawn[1:][-1:]]
+        assert rows[role].split()[1:] == [f"{cell:.4g}" for cell in cells], role
+        assert rows[role][: ends[0]].endswith(f" {values[0]:.4g}")  # in its column, also where there is no last layer
+    assert max(map(len, lines[n - 1 :])) <= 100
+
+
 def test_a_preset_is_ours(capsys: pytest.CaptureFixture[str]) -> None:
     status, answer = measure("tiny", "--layers", "2", "--width", "32", *QUICK, capsys=capsys)
     assert (status, answer["class"], answer["reduced"][-1]) == (0, "Transformer", "n_layers 12 -> 2")
@@ -473,9 +492,9 @@ FOLDERS: dict[str, tuple[Spoil, str]] = {
     "shards of numbers": (index({"a": 3}), "outside its folder"),
     "ours, cut": (own(cut), "damaged"),
     "ours, no weights": (own(lambda f: (f / "model.safetensors").unlink()), "no model.safetensors"),
-    "ours, no such architecture": (own(lambda f: write(f / "architecture.json", {"init": {}})), "cannot be read"),
-    "ours, not JSON": (own(lambda f: (f / "architecture.json").write_text("{")), "cannot be read"),
-    "ours, other weights": (other_weights, "it has no tokens.weight"),
+    "ours, no such architecture": (own(lambda f: write(f / "architecture.json", {"init": {}})), "json is damaged"),
+    "ours, not JSON": (own(lambda f: (f / "architecture.json").write_text("{")), "json is damaged"),
+    "ours, other weights": (other_weights, "damaged (Missing key in checkpoint state_dict: head.weight.)"),
 }
 
 

@@ -14,8 +14,8 @@ from helpers.training import Interrupted, specification
 from helpers.weights import architecture
 
 from empirics import train as train_module
-from empirics.checkpoints import load_model
 from empirics.data import TOKENS_FORMAT, batch
+from empirics.kept import load_model
 from empirics.model import build
 from empirics.optimization import Stepper, adamw
 from empirics.run import corpus_of, model_path, run

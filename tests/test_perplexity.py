@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from empirics.__main__ import main
+from empirics.checkpoints import keep_model
 from empirics.model import build
 from empirics.perplexity import (
     LanguageModel,
@@ -171,6 +172,7 @@ def test_rows_of_a_data_set_are_the_lines_of_the_file(
     path.write_text(WIKI)
     here = perplexity(model, str(path), format="wikitext", context=8)
     there = perplexity(model, "hf:Salesforce/wikitext:wikitext-103-raw-v1", format="wikitext", context=8)
+    assert (here.pop("read_as"), there.pop("read_as")) == (("whole files",), ("rows of a data set",))
     assert {**here, "data": ""} == {**there, "data": ""}
     perplexity(model, "hf:a", format="text")
     perplexity(model, "hf:a:b:train", format="text")
@@ -264,7 +266,7 @@ def test_no_code_of_a_model_runs(tmp_path: Path) -> None:
         (folder / "config.json").write_text(json.dumps(config))
         (folder / "evil.py").write_text(f"open({str(mark)!r}, 'w').close()")
         (folder / "pytorch_model.bin").write_bytes(f"cbuiltins\nopen\n(V{mark}\nVw\ntR.".encode())
-        with pytest.raises(ValueError, match=r"cannot load .*; only safetensors of a class of transformers are read"):
+        with pytest.raises(ValueError, match="whose loading may run code; load it where you trust it"):
             load_language_model(folder)
     assert not mark.exists()
     pickle.loads((folder / "pytorch_model.bin").read_bytes()).close()  # it would have
@@ -288,11 +290,61 @@ def test_kept_model_scores_a_text(tmp_path: Path, capsys: pytest.CaptureFixture[
     words.write_text('{"text": "3 plus 3 is 6"}\n')
     assert main(["perplexity", str(folder), "--data", str(wiki), "--format", "wikitext", "--out", str(out)]) == 0
     assert "50 words" in out.read_text()
-    assert "1 words are <unk>" in out.read_text()
+
+    assert "note: 1 word is <unk>" in out.read_text()
+    words.write_text('{"text": "3 plus 3 is 6"}\n' * 3 + '{"text": "3 plus 3 is seven"}\n')
+    assert main(["perplexity", str(tmp_path), "--data", str(words), "--format", "lambada"]) == 0  # the run's folder
+    told = perplexity(model, str(words), format="lambada")
+    right = f"{told['accuracy']:.2%} ({round(4 * told['accuracy'])} of 4"
+    assert capsys.readouterr().out.splitlines() == [
+        f"{words} as lambada, lines of JSON: 4 examples, 12 tokens; context 16",
+        f"last words right: {right}; right if every token is the most likely)",
+        f"perplexity a last word: {told['word_perplexity']:.4g}",
+        f"perplexity a token of the last words: {told['token_perplexity']:.4g}",
+    ]
+    words.write_text('{"text": "3 plus 3 is 6"}\n')
     assert main(["perplexity", str(folder), "--data", str(words), "--format", "lambada"]) == 0
-    said = capsys.readouterr().out
-    assert "1 examples" in said
-    assert "last words right" in said
+    assert "1 example, 2 tokens" in capsys.readouterr().out
+
+
+def test_a_longer_context_than_trained_is_noted_or_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Rotary positions go on, learned ones end."""
+    path = tmp_path / "a.txt"
+    path.write_text("a text of some thirty characters" * 4)
+    sizes = {"d_model": 16, "n_layers": 1, "n_heads": 2, "n_kv_heads": 2, "d_head": 8, "d_ffn": 32, "context": 12}
+    for positions in ("rope", "learned"):
+        folder = tmp_path / positions
+        keep_model(folder, build(architecture(**sizes, vocab_size=258, positions=positions), seed=0), tokenizer=BYTES)
+        for context, told in (("12", False), ("40", True)):
+            argv = ["perplexity", str(folder), "--data", str(path), "--context", context]
+            status = main(argv)
+            out, err = capsys.readouterr()
+            if told and positions == "learned":
+                assert (status, out) == (2, "")
+                assert "--context 40 exceeds the model's 12 positions; use at most as many" in err
+            else:
+                assert status == 0
+                assert ("note: the model was trained at 12 tokens and is asked for 40" in out) == told
+
+
+def test_a_model_without_a_tokenizer_takes_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("some text")
+    keep_model(tmp_path / "bare", build(architecture(vocab_size=258, context=12), seed=0))
+    keep_model(tmp_path / "with", build(architecture(vocab_size=258, context=12), seed=0), tokenizer=BYTES)
+
+    def said(folder: str, *more: str) -> tuple[int, str, str]:
+        status = main(["perplexity", str(tmp_path / folder), "--data", str(path), *more])
+        return status, *capsys.readouterr()
+
+    status, out, err = said("bare")
+    assert (status, out) == (2, "")
+    assert "bare has no tokenizer; name the one that the model was trained with: --tokenizer bytes, gpt2, or" in err
+    answer = said("with")[1]
+    assert answer.startswith(str(path))
+    assert said("bare", "--tokenizer", "bytes")[:2] == (0, answer)
+    assert said("bare", "--tokenizer", str(tmp_path / "with" / "tokenizer.json"))[:2] == (0, answer)
+    assert "there is no tokenizer 'bpe'; use bytes, gpt2," in said("bare", "--tokenizer", "bpe")[2]
 
 
 def test_bad_requests_name_the_remedy(model: LanguageModel, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -302,17 +354,22 @@ def test_bad_requests_name_the_remedy(model: LanguageModel, tmp_path: Path, caps
         return line
 
     (tmp_path / "a.txt").write_text("text")
-    assert "holds no model; name a folder" in refused(str(tmp_path))
+    assert "holds no model; name the folder" in refused(str(tmp_path))
     (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
-    assert "there is no tokenizer" in refused(str(tmp_path))
+    assert "has no tokenizer; name the one" in refused(str(tmp_path))
     BYTES.save(tmp_path)
-    assert "only safetensors of a class of transformers" in refused(str(tmp_path))
+    assert "has no model.safetensors; give a folder that save_pretrained wrote" in refused(str(tmp_path))
     (tmp_path / "architecture.json").write_text("{}")
-    assert "train it again" in refused(str(tmp_path))
+    assert "train again" in refused(str(tmp_path))
     (tmp_path / "empty.txt").write_text(" \n \n")
-    for name in ("wikitext", "lambada", "text"):
+    (tmp_path / "empty.jsonl").write_text(" \n \n")
+    for name, ending in (("wikitext", "txt"), ("lambada", "jsonl"), ("text", "txt")):
         with pytest.raises(ValueError, match="holds no text; use"):
-            perplexity(model, str(tmp_path / "empty.txt"), format=name)  # type: ignore[arg-type]
+            perplexity(model, str(tmp_path / f"empty.{ending}"), format=name)  # type: ignore[arg-type]
+    for plain in (str(tmp_path / "a.txt"), "sympy"):
+        with pytest.raises(ValueError, match=r'does not say where examples end; write one {"text": ') as refusal:
+            perplexity(model, plain, format="lambada")
+        assert ".jsonl" in str(refusal.value)
     with pytest.raises(ValueError, match="stride=13 is out of range; use 1 to the context, 12"):
         perplexity(model, str(tmp_path / "a.txt"), format="text", stride=13)
     with pytest.raises(ValueError, match="unknown format 'ptb'; use one of wikitext, lambada, text"):

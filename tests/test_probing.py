@@ -14,8 +14,9 @@ from helpers.weights import architecture
 
 from empirics.__main__ import main
 from empirics.bounds import BOUNDED
-from empirics.checkpoints import keep_model, load_model
+from empirics.checkpoints import keep_model
 from empirics.data import batch, random_tokens
+from empirics.kept import load_model
 from empirics.model import build
 from empirics.registry import find, probes
 from empirics.run import corpus_of, run
@@ -189,6 +190,34 @@ def test_command_on_a_kept_model(capsys: pytest.CaptureFixture[str], tmp_path: P
             assert found["values"] == list(find(name).measure(Subject(model, inputs, targets)).values)
 
 
+def test_text_is_read_by_the_models_own_tokenizer(
+    text: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """A kept model's; one that was kept without has no use for any text."""
+    spec = specification(text, steps=2)
+    run(spec, tmp_path, keep_model=True)
+    answer = said(capsys, str(tmp_path), "--data", str(text), "--only", "residual_std", "--seq-len", "6")
+    pair = batch(corpus_of(spec, tmp_path), seed=0, step=0, batch_size=4, seq_len=6)
+    inputs, targets = map(torch.from_numpy, pair)
+    model = load_model(tmp_path / "models" / spec.identity)
+    expected = find("residual_std").measure(Subject(model, inputs, targets)).values
+    assert answer["probes"]["residual_std"]["values"] == list(expected)
+    keep_model(tmp_path / "bare", model)
+    assert main(["probes", str(tmp_path / "bare"), "--data", str(text), "--only", "residual_std"]) == 2
+    assert "other ids mean nothing to it" in capsys.readouterr().err
+
+
+def test_a_folder_of_several_runs_is_refused(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """By every command that takes one; which of them is meant, nobody can know."""
+    for name in ("one", "two"):
+        keep_model(tmp_path / "models" / name, build(architecture(d_model=12, vocab_size=50), seed=0))
+    for argv in (["probes"], ["measure"], ["perplexity", "--data", "sympy"]):
+        assert main([argv[0], str(tmp_path), *argv[1:]]) == 2
+        out, err = capsys.readouterr()
+        assert (out, err.count("\n")) == ("", 1)
+        assert f"holds the models of 2 runs; name one, for example {tmp_path / 'models' / 'two'}" in err
+
+
 @pytest.mark.parametrize("damage", ["truncated", "missing", "no JSON", "another architecture", "a list"])
 def test_a_damaged_model_is_one_line(damage: str, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     keep_model(tmp_path, build(architecture(d_model=12, vocab_size=50), seed=0))
@@ -204,7 +233,7 @@ def test_a_damaged_model_is_one_line(damage: str, capsys: pytest.CaptureFixture[
     assert main(["probes", str(tmp_path), "--only", "weight_norm"]) == 2
     out, err = capsys.readouterr()
     assert (out, err.count("\n")) == ("", 1)
-    assert "is damaged" in err
+    assert ("has no model.safetensors" if damage == "missing" else "is damaged") in err
     assert "train again with --keep-checkpoint" in err
 
 
@@ -216,10 +245,11 @@ def test_a_damaged_model_is_one_line(damage: str, capsys: pytest.CaptureFixture[
         (["tiny", "--only", "update_norm", "--layers", "1"], "train --probes"),
         (["tiny", "--layers", "2", "--stack", "1:2"], "use layers 0 to 1"),
         (["tiny", "--stack", "2"], "write for example 0:3"),
-        (["tests"], "holds 0 models of `train`"),
+        (["tests"], "holds no model of `train`; name"),
         (["tests", "--layers", "2"], "drop --embedding"),
         (["tiny", "--tolerance", "0"], "not a positive finite number"),
         (["tiny", "--device", "cuda:99"], "use --device cpu"),
+        (["tiny", "--device", "abacus"], "'abacus' is no device; use cpu"),
     ],
 )
 def test_command_refuses(argv: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:

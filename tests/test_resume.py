@@ -19,7 +19,8 @@ from safetensors.torch import load_file
 
 import empirics.run
 from empirics.__main__ import main
-from empirics.checkpoints import KEPT, load_model
+from empirics.checkpoints import KEPT
+from empirics.kept import load_model
 from empirics.model import build
 from empirics.run import checkpoints_of, model_path, record_path, run, stop_signals
 from empirics.train import Stopped, train

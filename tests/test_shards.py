@@ -247,6 +247,35 @@ def test_killed_for_real(tmp_path: Path) -> None:
     assert contents(killed) == contents(whole)
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.usefixtures("small")
+def test_a_signal_says_what_is_kept_and_how_to_go_on(
+    tmp_path: Path, documents: Path, number: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Before any shard, and after two of them; the same command ends in the bytes of an undisturbed one."""
+    out = tmp_path / "out"
+    argv = ["tokenise", str(documents), "--tokenizer", "bytes", "--shard-tokens", "2000", "--out"]
+    honest, last = shards._Shard.add, [0]
+
+    def interrupted(shard: Any, *arguments: Any, **options: Any) -> None:
+        honest(shard, *arguments, **options)
+        if len(shard.manifest["shards"]) == last[0]:
+            signal.raise_signal(number)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(shards._Shard, "add", interrupted)
+        for last[0], kept in ((0, "stopped before the first shard"), (2, "stopped and saved 2 shards, ")):
+            assert main([*argv, str(out)]) == 130
+            said = capsys.readouterr().err.splitlines()[-1]
+            assert said.startswith(f"python -m empirics: {kept}")
+            assert said.endswith("; run the same command again to go on")
+    tokens = sum(shard["tokens"] for shard in json.loads((out / MANIFEST).read_text())["shards"])
+    assert f"{tokens} tokens, in {out};" in said
+    assert main([*argv, str(out)]) == 0
+    assert main([*argv, str(tmp_path / "whole")]) == 0
+    assert contents(out) == contents(tmp_path / "whole")
+
+
 # --- damage ---------------------------------------------------------------------------------------------------------
 
 DAMAGES: dict[str, Callable[[Path], object]] = {
@@ -344,8 +373,11 @@ def test_shards_are_no_text(tmp_path: Path, documents: Path) -> None:
 
 def test_too_small_a_vocabulary_is_refused(tmp_path: Path, documents: Path) -> None:
     make(documents, tmp_path / "out", tokenizer="bpe", vocab_size=400)
-    with pytest.raises(ValueError, match=r"has 364 ids and the vocabulary 300; use a config.json"):
+    remedy = "use a config.json with vocab_size 364 or more, or tokenise the text with --tokenizer bpe --vocab 300"
+    with pytest.raises(ValueError, match=f"has 364 ids and the vocabulary 300; {remedy}"):
         load_corpus(str(tmp_path / "out"), vocab_size=300)
+    make(documents, tmp_path / "other", tokenizer="bpe", vocab_size=300)  # what the message says to do
+    load_corpus(str(tmp_path / "other"), vocab_size=300)
 
 
 # --- larger than memory ---------------------------------------------------------------------------------------------
@@ -496,6 +528,8 @@ def test_command_tokenises_and_train_takes_it(
     assert main(["tokenise", str(documents), "--out", str(out), "--vocab", "300", "--shard-tokens", "2000"]) == 0
     said = capsys.readouterr().out
     assert "80 documents" in said
+    assert main(["tokenise", str(documents), "--out", str(tmp_path / "one"), "--limit", "200"]) == 0
+    assert "tokens in 1 shard (uint16)" in capsys.readouterr().out
     assert "300 ids; a document ends with <|endoftext|> (1)" in said
     assert (
         main(["tokenise", str(documents), "--out", str(out), "--vocab", "300", "--shard-tokens", "2000", "--json"]) == 0
@@ -505,6 +539,7 @@ def test_command_tokenises_and_train_takes_it(
     assert main([*train, "--out", str(tmp_path / "run"), "--order", "epoch"]) == 0
     assert main([*train, "--out", str(tmp_path / "other"), "--tokenizer", "bytes"]) == 2
     assert "brings its own tokenizer" in capsys.readouterr().err
+
     assert main(["measure", "tiny", "--layers", "1", "--seq-len", "8", "--seeds", "1", "--data", str(out)]) == 0
     assert main(["tokenise", str(tmp_path / "none"), "--out", str(tmp_path / "x")]) == 2
     assert "there is no text" in capsys.readouterr().err
