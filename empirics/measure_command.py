@@ -284,8 +284,8 @@ def text(answer: dict[str, Any]) -> str:
     lines += [f"why: {reason}" for reason in answer["why"]]
     lines.append(f"measured to be: {Measured(**answer['measured_architecture'])}")
     lines += [f"reduced: {change}" for change in answer["reduced"]]
-    lines += ["", f"{'':<20}{'residual std':>24}{'gradient norm':>24}"]
-    lines.append(f"{'place':<20}{'measured':>12}{'predicted':>12}{'measured':>12}{'predicted':>12}")
+    lines += ["", f"{'':<20}{'residual std':>24}{'gradient over the last':>26}"]
+    lines.append(f"{'place':<20}{'measured':>12}{'predicted':>12}{'measured':>14}{'predicted':>12}")
     blank = [None] * len(answer["places"])
     rows = zip(
         answer["places"],
@@ -295,11 +295,11 @@ def text(answer: dict[str, Any]) -> str:
         predicted["gradient_profile"] if predicted else blank,
     )
     lines += [
-        f"{name:<20}{std:>12.4g}{_number(said):>12}{gradient:>12.4g}{_number(foretold):>12}"
+        f"{name:<20}{std:>12.4g}{_number(said):>12}{gradient:>14.4g}{_number(foretold):>12}"
         for name, std, said, gradient, foretold in rows
     ]
-    lines += ["", f"{'':<34}{'std measured':>24}{'std drawn with':>24}"]
-    lines.append(f"{'matrix':<34}{'first layer':>12}{'last layer':>12}{'first layer':>12}{'last layer':>12}")
+    lines += ["", f"{'':<34}{'std measured':>26}{'std drawn with':>26}"]
+    lines.append(f"{'matrix':<34}{'first layer':>14}{'last layer':>12}{'first layer':>14}{'last layer':>12}")
     for role, stds in answer["stds"].items():
         lines.append(f"{role:<34}{_ends(stds['values'])}{_ends(stds['drawn_with'])}".rstrip())
     if answer["norms"] is not None:
@@ -314,7 +314,7 @@ def text(answer: dict[str, Any]) -> str:
 def _ends(values: Sequence[float] | None) -> str:
     """The first and the last layer's cells; one of a matrix that there is once."""
     ends = [values[0], *values[1:][-1:]] if values else [None]
-    return "".join(f"{_number(value):>12}" for value in ends).ljust(24)
+    return "".join(f"{_number(value):>{width}}" for value, width in zip(ends, (14, 12))).ljust(26)
 
 
 def _number(value: float | None) -> str:

@@ -87,7 +87,7 @@ def _compute(
     with (
         stop_signals(lambda: stop.touch()) as stopping,
         parallel_config("loky", inner_max_num_threads=1),
-        tqdm(total=sum(map(cost, todo)), desc=f"{len(todo)} {title}", bar_format=layout) as bar,
+        tqdm(total=sum(map(cost, todo)), desc=f"{title} ({len(todo)})", bar_format=layout) as bar,
     ):
         parallel = Parallel(n_jobs=processes, return_as="generator_unordered", pre_dispatch="all")
         try:

@@ -152,7 +152,7 @@ def test_the_record_says_how_it_attends(text: Path, tmp_path: Path) -> None:
     losses = {name: record["series"]["loss"] for name, record in found.items()}
     assert losses["bfloat16"] == losses["bfloat16, plain"] != losses["bfloat16, fused"]
     np.testing.assert_allclose(losses["float32, plain"], losses["float32"], rtol=1e-5)
-    with pytest.raises(ValueError, match="soft cap; use auto or plain"):
+    with pytest.raises(ValueError, match="soft cap; use attention=plain or auto"):
         specification(text, architecture=capped, attention="fused")
 
 

@@ -189,7 +189,7 @@ def test_jobs_on_a_local_cluster(
     argv = command(text, tmp_path, "--methods", "vanilla")
     slurm = ["--slurm", "cluster=local", "timeout_min=5", "tasks_per_node=2"]
     assert main([*argv, *slurm]) == 0
-    assert capsys.readouterr().out.startswith("1 of 1 runs submitted")
+    assert capsys.readouterr().out.startswith("1 of 1 run submitted")
     if not list((tmp_path / "records").glob("*.json")):
         assert main([*argv, *slurm]) == 2
         assert "submitted and not finished" in capsys.readouterr().err
@@ -200,5 +200,5 @@ def test_jobs_on_a_local_cluster(
     assert records, [path.read_text() for path in (tmp_path / "slurm").rglob("*.err")]
     assert records[0]["environment"]["ranks"] == 2
     assert main([*argv, *slurm]) == 0
-    assert capsys.readouterr().out.startswith("0 of 1 runs submitted")
+    assert capsys.readouterr().out.startswith("0 of 1 run submitted")
     gc.collect()

@@ -50,6 +50,6 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]], *, width: int = 10
     lines: list[str] = []
     for row in cells:
         first = "".join(f"{cell:<{size}}" for cell, size in zip(row, widths))
-        wrapped = textwrap.wrap(row[-1], max(width - indent, 8), break_long_words=False) or [""]
+        wrapped = textwrap.wrap(row[-1], max(width - indent, 8), break_long_words=False, break_on_hyphens=False) or [""]
         lines += [(first + wrapped[0]).rstrip(), *(" " * indent + more for more in wrapped[1:])]
     return "\n".join(lines)
