@@ -36,10 +36,11 @@ ALIASES = hf_gpt.ALIASES | hf_experts.ALIASES
 KNOWN = ", ".join(sorted(CLASSES))
 SLIP = 0.8  # names of classes are alike
 KEYS = {  # what a file may call what a message is about
-    "d_model": ("hidden_size", "n_embd", "n_embed", "d_model"),
-    "n_heads": ("num_attention_heads", "n_head", "n_heads", "num_heads"),
+    "d_model": ("hidden_size", "n_embd", "n_embed"),
+    "n_heads": ("num_attention_heads", "n_head", "num_heads"),
     "n_kv_heads": ("num_key_value_heads", "num_kv_heads"),
     "d_head": ("head_dim",),
+    "rope_fraction": ("partial_rotary_factor", "rotary_pct"),
     "experts_per_token": ("num_experts_per_tok",),
     "n_experts": ("num_local_experts", "num_experts"),
 }
@@ -110,8 +111,9 @@ def _meant(kind: str) -> str:
 
 
 def _keys(data: Mapping[str, Any]) -> dict[str, str]:
-    """The keys of a file by what the code calls them."""
-    return {ours: next(key for key in keys if key in data) for ours, keys in KEYS.items() if data.keys() & set(keys)}
+    """The keys of a file by what the code calls them, where those are not keys themselves."""
+    found = {ours: [key for key in keys if key in data] for ours, keys in KEYS.items() if ours not in data}
+    return {ours: keys[0] for ours, keys in found.items() if keys}
 
 
 def _json_kind(value: Any) -> str:

@@ -41,8 +41,8 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]], *, width: int = 10
     >>> print(table(["name", "kind", "source"], [["ffn", "upper", "by hand"], ["b", "sharp", "a law of it"]], width=20))
     name  kind   source
     ffn   upper  by hand
-    b     sharp  a law
-                 of it
+    b     sharp  a law of
+                 it
     """
     cells = [head, *rows]
     widths = [max(len(row[column]) for row in cells) + 2 for column in range(len(head) - 1)]
