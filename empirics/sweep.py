@@ -23,6 +23,7 @@ from empirics.run import Record, Spec, corpus_of, record_path, run, stop_signals
 from empirics.run_spec import RunSpec
 from empirics.train import Stopped
 from theory.records import read_record, write_json
+from theory.words import counted
 
 STOPPED = "stopped"
 JOBS = "jobs.json"
@@ -162,8 +163,8 @@ def submit(
     again = [spec.identity for spec in todo if spec.identity in submitted]
     if again:
         raise ValueError(
-            f"{len(again)} of the runs are submitted and not finished, {again[0]} as job {submitted[again[0]]}; wait "
-            f"for them, or cancel them, delete {path} and submit again: they resume"
+            f"{counted(len(again), 'run is', 'runs are')} submitted and not finished, {again[0]} as job "
+            f"{submitted[again[0]]}; wait for them, or cancel them, delete {path} and submit again: they resume"
         )
     if not todo:
         return {}
