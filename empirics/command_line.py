@@ -56,12 +56,13 @@ def check_device(device: str) -> str:
     return device
 
 
-def check_memory(architecture: Architecture, n_tokens: int) -> None:
+def check_memory(architecture: Architecture, n_tokens: int, *, state: int = 8) -> None:
     """Refuse a network and batch that cannot fit in this machine's memory.
 
-    Counted in float32: weights and gradients, and what one pass over n_tokens tokens keeps for the backward pass.
+    Counted in float32: `state` bytes a number (weights and gradients, unless told otherwise), and what one pass over
+    n_tokens tokens keeps for the backward pass.
     """
-    needed = 8 * architecture.n_parameters + 4 * n_tokens * kept_numbers(architecture)
+    needed = state * architecture.n_parameters + 4 * n_tokens * kept_numbers(architecture)
     require_memory(f"{architecture.name} with {counted(n_tokens, 'token')} at once", needed)
 
 

@@ -20,10 +20,11 @@ from tqdm import tqdm
 
 from empirics.command_line import check_device
 from empirics.data import random_tokens
+from empirics.data_sheets import DEVICES
 from empirics.device_specs import CheckSpec, ProbeSpec, SpeedSpec
 from empirics.initialisation import InitialisationSpec
 from empirics.model import build
-from empirics.plan import DEVICES, STATE_BYTES, activation_bytes, flops_per_token
+from empirics.plan import flops_per_token, memory
 from empirics.probes import gradient_profile, layer_norms
 from empirics.run import corpus_of, run
 from empirics.run_spec import RunSpec
@@ -94,7 +95,7 @@ def speed(spec: SpeedSpec, out: Path) -> dict[str, Any]:
         "matmul_peak": matmul_peak(asked.device, asked.precision),
         "sheet_peak": sheet_peak(surroundings["device"], asked.precision),
         "peak_bytes": peak,
-        "planned_bytes": STATE_BYTES * a.n_parameters + activation_bytes(a, _at_once(fitted), asked.precision),
+        "planned_bytes": memory(a, n_tokens=_at_once(fitted), precision=asked.precision).total,
         "device_bytes": total,
     }
 
@@ -104,15 +105,12 @@ def _at_once(run: RunSpec) -> int:
     return (run.micro_batch or run.batch_size) * run.seq_len
 
 
-def _micro_batch(run: RunSpec, memory: int | None) -> int:
+def _micro_batch(run: RunSpec, available: int | None) -> int:
     """The largest halving of the batch that is planned to take half of the device's memory."""
     size = run.batch_size
-    while memory is not None and size % 2 == 0:
-        here = replace(run, micro_batch=size)
-        needed = STATE_BYTES * run.architecture.n_parameters + activation_bytes(
-            run.architecture, _at_once(here), run.precision
-        )
-        if needed <= 0.5 * memory:
+    while available is not None and size % 2 == 0:
+        here = _at_once(replace(run, micro_batch=size))
+        if memory(run.architecture, n_tokens=here, precision=run.precision).total <= 0.5 * available:
             break
         size //= 2
     return size
@@ -133,13 +131,11 @@ def matmul_peak(device: str, precision: str, repeats: int = 10) -> float:
 
 
 def sheet_peak(name: str, precision: str) -> float | None:
-    """The data sheet's FLOPs a second of a device of that name, or None.
-
-    The sheets are of boards in full power, and their float32 is TF32, which nothing here uses.
-    """
-    if precision != "bfloat16" or re.search(r"\b(pcie|nvl|mig)\b", name.lower()):
+    """The data sheet's FLOPs a second of a device of that name, or None; the sheets are of boards in full power."""
+    if precision not in ("bfloat16", "float32") or re.search(r"\b(pcie|nvl|mig)\b", name.lower()):
         return None
-    return next((sheet.bfloat16 for key, sheet in DEVICES.items() if re.search(rf"\b{key}\b", name.lower())), None)
+    sheet = next((sheet for key, sheet in DEVICES.items() if re.search(rf"\b{key}\b", name.lower())), None)
+    return None if sheet is None else getattr(sheet, precision)
 
 
 def make(spec: CheckSpec, out: Path) -> None:

@@ -1,54 +1,116 @@
-"""What a training run will need, from its sizes alone: nothing is built and nothing is measured.
+"""What a training run will need, from its sizes alone: no number is drawn and nothing is measured.
 
-Every line is an estimate, and says what it assumes.
+State is counted exactly, number by number of the network's parameters; everything else is an estimate that says what it
+assumes.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
+import torch
+from torch import nn
+
+from empirics.data_sheets import DEVICES
+from empirics.model import Transformer
 from theory.architecture import Architecture
 from theory.records import plain
 from theory.words import counted
 
 SHARE_OF_PEAK = 0.4  # a convention: what well-tuned runs report at these sizes
-STATE_BYTES = 16  # a parameter: float32 weight, gradient and the two moments of Adam
+# A number of a parameter, all float32: weight, gradient, the two moments of Adam, and the weight before the step, whose
+# distance from the one after it is the update norm. AdamW's counters, 4 bytes a tensor, are left out.
+STATE_BYTES = 20
+PROBE_BYTES = 4  # a number of a matrix: what a probed step compares itself with
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Device:
-    """A GPU by its maker's data sheet: operations a second of dense matrix products, memory in bytes.
+class Counts:
+    """Numbers in a network's parameters.
 
     Attributes:
-        bfloat16, float32: in that precision (float32 itself, not TF32); half of what a sheet says "with sparsity".
-        source: the sheet.
+        parameters: all, gains and biases too; a tied head once.
+        matrices: in tables and weights of linear maps.
+        products: in the weights that activations are multiplied with; a tied head's is one.
+        layers: in the layers.
     """
 
-    bfloat16: float
-    float32: float
-    memory: float
-    source: str
+    parameters: int
+    matrices: int
+    products: int
+    layers: int
 
 
-DEVICES = {
-    "a100": Device(
-        bfloat16=312e12, float32=19.5e12, memory=80e9, source="NVIDIA A100 Tensor Core GPU data sheet, 80GB SXM"
-    ),
-    "h100": Device(bfloat16=989e12, float32=67e12, memory=80e9, source="NVIDIA H100 Tensor Core GPU data sheet, SXM"),
-    "h200": Device(bfloat16=989e12, float32=67e12, memory=141e9, source="NVIDIA H200 Tensor Core GPU data sheet, SXM"),
-    "l40s": Device(bfloat16=362e12, float32=91.6e12, memory=48e9, source="NVIDIA L40S GPU data sheet"),
-}
+@lru_cache
+def count(architecture: Architecture) -> Counts:
+    """Count a network on the meta device, where it has shapes and no memory."""
+    with torch.device("meta"):
+        model = Transformer(architecture)
+    return Counts(
+        parameters=sum(p.numel() for p in model.parameters()),
+        matrices=sum(p.numel() for p in model.parameters() if p.ndim == 2),
+        products=sum(module.weight.numel() for module in model.modules() if isinstance(module, nn.Linear)),
+        layers=sum(p.numel() for p in model.layers.parameters()),
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Memory:
+    """Bytes on one of several devices that share weights, gradients and optimizer state evenly (FSDP).
+
+    They are added up as if all were there at once, and are more than that: gradients come as activations go. Of what is
+    not held between steps, a CPU's allocator was seen to peak at 0.43 to 0.88 of the sum in float32 and at 0.63 to 0.98
+    in bfloat16 (three widths, ReLU and SwiGLU, fused attention); no GPU was measured.
+
+    Attributes:
+        state: from the first step to the last, `STATE_BYTES` a number.
+        probes: at a probed step, a copy of the matrices as they were.
+        casts: what autocast rounds to bfloat16 and keeps until the backward pass: weights that are not gathered so.
+        gathered: of several devices: two layers whole and one's gradient in the run's precision; tables and head with
+            their gradients in float32.
+        activations: of a step, kept in the run's precision for the backward pass.
+    """
+
+    state: float
+    probes: float
+    casts: float
+    gathered: float
+    activations: float
+
+    @property
+    def total(self) -> float:
+        return self.state + self.probes + self.casts + self.gathered + self.activations
+
+
+def memory(
+    architecture: Architecture, *, n_tokens: int, precision: str, devices: int = 1, probed: bool = True
+) -> Memory:
+    """What a training needs on each of `devices`, `n_tokens` going through the network at once on each.
+
+    Args:
+        probed: whether a probe looks at steps, as the default ones do.
+    """
+    a, counts, halved = architecture, count(architecture), precision == "bfloat16"
+    outside = counts.parameters - counts.layers
+    casts = (counts.products if devices == 1 else a.vocab_size * a.d_model) if halved else 0
+    return Memory(
+        state=STATE_BYTES * counts.parameters / devices,
+        probes=PROBE_BYTES * counts.matrices / devices if probed else 0.0,
+        casts=2.0 * casts,
+        gathered=3 * (2 if halved else 4) * counts.layers / a.n_layers + 8 * outside if devices > 1 else 0.0,
+        activations=activation_bytes(a, n_tokens, precision),
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """A run on `devices` devices that share weights, gradients and optimiser state evenly (FSDP).
+    """A run on `devices` devices that share weights, gradients and optimizer state evenly (FSDP).
 
     Attributes:
+        parameters: numbers in them, gains and biases too.
         flops: of the whole run: 6 a weight and token that meet, and 6 T H E a layer and token for causal attention.
-        state_bytes, activation_bytes: on one device; activations of a step, kept in the run's precision.
-        gathered_bytes: on one of several devices: two layers whole and one's gradient in the run's precision, tables
-            and head with their gradients in float32.
+        memory: on one device.
         peak: operations a second of one device, by its data sheet.
         hours: at `SHARE_OF_PEAK` of the device's peak.
     """
@@ -63,9 +125,7 @@ class Plan:
     parameters: int
     tokens: int
     flops: float
-    state_bytes: float
-    gathered_bytes: float
-    activation_bytes: float
+    memory: Memory
     device_bytes: float
     peak: float
     hours: float
@@ -73,35 +133,40 @@ class Plan:
     @property
     def fits(self) -> bool:
         """Whether a tenth of the device's memory is left."""
-        return self.needed_bytes <= 0.9 * self.device_bytes
-
-    @property
-    def needed_bytes(self) -> float:
-        """On one device, all together."""
-        return self.state_bytes + self.gathered_bytes + self.activation_bytes
+        return self.memory.total <= 0.9 * self.device_bytes
 
     def __str__(self) -> str:
         remedy = "" if self.fits else "it does not fit: use a smaller --micro-batch or --seq-len, or more --devices"
-        gathered = f"gathered {self.gathered_bytes / 1e9:.3g}, " if self.gathered_bytes else ""
+        m, shared = self.memory, ", shared" if self.devices > 1 else ""
+        parts = (
+            (
+                m.state,
+                f"state: {STATE_BYTES} bytes a number{shared}: weight, gradient, Adam's two moments, last weight",
+            ),
+            (m.probes, f"for probed steps: the matrices once more{shared} (not with --probes none)"),
+            (m.casts, "weights rounded to bfloat16"),
+            (m.gathered, "gathered: two layers, a gradient, tables and head"),
+            (m.activations, "activations (kept, not computed again)"),
+        )
         lines = (
             f"{self.name} on {self.devices} x {self.device}, {self.precision} (estimates; nothing was built)",
             f"parameters   {self.parameters / 1e9:.3g} billion",
             f"tokens       {self.tokens / 1e9:.4g} billion: {self.steps:,} {'step' if self.steps == 1 else 'steps'} of "
             f"{counted(self.batch_size, 'sequence')} of {self.seq_len}",
             f"FLOPs        {self.flops:.3g}",
-            f"memory       {self.needed_bytes / 1e9:.3g} of {self.device_bytes / 1e9:.3g} GB a device: state "
-            f"{self.state_bytes / 1e9:.3g} ({STATE_BYTES} bytes a parameter, shared), {gathered}activations "
-            f"{self.activation_bytes / 1e9:.3g} (kept, not computed again)",
-            f"hours        {self.hours:.3g} at {SHARE_OF_PEAK:.0%} of {self.peak / 1e12:.0f} TFLOP/s a device "
-            f"({DEVICES[self.device].source})",
+            f"memory       {m.total / 1e9:.3g} of {self.device_bytes / 1e9:.3g} GB a device, all at once:",
+            *(f"{'':13}{size / 1e9:8.3g}  {what}" for size, what in parts if size),
+            f"hours        {self.hours:.3g} at {SHARE_OF_PEAK:.0%} of {self.peak / 1e12:.4g} TFLOP/s a device",
+            f"data sheet   {DEVICES[self.device].cited}",
             remedy,
         )
         return "\n".join(line for line in lines if line)
 
     def record(self) -> dict[str, object]:
         """JSON-ready."""
+        sheet = DEVICES[self.device]
         extra = {"fits": self.fits, "kind": "estimate", "share_of_peak": SHARE_OF_PEAK}
-        return {**plain(self), **extra, "source": DEVICES[self.device].source}
+        return {**plain(self), **extra, "source": sheet.source, "evidence": sheet.evidence}
 
 
 def kept_numbers(architecture: Architecture) -> int:
@@ -138,11 +203,13 @@ def plan(
     seq_len: int,
     precision: str = "bfloat16",
     micro_batch: int | None = None,
+    probed: bool = True,
 ) -> Plan:
     """Plan a run of `steps` batches of `batch_size` sequences, shared evenly between the devices.
 
     Args:
         micro_batch: sequences that a device takes at once, gradients being accumulated; all of its share if None.
+        probed: as in `memory`.
 
     Raises:
         ValueError: the device is not in the table, or there are more devices than sequences.
@@ -155,10 +222,7 @@ def plan(
     tokens = steps * batch_size * seq_len
     flops = tokens * flops_per_token(a, seq_len)
     peak = sheet.bfloat16 if precision == "bfloat16" else sheet.float32
-    tables = a.vocab_size * a.d_model * (1 if a.tied else 2) + (
-        a.context * a.d_model if a.positions == "learned" else 0
-    )
-    gathered = 3 * (2 if precision == "bfloat16" else 4) * (a.n_parameters - tables) / a.n_layers + 8 * tables
+    at_once = seq_len * min(micro_batch or batch_size, batch_size // devices)
     return Plan(
         name=a.name,
         device=device,
@@ -167,14 +231,10 @@ def plan(
         steps=steps,
         batch_size=batch_size,
         seq_len=seq_len,
-        parameters=a.n_parameters,
+        parameters=count(a).parameters,
         tokens=tokens,
         flops=flops,
-        state_bytes=STATE_BYTES * a.n_parameters / devices,
-        gathered_bytes=gathered if devices > 1 else 0.0,
-        activation_bytes=activation_bytes(
-            a, seq_len * min(micro_batch or batch_size, batch_size // devices), precision
-        ),
+        memory=memory(a, n_tokens=at_once, precision=precision, devices=devices, probed=probed),
         device_bytes=sheet.memory,
         peak=peak,
         hours=flops / (devices * peak * SHARE_OF_PEAK) / 3600,

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from empirics.command_line import check_device, check_memory, positive
+from empirics.plan import STATE_BYTES
 from empirics.run import Record, checkpoints_of, record_path
 from empirics.run_spec import RunSpec
 from empirics.train_command import add_run_options, specification
@@ -88,8 +89,9 @@ def command(arguments: argparse.Namespace) -> int:
     architecture = specs[0].architecture
     check_device(arguments.device)
     if arguments.device == "cpu":
-        at_once = arguments.micro_batch or arguments.batch
-        check_memory(architecture, min(arguments.processes, len(specs)) * at_once * specs[0].seq_len)
+        runs = min(arguments.processes, len(specs))  # at a time, a network each
+        at_once = runs * (arguments.micro_batch or arguments.batch)
+        check_memory(architecture, at_once * specs[0].seq_len, state=STATE_BYTES * runs)
     records = run_all(specs, out, processes=arguments.processes, checkpoint_every=arguments.checkpoint_every)
     rows = summary(specs, records)
     emit(json.dumps(rows, indent=2, allow_nan=False) if arguments.json else table(rows), arguments.table)

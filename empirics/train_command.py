@@ -9,8 +9,10 @@ from typing import Any
 
 from empirics.command_line import check_device, check_memory, not_negative, positive, positive_or_off
 from empirics.data import ORDERS, is_shards
+from empirics.data_sheets import DEVICES
 from empirics.distributed import Ranks, ranks_of
-from empirics.plan import DEVICES, plan
+from empirics.plan import STATE_BYTES, plan
+from empirics.registry import find, schedule
 from empirics.run import model_path, record_path, run
 from empirics.run_spec import SCHEDULES, RunSpec
 from empirics.tensorboard import TensorBoard
@@ -154,10 +156,11 @@ def command(arguments: argparse.Namespace) -> int:
 
 def _plan(arguments: argparse.Namespace) -> int:
     architecture, longest, _ = chosen(arguments)
+    probed = any(find(name).in_training for name in schedule(arguments.probes, arguments.probe_every))
     planned = plan(
         architecture, device=arguments.plan, devices=arguments.devices, steps=arguments.steps,
         batch_size=arguments.batch, seq_len=arguments.seq_len or longest, precision=arguments.precision,
-        micro_batch=arguments.micro_batch,
+        micro_batch=arguments.micro_batch, probed=probed,
     )  # fmt: skip
     emit(json.dumps(planned.record(), indent=2) if arguments.json else str(planned), arguments.plan_out)
     return 0
@@ -172,7 +175,7 @@ def _train(arguments: argparse.Namespace, ranks: Ranks) -> int:
         raise ValueError("nowhere to write the run; use --out DIR")
     if ranks.size == 1 or arguments.device == "cpu":  # with a device each, this machine's memory is not what counts
         at_once = arguments.batch if arguments.micro_batch is None else ranks.size * arguments.micro_batch
-        check_memory(architecture, at_once * seq_len)
+        check_memory(architecture, at_once * seq_len, state=STATE_BYTES)
     check_device(arguments.device)
     spec, out = specification(arguments, architecture, seq_len), Path(arguments.out)
     if ranks.first:

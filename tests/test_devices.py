@@ -335,15 +335,17 @@ def test_float64_is_a_reference_for_float32(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "precision", "peak"),
     [
-        ("NVIDIA H100 80GB HBM3", "bfloat16", 989e12),
-        ("NVIDIA H200", "bfloat16", 989e12),
+        ("NVIDIA H100 80GB HBM3", "bfloat16", 989.5e12),
+        ("NVIDIA H200", "bfloat16", 989.5e12),
         ("NVIDIA A100-SXM4-80GB", "bfloat16", 312e12),
-        ("NVIDIA L40S", "bfloat16", 362e12),
+        ("NVIDIA L40S", "bfloat16", 362.05e12),
+        ("NVIDIA L40S", "float32", 91.6e12),
         ("NVIDIA H100 PCIe", "bfloat16", None),
         ("NVIDIA H100 NVL", "bfloat16", None),
         ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", "bfloat16", None),
         ("NVIDIA GH200 480GB", "bfloat16", None),
-        ("NVIDIA H100 80GB HBM3", "float32", None),
+        ("NVIDIA H100 80GB HBM3", "float32", 67e12),
+        ("NVIDIA H100 80GB HBM3", "float64", None),
         ("cpu", "bfloat16", None),
     ],
 )
