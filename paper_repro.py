@@ -229,13 +229,14 @@ def gpu_smoke(seeds: Sequence[int], device: str, data: str) -> list[Step]:
 
     With --device cpu the same program holds the CPU against itself, as a test of the program.
     """
-    purposes = {  # minutes: estimated
-        "references": ("the same on the CPU in two precisions, one thread a run", 1.6),
-        "initialisation": ("gradient growth, residual stream, Jacobian norms", 0.7),
-        "trainings": ("float32, bfloat16, compiled, deterministic twice", 1.0),
-        "speed": ("tokens a second, MFU, peak memory", 1.2),
-        "growth": ("growth of the largest network beside theory alone", 0.5),
+    purposes = {  # minutes: measured with two CPU cores as the device, and estimated with a fast GPU
+        "references": ("the same on the CPU in two precisions, one thread a run", 1.2, 1.2),
+        "initialisation": ("gradient growth, residual stream, Jacobian norms", 0.4, 0.7),
+        "trainings": ("float32, bfloat16, compiled, deterministic twice", 0.9, 1.0),
+        "speed": ("tokens a second, MFU, peak memory", 0.2, 1.2),
+        "growth": ("growth of the largest network beside theory alone", 0.1, 0.5),
     }
+    on_cpu = device.startswith("cpu")
 
     def of(name: str) -> Callable[[], list[Any]]:
         def specs() -> list[Any]:
@@ -246,8 +247,13 @@ def gpu_smoke(seeds: Sequence[int], device: str, data: str) -> list[Step]:
         return specs
 
     return [
-        Step(name=name, purpose=purpose, minutes=minutes, specs=of(name))
-        for name, (purpose, minutes) in purposes.items()
+        Step(
+            name=name,
+            purpose=purpose if on_cpu or name == "references" else f"{purpose} (minutes estimated, on no GPU yet)",
+            minutes=measured if on_cpu else estimated,
+            specs=of(name),
+        )
+        for name, (purpose, measured, estimated) in purposes.items()
     ]
 
 

@@ -55,8 +55,9 @@ def _share(row: Row) -> float:
 
 def caption(record: dict[str, Any]) -> str:
     """What is shown, and of which device."""
-    about = "a CPU against itself, no evidence about a GPU" if not record["gpu"] else "a GPU against the CPU"
+    about = "a GPU against the CPU" if record["gpu"] else "a CPU against itself, no evidence about a GPU"
+    same = "" if record["gpu"] else " At initialisation both sides are one computation, made twice."
     return (
         f"Differences over their tolerances, the worst of each comparison: {about} "
-        f"({record['environment'].get('device', 'unknown device')}). A difference of 0 is drawn at the left edge."
+        f"({record['environment'].get('device', 'unknown device')}). A difference of 0 is drawn at the left edge.{same}"
     )

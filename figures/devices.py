@@ -259,7 +259,7 @@ def _theory(records: Records) -> Iterator[Row]:
         yield _row(
             f"gradient growth beside theory, {record['preset']}, {record['label']}",
             [pair],
-            reference="theory; no CPU run",
+            reference="theory",
             basis="the target that the prediction is judged by",
         )
 

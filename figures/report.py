@@ -75,11 +75,13 @@ def write_report(
         (
             f"<header><h1>{escape(title)}</h1>{_summary(claims)}</header>",
             _section("claims", "Claims", _claims(claims)) if claims else "",
-            _section("reading", "How to read this", _how_to_read()),
+            _section("reading", "How to read this", _how_to_read()) if claims or figures or device is None else "",
             _section("notes", "Notes", "".join(f"<p>{_text(note)}</p>" for note in notes)) if notes else "",
             _section("figures", "Figures", "".join(_figure(*figure) for figure in figures)) if figures else "",
             _section(
-                "gpu", "On a GPU", report_device.section(device) + "".join(_figure(*each) for each in device_figures)
+                "gpu",
+                report_device.title(device),
+                report_device.section(device) + "".join(_figure(*each) for each in device_figures),
             ),
             _section("settings", "Settings and versions", _settings(settings)),
         )

@@ -24,10 +24,17 @@ def heading(record: Mapping[str, Any]) -> str:
     return f"{e['device']}, torch {e['torch']}{cuda}, {record['date']}.{about}{left_out}"
 
 
+def title(record: Mapping[str, Any] | None) -> str:
+    """Of the section."""
+    return "On a GPU" if record is None or record["gpu"] else "Self-test of the comparison with a GPU"
+
+
 def counted(record: Mapping[str, Any]) -> str:
     """Verdicts in numbers."""
     verdicts = [row["verdict"] for row in record["rows"]]
-    return ", ".join(f"{verdicts.count(each)} {each}" for each in VERDICTS if each in verdicts)
+    many = {AGREES: "agree", DIFFERS: "differ"}
+    counts = {each: verdicts.count(each) for each in VERDICTS if each in verdicts}
+    return ", ".join(f"{n} {each if n == 1 else many.get(each, each)}" for each, n in counts.items())
 
 
 def number(value: float | None) -> str:

@@ -27,7 +27,7 @@ from empirics.surroundings import environment
 from empirics.train import train
 from figures.device_records import check_path, latest_check, read_check, write_check
 from figures.devices import AGREES, DIFFERS, MARGIN, MEASURED, compare
-from figures.report_device import NOT_A_GPU, section, text_table
+from figures.report_device import NOT_A_GPU, counted, section, text_table
 from theory.architecture import METHODS, Architecture, preset
 from theory.records import read_records, write_record
 
@@ -83,7 +83,19 @@ def test_the_check_of_a_cpu_says_that_it_is_one(checked: Path) -> None:
     assert NOT_A_GPU in text_table(record)
     page = (checked / "report.html").read_text()
     assert NOT_A_GPU in page
+    assert "Self-test of the comparison" in page
+    assert "On a GPU" not in page
     assert str(record["date"]) in page
+
+
+def test_the_list_says_what_is_estimated(capsys: pytest.CaptureFixture[str]) -> None:
+    listed: dict[str, list[str]] = {}
+    for device in ("cpu", "cuda"):
+        assert paper_repro.main(["--scale", "gpu-smoke", "--device", device, "--list"]) == 0
+        listed[device] = capsys.readouterr().out.splitlines()
+    assert [("estimated" in line) for line in listed["cpu"]] == [False] * 5
+    assert [("estimated" in line) for line in listed["cuda"]] == [False] + [True] * 4
+    assert listed["cpu"][0] == listed["cuda"][0]  # the CPU's own part, measured
 
 
 def test_every_comparison_is_made_and_agrees(records: Records) -> None:
@@ -414,6 +426,12 @@ def test_the_latest_check_on_a_gpu_is_shown(tmp_path: Path) -> None:
     assert "CUDA 12.8, 2026-01-03" in page
     assert "a &lt; b" in page
     assert NOT_A_GPU not in page
+
+
+def test_verdicts_are_counted_in_words() -> None:
+    row = gpu_record("2026-01-02")["rows"][0]
+    rows = [row, row, row | {"verdict": DIFFERS}, row | {"verdict": MEASURED}]
+    assert counted({"rows": rows}) == "2 agree, 1 differs, 1 measured"
 
 
 def test_a_report_of_any_scale_shows_it(
