@@ -60,7 +60,7 @@ class Memory:
     """Bytes on one of several devices that share weights, gradients and optimizer state evenly (FSDP).
 
     They are added up as if all were there at once, and are more than that: gradients come as activations go. Of what is
-    not held between steps, a CPU's allocator was seen to peak at 0.43 to 0.88 of the sum in float32 and at 0.63 to 0.98
+    not held between steps, a CPU's allocator was seen to peak at 0.43 to 0.73 of the sum in float32 and at 0.55 to 0.98
     in bfloat16 (three widths, ReLU and SwiGLU, fused attention); no GPU was measured.
 
     Attributes:
