@@ -94,12 +94,19 @@ def softcap(z: Tensor, cap: float) -> Tensor:
     return cap * torch.tanh(z / cap) if cap else z
 
 
+class RMSNorm(nn.RMSNorm):
+    """Reads its input in its gain's precision: for bfloat16 and a float32 gain torch has no fused one, and warns."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.to(self.weight.dtype))
+
+
 def make_norm(architecture: Architecture, width: int | None = None) -> nn.Module:
     """LayerNorm or RMSNorm with a gain (and LayerNorm's bias where the architecture has biases), D wide unless told."""
     width = architecture.d_model if width is None else width
     if architecture.norm == "layernorm":
         return nn.LayerNorm(width, eps=architecture.eps, bias=architecture.biases)
-    return nn.RMSNorm(width, eps=architecture.eps)
+    return RMSNorm(width, eps=architecture.eps)
 
 
 # --- positions --------------------------------------------------------------------------------------------------

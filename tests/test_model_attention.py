@@ -182,6 +182,22 @@ def test_the_faster_attention_is_a_table() -> None:
         assert float((output(kernel, torch.bfloat16) - exact).norm()) < 0.02 * float(exact.norm())
 
 
+@pytest.mark.parametrize("kernel", ["fused", "plain"])
+def test_rmsnorm_in_autocast_is_taken_in_its_gain_s_precision(kernel: Any) -> None:
+    """Queries, keys and what a branch writes are bfloat16 there; torch's RMSNorm would take them so, with a warning."""
+    for qk_norm in ("head", "full"):
+        model = build(architecture(norm="rmsnorm", qk_norm=qk_norm, block="peri-ln", **SIZES), seed=0)
+        for layer in model.layers:
+            layer.attention.kernel = kernel
+        tokens = torch.randint(model.head.out_features, (2, LENGTH), generator=generator(0))
+        exact = model.loss(tokens, tokens)
+        with torch.autocast("cpu", torch.bfloat16):
+            read = model.norm(torch.ones(model.norm.weight.shape, dtype=torch.bfloat16))
+            rounded = model.loss(tokens, tokens)
+        assert read.dtype == torch.float32
+        torch.testing.assert_close(rounded, exact, rtol=2**-8, atol=0.0)
+
+
 def test_no_fused_kernel_has_a_soft_cap() -> None:
     for changes in ({"attention_softcap": 0.8}, {"attention_scale": 0.0}):
         attention = Attention(architecture(**SIZES | changes))
