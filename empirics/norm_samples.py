@@ -9,11 +9,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from empirics.adversaries import normal
+from empirics.bench_sublayers import FullAttention
 from empirics.benches import small_architecture
 from empirics.model import Attention, FeedForward, make_norm
 from empirics.observables import opnorm, true_each_token, true_feedforward, true_half_layer
@@ -95,8 +96,15 @@ def feedforwards(statement: Statement) -> Iterator[Setting]:
 
 
 def half_layers(statement: Statement) -> Iterator[Setting]:
-    """|I + J| of half-layers: of one feed-forward token, or of attention over a sequence if it speaks of tokens."""
-    return attention_halves() if "n_tokens" in statement.parameters else feedforward_halves(statement)
+    """|I + J| of half-layers: of one feed-forward token, or of attention over a sequence if it speaks of heads."""
+    if "n_heads" not in statement.parameters:
+        return feedforward_halves(statement)
+    return attention_halves() if masked(statement) else full_halves()
+
+
+def masked(statement: Statement) -> bool:
+    """Whether it is of attention with a causal mask."""
+    return True in statement.covers.get("causal", (True,))
 
 
 def feedforward_halves(statement: Statement) -> Iterator[Setting]:
@@ -128,50 +136,103 @@ def feedforward_halves(statement: Statement) -> Iterator[Setting]:
         values |= {"s": s, "d": d, "d_ffn": d_ffn}
         # Where a few units decide, a norm varies more from draw to draw.
         seeds = 48 if squared and strength > 0.1 and d < 512 else 16 if module.gate is not None else 12
+        if squared and module.gate is not None and strength > 0.1:
+            seeds = 128 if d < 512 else 48
         if d_ffn != 4 * d:
             seeds = 256 if squared else 48 if module.gate is not None else 12
         units = "" if d_ffn == 4 * d else f", d_ffn {d_ffn}"
         yield Setting(label=f"d {d}{units}, |J| about {3 * strength:.2g}", values=values, draw=draw, seeds=seeds)
 
 
-def attention_halves() -> Iterator[Setting]:
+class Heads(NamedTuple):
+    """Query heads, the width of each, and how many share a key and a value."""
+
+    number: int = HEADS
+    width: int = 0  # 0: together as wide as the stream
+    group: int = 1
+
+    def at(self, d: int) -> Heads:
+        return self._replace(width=self.width or d // self.number)
+
+    @property
+    def label(self) -> str:
+        """Nothing where they fill the stream by themselves."""
+        if self.group == 1 and not self.width:
+            return ""
+        shared = "" if self.group == 1 else f", {self.group} to a key"
+        return f", {self.number} heads of {self.width}{shared}"
+
+
+FILLING = Heads()
+# Together half, two and four times as wide as the stream; wide ones; in groups.
+OTHER_HEADS = (Heads(4, 32), Heads(8, 64), Heads(16, 64), Heads(2, 256), Heads(4, 256, 4), Heads(8, 32, 4))
+SEQUENCES = 48  # seeds of those
+
+
+def attention_symbols(d: int, length: int, heads: Heads, logit_variance: float, c_VO: float) -> dict[str, Any]:
+    """What statements of attention take."""
+    values = {"c_VO": c_VO, "n_tokens": length, "d": d, "n_heads": heads.number, "d_head": heads.width}
+    return values | {"kv_group": heads.group, "logit_variance": logit_variance, "numbers": d * length}
+
+
+def half_layer(
+    d: int, length: int, a: float, strength: float, heads: Heads, seeds: int, *, causal: bool = True
+) -> Setting:
     """|I + J| of a pre-norm attention half-layer over a sequence of normal tokens of one std."""
     s, c_V = 0.3, 0.9
+    c_VO = (strength * s) ** 2
+    module, sigmas = attention(d, a, c_V, c_VO / c_V, heads, causal=causal)
+    norm = make_norm(small_architecture({"d_model": d, "eps": 1e-12})).requires_grad_(False)
+
+    def draw(seed: int) -> float:
+        fill(module, sigmas, torch.Generator().manual_seed(seed))
+        x = (s * torch.nn.functional.layer_norm(normal(seed + 1000, 1, length, d), (d,))).float()
+        branch = PlainAttention(module)
+        return lanczos_opnorm(lambda x: x + branch(norm(x)), x, tolerance=PRECISE, limit=100).value
+
+    values = attention_symbols(d, length, heads.at(d), a, c_VO) | {"s": s}
+    size = 2.6 * (1.4 if causal else 1) * strength
+    label = f"attention: d {d}, T {length}, logit variance {a:g}, |J| about {size:.2g}{heads.label}"
+    return Setting(label=label, values=values, draw=draw, seeds=seeds)
+
+
+def attention_halves() -> Iterator[Setting]:
+    """|I + J| with a causal mask, from weak branches to strong ones and over heads."""
     for d, length, a, strength in ((64, 16, 0.05, 0.5), (256, 16, 0.05, 0.1), (256, 16, 0.05, 0.5),
                                    (256, 16, 0.05, 3.0), (256, 32, 0.16, 0.5), (256, 64, 0.1, 0.5),
                                    (512, 16, 0.05, 0.5), (256, 16, 1.0, 0.5), (256, 16, 1.0, 3.0),
                                    (64, 16, 16.0, 0.5), (256, 2, 0.1, 0.5), (256, 2, 0.2, 3.0)):  # fmt: skip
-        c_VO = (strength * s) ** 2
-        module, sigmas = attention(d, a, c_V, c_VO / c_V)
-        norm = make_norm(small_architecture({"d_model": d, "eps": 1e-12})).requires_grad_(False)
+        yield half_layer(d, length, a, strength, FILLING, 64 if a > 0.5 or length < 16 else 8)
+    for heads in OTHER_HEADS:
+        yield half_layer(256, 16, 0.05, 0.5, heads, SEQUENCES)
 
-        def draw(seed: int, d: int = d, length: int = length, module: Any = module, sigmas: Any = sigmas,
-                 norm: Any = norm) -> float:  # fmt: skip
-            fill(module, sigmas, torch.Generator().manual_seed(seed))
-            x = (s * torch.nn.functional.layer_norm(normal(seed + 1000, 1, length, d), (d,))).float()
-            branch = PlainAttention(module)
-            return lanczos_opnorm(lambda x: x + branch(norm(x)), x, tolerance=PRECISE, limit=100).value
 
-        values = {"c_VO": c_VO, "s": s, "n_tokens": length, "d": d, "n_heads": HEADS, "d_head": d // HEADS}
-        values |= {"kv_group": 1, "logit_variance": a, "numbers": d * length}
-        label = f"attention: d {d}, T {length}, logit variance {a:g}, |J| about {2.6 * 1.4 * strength:.2g}"
-        yield Setting(label=label, values=values, draw=draw, seeds=64 if a > 0.5 or length < 16 else 8)
+def full_halves() -> Iterator[Setting]:
+    """|I + J| without a mask."""
+    for d, length, a, strength, heads in ((64, 16, 0.05, 0.5, FILLING), (256, 16, 0.05, 0.1, FILLING),
+                                          (256, 16, 0.05, 0.5, FILLING), (256, 16, 0.2, 3.0, FILLING),
+                                          (256, 64, 0.2, 0.5, FILLING), (256, 16, 0.05, 0.5, Heads(4, 32)),
+                                          (256, 16, 0.05, 0.5, Heads(8, 64, 4)),
+                                          (256, 16, 4.0, 0.5, FILLING), (256, 4, 1.0, 0.5, FILLING)):  # fmt: skip
+        yield half_layer(d, length, a, strength, heads, SEQUENCES, causal=False)
 
 
 def attention(
-    d: int, logit_variance: float, c_V: float, c_O: float, heads: int = HEADS, d_head: int = 0
+    d: int, logit_variance: float, c_V: float, c_O: float, heads: Heads = FILLING, *, causal: bool = True
 ) -> tuple[Attention, dict[str, float]]:
-    """An attention sub-layer to fill, and its weights' stds; heads fill the stream unless d_head is given."""
-    d_head = d_head or d // heads
+    """An attention sub-layer to fill, and its weights' stds."""
+    count, width, group = heads.at(d)
     stds = {"query": logit_variance**0.25, "key": logit_variance**0.25, "value": c_V**0.5}
-    sizes = {"d_model": d, "n_heads": heads, "n_kv_heads": heads, "d_head": d_head}
-    module = Attention(small_architecture(sizes)).requires_grad_(False)
+    sizes = {"d_model": d, "n_heads": count, "n_kv_heads": count // group, "d_head": width}
+    module = (Attention if causal else FullAttention)(small_architecture(sizes)).requires_grad_(False)
     found = {name: std / math.sqrt(d) for name, std in stds.items()}
-    return module, found | {"output": c_O**0.5 / math.sqrt(heads * d_head)}
+    return module, found | {"output": c_O**0.5 / math.sqrt(count * width)}
 
 
 def attentions(statement: Statement) -> Iterator[Setting]:
-    """|J_u| over a normal input's whole sequence, of plain attention, or of every kind if it speaks of kinds."""
+    """|J_u| over a normal input's whole sequence: without a mask, of every kind if it speaks of kinds, or plain."""
+    if not masked(statement):
+        return full_attentions()
     return attention_kinds() if "rotary" in statement.parameters else plain_attentions()
 
 
@@ -216,27 +277,40 @@ def attention_kinds() -> Iterator[Setting]:
         yield Setting(label=f"{kind}, logit variance {a:g}", values=values, draw=draw, seeds=256)
 
 
-def plain_attentions() -> Iterator[Setting]:
-    """|J_u| of attention without positions, from near-uniform softmax rows to uneven ones."""
+def sub_layer(d: int, length: int, a: float, heads: Heads, seeds: int, *, causal: bool = True) -> Setting:
+    """|J_u| of attention without positions."""
     c_V, c_O = 0.9, 0.8
-    for d, length, a, heads in ((64, 16, 0.05, HEADS), (256, 16, 0.05, HEADS), (256, 32, 0.05, HEADS),
-                                (256, 16, 0.16, HEADS), (512, 16, 0.16, HEADS), (64, 16, 1.0, HEADS),
-                                (256, 16, 1.0, HEADS), (256, 64, 1.0, HEADS), (256, 32, 4.0, HEADS),
-                                (64, 16, 16.0, HEADS), (256, 2, 0.1, HEADS), (256, 2, 0.2, HEADS),
-                                (256, 16, 0.05, 16)):  # fmt: skip
-        d_head = d // HEADS
-        module, sigmas = attention(d, a, c_V, c_O, heads, d_head)
+    module, sigmas = attention(d, a, c_V, c_O, heads, causal=causal)
 
-        def draw(seed: int, d: int = d, length: int = length, module: Any = module, sigmas: Any = sigmas) -> float:
-            fill(module, sigmas, torch.Generator().manual_seed(seed))
-            u = torch.nn.functional.layer_norm(normal(seed + 1000, 1, length, d), (d,)).float()
-            return lanczos_opnorm(PlainAttention(module), u, tolerance=PRECISE, limit=100).value
+    def draw(seed: int) -> float:
+        fill(module, sigmas, torch.Generator().manual_seed(seed))
+        u = torch.nn.functional.layer_norm(normal(seed + 1000, 1, length, d), (d,)).float()
+        return lanczos_opnorm(PlainAttention(module), u, tolerance=PRECISE, limit=100).value
 
-        values = {"c_VO": c_V * c_O, "n_tokens": length, "d": d, "n_heads": heads, "d_head": d_head}
-        values |= {"kv_group": 1, "logit_variance": a, "numbers": d * length}
-        label = f"d {d}, T {length}, logit variance {a:g}" + ("" if heads == HEADS else f", {heads} heads of {d_head}")
+    values = attention_symbols(d, length, heads.at(d), a, c_V * c_O)
+    return Setting(label=f"d {d}, T {length}, logit variance {a:g}{heads.label}", values=values, draw=draw, seeds=seeds)
+
+
+def plain_attentions() -> Iterator[Setting]:
+    """|J_u| with a causal mask, from near-uniform softmax rows to uneven ones, and over heads."""
+    for d, length, a in ((64, 16, 0.05), (256, 16, 0.05), (256, 32, 0.05), (256, 16, 0.16), (512, 16, 0.16),
+                         (64, 16, 1.0), (256, 16, 1.0), (256, 64, 1.0), (256, 32, 4.0), (64, 16, 16.0),
+                         (256, 2, 0.1), (256, 2, 0.2)):  # fmt: skip
         # Beyond near-uniform rows, and of few tokens, a norm varies by some ten per cent from draw to draw.
-        yield Setting(label=label, values=values, draw=draw, seeds=64 if a > 0.5 or length < 16 else 6)
+        yield sub_layer(d, length, a, FILLING, 64 if a > 0.5 or length < 16 else 6)
+    for heads in OTHER_HEADS:
+        yield sub_layer(256, 16, 0.05, heads, SEQUENCES)
+    for heads in (Heads(8, 64, 2), Heads(4, 128, 4)):
+        yield sub_layer(256, 16, 1.0, heads, 64)
+
+
+def full_attentions() -> Iterator[Setting]:
+    """|J_u| without a mask."""
+    for d, length, a, heads in ((64, 16, 0.05, FILLING), (256, 16, 0.05, FILLING), (256, 16, 0.2, FILLING),
+                                (256, 64, 0.2, FILLING), (256, 16, 0.2, Heads(4, 32)), (256, 16, 0.2, Heads(8, 64, 4)),
+                                (256, 16, 0.2, Heads(2, 256)), (256, 16, 4.0, FILLING),
+                                (256, 4, 1.0, FILLING)):  # fmt: skip
+        yield sub_layer(d, length, a, heads, SEQUENCES, causal=False)
 
 
 def embeddings(statement: Statement) -> Iterator[Setting]:

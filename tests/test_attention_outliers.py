@@ -7,9 +7,9 @@ import math
 import numpy as np
 import pytest
 
-from theory.attention_outliers import outlier, softmax_opnorm, strongest_row, uneven_opnorm, value_resolvents
+from theory.attention_outliers import outlier, softmax_opnorm, strongest_rows, uneven_opnorm, value_resolvents
 from theory.attention_simulation import plain_attention, simulated_norms
-from theory.statements import find
+from theory.random_matrix import cesaro_opnorm, heads_edge
 
 TOKENS = 3
 MEAN = np.tril(np.ones((TOKENS, TOKENS))) / np.arange(1, TOKENS + 1)[:, None]
@@ -39,16 +39,18 @@ def test_outlier_beside_the_value_term_is_where_the_equation_says() -> None:
             column = np.concatenate([0 * left, left, 0 * left])
             found.append(float(np.linalg.norm(value + theta * np.outer(column, row), 2)))
     error = float(np.std(norms)) / math.sqrt(draws)
-    predicted = outlier(TOKENS, theta)
+    predicted = float(outlier(TOKENS, np.array([theta]))[0])
     assert abs(predicted - np.mean(norms)) <= 4 * error + 0.01 * predicted
     assert np.mean(norms) > np.mean(apart)  # a column that the value term has not is another case
 
 
 def test_limits() -> None:
-    assert outlier(TOKENS, 1e3) == pytest.approx(1e3, rel=1e-4)
-    even = float(find("attention-sharp").evaluate({"c_VO": 1.0, "n_tokens": TOKENS}))
-    assert uneven_opnorm(256, 4, 4, TOKENS, 0.01) == pytest.approx(even, rel=1e-12)
+    assert outlier(TOKENS, np.array([1e3]))[0] == pytest.approx(1e3, rel=1e-4)
+    even = float(cesaro_opnorm(TOKENS)) * math.sqrt(27) / 2
+    assert uneven_opnorm(256, 4, 64, TOKENS, 1e-4) == pytest.approx(even, rel=1e-12)
     assert uneven_opnorm(256, 4, 64, 1, 4.0) == pytest.approx(math.sqrt(27) / 2, rel=1e-12)
+    shared = math.sqrt(heads_edge(1 / 4).limit)  # four heads of 64 to one value are one head of 64
+    assert uneven_opnorm(256, 4, 64, 1, 4.0, 4) == pytest.approx(shared, rel=1e-12)
 
 
 def test_softmax_norm_is_the_largest_eigenvalue() -> None:
@@ -59,9 +61,11 @@ def test_softmax_norm_is_the_largest_eigenvalue() -> None:
 
 
 def test_more_rows_and_heads_have_a_stronger_one() -> None:
-    few, heads, rows = (strongest_row(256, h, 64, t, 1.0) for h, t in ((2, 8), (16, 8), (2, 32)))
+    few, heads, rows = (strongest_rows(256, h, 64, t, 1.0).mean() for h, t in ((2, 8), (16, 8), (2, 32)))
     assert few < min(heads, rows)
-    assert strongest_row(10**6, 16, 10**6, 8, 1.0) < 1  # lengths no longer vary, and no row is stronger than even ones
+    assert (
+        strongest_rows(10**6, 16, 10**6, 8, 1.0).mean() < 1
+    )  # lengths no longer vary, and no row is stronger than even ones
 
 
 @pytest.mark.slow

@@ -64,7 +64,10 @@ def test_variants_are_told_apart() -> None:
     def names(label: str) -> set[str]:
         return {name for column in COLUMNS for name in ROWS[label].names(column)}
 
-    assert "attention-full-upper" in names("attention, without a mask") - names("attention, causal")
+    for name in ("attention-full-upper", "attention-full-sharp", "attention-full-half-layer-sharp"):
+        assert name in names("attention, without a mask") - names("attention, causal")
+    assert "attention-sharp" not in names("attention, without a mask")
+    assert "ffn-sharp-gated-relu-squared" in names("feed-forward, relu-squared, gated")
     assert "attention-upper-apriori" in names("attention, RoPE") - names("attention, ALiBi")
     assert "attention-upper-apriori" not in names("attention, sliding window")
     assert "attention-sharp" in names("attention, causal") - names("attention, ALiBi")
@@ -88,8 +91,10 @@ def test_a_new_statement_is_picked_up(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "attention-alibi-sharp" not in ROWS["attention, RoPE"].names("sharp")
 
     def attention_windowed_sharp() -> Statement:
-        def formula(c_VO: Any, n_tokens: Any, n_seen: Any) -> Any:
-            return base.formula(c_VO, n_tokens) / n_seen
+        def formula(
+            c_VO: Any, d: Any, n_heads: Any, d_head: Any, kv_group: Any, n_tokens: Any, n_seen: Any
+        ) -> Any:  # fmt: skip
+            return base.formula(c_VO, d, n_heads, d_head, kv_group, n_tokens) / n_seen
 
         return replace(base, name="attention-windowed-sharp", formula=formula)
 

@@ -26,9 +26,9 @@ def drawn_norms(mixing: np.ndarray, d: int, draws: int) -> np.ndarray:
     return np.array(norms)
 
 
-@pytest.mark.parametrize("strength", [0.02, 0.5, 4.0])
-def test_one_token_is_the_scalar_edge(strength: float) -> None:
-    whole, scalar = mixing_edge(np.array([[strength]])), residual_edge(ONE, ONE, 1.0, strength)
+@pytest.mark.parametrize(("strength", "ratio"), [(0.02, 1.0), (0.5, 1.0), (4.0, 1.0), (0.5, 0.25), (0.5, 4.0)])
+def test_one_token_is_the_scalar_edge(strength: float, ratio: float) -> None:
+    whole, scalar = mixing_edge(np.array([[strength]]), ratio), residual_edge(ONE, ONE, ratio, strength)
     assert whole.limit == pytest.approx(scalar.limit, rel=1e-9)
     assert whole.curvature == pytest.approx(scalar.curvature, rel=2e-3)  # a second difference at steps of 1 %
 
@@ -67,14 +67,14 @@ def test_against_draws(mixing: np.ndarray) -> None:
 def test_weak_branches_to_strong_ones(n_tokens: int) -> None:
     """At least 1, increasing, and linear at weak branches, where the edge is that of the symmetric part."""
     strengths = np.logspace(-12, 1, 14)
-    norms = attention_residual_opnorm(strengths**2, 1.0, 256, n_tokens)
+    norms = attention_residual_opnorm(strengths**2, 1.0, 256, 1.0, n_tokens)
     assert np.all(np.diff([1.0, *norms]) > 0)
     slopes = (norms - 1) / strengths
     # Of a norm near 1, and of the second difference that the finite width takes.
     rounding = 4 * np.finfo(float).eps / strengths + CONVERGED / STEP**2
     assert np.all(np.abs(slopes / slopes[6] - 1)[:9] <= strengths[:9] + rounding[:9])
     assert slopes[-1] > 1.2 * slopes[0]  # control: strong branches are not linear
-    assert attention_residual_opnorm(0.0, 1.0, 256, n_tokens) == 1
+    assert attention_residual_opnorm(0.0, 1.0, 256, 1.0, n_tokens) == 1
 
 
 def test_the_weakest_branch_is_the_largest_eigenvalue_of_its_symmetric_part() -> None:
@@ -109,6 +109,7 @@ def test_what_has_no_edge_is_refused() -> None:
         residual_edge(ONE, ONE, 1.0, math.nan).opnorm(64)
     for name in ("attention-half-layer-sharp", "attention-uneven-sharp"):
         sizes = {"c_VO": 0.7, "s": 1.0, "d": 256, "n_heads": 4, "d_head": 64, "n_tokens": 0, "logit_variance": 1.0}
+        sizes |= {"kv_group": 1}
         with pytest.raises(ValueError, match="n_tokens=0 leaves no token"):
             find(name).evaluate(sizes)
 

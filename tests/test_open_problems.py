@@ -104,7 +104,16 @@ def test_growth_says_whether_a_run_diverges() -> None:
     assert check(preset("350m").with_init("xavier"), 1024).outcome == "unstable"
 
 
-UNEVEN = {"c_VO": 0.72, "s": 1.0, "d": 256, "n_heads": 4, "d_head": 64, "n_tokens": 16, "logit_variance": 1.0}
+UNEVEN = {
+    "c_VO": 0.72,
+    "s": 1.0,
+    "d": 256,
+    "n_heads": 4,
+    "d_head": 64,
+    "n_tokens": 16,
+    "logit_variance": 1.0,
+    "kv_group": 1,
+}
 
 
 def against_simulation(closed: str, simulated: str, **changes: float) -> float:

@@ -78,7 +78,10 @@ def test_eq_15_of_the_350m_preset() -> None:
 # --- expressions, composition, sources --------------------------------------------------------------------------
 
 # Where formulas are compared: widths from 64 (a sharp value's domain), stds of initialised matrices.
-_INTEGERS = {"rows": (64, 2048), "columns": (64, 2048), "d": (64, 2048), "d_ffn": (64, 8192)}
+_INTEGERS = {
+    "rows": (64, 2048), "columns": (64, 2048), "d": (64, 2048), "d_ffn": (64, 8192), "n_heads": (4, 64),
+    "d_head": (16, 128), "kv_group": (1, 4),
+}  # fmt: skip
 
 
 # Seconds each at the sizes they are for, so compared at tiny ones.

@@ -12,26 +12,34 @@ from typing import Any
 
 from theory.functions import exp, minimum, sqrt
 from theory.quantities import quantity
-from theory.random_matrix import cesaro_opnorm, harmonic_number
+from theory.random_matrix import cesaro_opnorm, harmonic_number, heads_edge, heads_opnorm
 from theory.residual_edges import attention_residual_opnorm
 from theory.sources import Source
 from theory.statements import Statement, register
 
+
+def value_ratio(n_heads: Any, d_head: Any, kv_group: Any, d: Any) -> Any:
+    """Inner width of W_O W_V over d. Heads that share a value add what they write: one head, sqrt(g) as large."""
+    return n_heads * d_head / (kv_group * d)
+
+
+def even_enough(
+    d: float, n_heads: float, d_head: float, kv_group: float, logit_variance: float, n_tokens: float
+) -> bool:
+    """Whether no two early tokens move each other by more than the value term: a d / (2 n_heads) is their square."""
+    most = (0.95 if n_tokens >= 16 else 0.475) * heads_edge(value_ratio(n_heads, d_head, kv_group, d)).limit
+    return logit_variance * d / (2 * n_heads) <= most
+
+
 # What the closed forms at initialisation assume of heads.
-WHOLE_HEADS = {
-    "the heads together are as wide as the stream (n_heads d_head = d)": lambda n_heads, d_head, d: (
-        n_heads * d_head == d
+HEADS = {
+    "value heads are together a quarter to four times as wide as the stream": lambda n_heads, d_head, kv_group, d: (
+        0.25 <= value_ratio(n_heads, d_head, kv_group, d) <= 4
     ),
-    "each query head has its own key head": lambda kv_group: kv_group == 1,
 }
-
-
-def even_enough(d_head: float, logit_variance: float, n_tokens: float) -> bool:
-    """Whether no two early tokens move each other by more than the value term: sqrt(d_head a / 2) is their part."""
-    return d_head * logit_variance <= (12.8 if n_tokens >= 16 else 6.4) * (1 + 1e-9)
-
-
-EVEN_ROWS = {"d_head times the logit variance is at most 6.4, or 12.8 from 16 tokens on": even_enough}
+EVEN_ROWS = {
+    "a d / (2 n_heads) is at most 0.95 times the squared edge of W_O W_V, 0.475 below 16 tokens": even_enough,
+}
 
 # Attention whose logits are products of a query and a key, turned by RoPE or not, and nothing else.
 PRODUCTS = {"positions": ("none", "rope"), "qk_norm": ("none",), "attention_softcap": (0.0,)}
@@ -188,32 +196,31 @@ def attention_upper_aposteriori() -> Statement:
 def attention_sharp() -> Statement:
     r"""Predict the attention sub-layer's Jacobian norm at initialisation.
 
-    .. math:: \|J_u\| \approx \|C_T\| \sqrt{27/4} \sqrt{c_V c_O}
+    .. math:: \|J_u\| \approx \|C_T\| \sqrt{c_V c_O} \, e(k/d), \qquad e(1)^2 \to 27/4
 
-    Holds: near-uniform softmax (logit variance at most 0.2), heads at most 64 wide that together are as wide as the
-        stream, a key head for each, d >= 256; 3 % there. What two tokens do to each other through a query grows like
-        the root of d_head times the logit variance, which is at most 6.4, or 12.8 from 16 tokens on, where the value
-        term is larger; beyond, `attention-simulated`.
-    Why: with P near C_T the Jacobian is C_T (x) W_O W_V; sqrt(27/4) is the edge of a product of two square
-        Gaussian matrices.
+    with k = n_heads d_head / g the width of all value heads.
+    Holds: near-uniform softmax (logit variance at most 0.2), k from d/4 to 4 d, d >= 256; 3 % there. What two tokens
+        do to each other through a query grows like the root of a d / (2 n_heads), which must be below the value term;
+        beyond, `attention-simulated`.
+    Why: with P near C_T the Jacobian is C_T (x) W_O W_V, where heads that share a value are one; e is the edge of a
+        product of two Gaussian matrices, less its Tracy-Widom offset.
     """
     return Statement(
         name="attention-sharp",
         kind="sharp",
         quantity=quantity("attention_jacobian"),
-        formula=lambda c_VO, n_tokens: cesaro_opnorm(n_tokens) * sqrt(27 * c_VO) / 2,
-        source=Source(key="spikecheck", label="Kronecker structure at uniform attention"),
-        assumptions=(
-            "independent normal weights", "logit variance at most 0.2", "d >= 256", "heads at most 64 wide",
-            *WHOLE_HEADS, *EVEN_ROWS,
+        formula=lambda c_VO, d, n_heads, d_head, kv_group, n_tokens: (
+            cesaro_opnorm(n_tokens) * sqrt(c_VO) * heads_opnorm(value_ratio(n_heads, d_head, kv_group, d), d)
         ),
-        why="|C_T (x) W_O W_V| = |C_T| |W_O W_V|, whose second factor tends to sqrt(27/4) sqrt(c_V c_O)",
+        source=Source(
+            key="pennington2017resurrecting", label="free convolution; heads, mixing and finite width derived here"
+        ),
+        assumptions=("independent normal weights", "logit variance at most 0.2", "d >= 256", *HEADS, *EVEN_ROWS),
+        why="|C_T (x) W_O W_V| = |C_T| |W_O W_V|; edge of the free convolution, less its Tracy-Widom offset",
         target=0.03,
-        domain={
-            "d": (256.0, math.inf), "d_head": (1.0, 64.0), "logit_variance": (0.0, 0.2), "n_tokens": (1.0, math.inf),
-        },
-        relations=WHOLE_HEADS | EVEN_ROWS,
-    )  # fmt: skip
+        domain={"d": (256.0, math.inf), "logit_variance": (0.0, 0.2), "n_tokens": (1.0, math.inf)},
+        relations=HEADS | EVEN_ROWS,
+    )
 
 
 @register
@@ -232,18 +239,18 @@ def attention_half_layer_sharp() -> Statement:
         name="attention-half-layer-sharp",
         kind="sharp",
         quantity=quantity("half_layer_jacobian"),
-        formula=attention_residual_opnorm,
+        formula=lambda c_VO, s, d, n_heads, d_head, kv_group, n_tokens: attention_residual_opnorm(
+            c_VO, s, d, value_ratio(n_heads, d_head, kv_group, d), n_tokens
+        ),
         source=Source(
             key="haagerup2005application", label="convergence of the norm; equations and finite width derived here"
         ),
         assumptions=(
-            "independent normal weights", "logit variance at most 0.2", "d >= 256", "heads at most 64 wide",
-            "at most 128 tokens of one std", *WHOLE_HEADS, *EVEN_ROWS,
+            "independent normal weights", "logit variance at most 0.2", "d >= 256", "at most 128 tokens of one std",
+            *HEADS, *EVEN_ROWS,
         ),
         why="edge of I + C_T (x) W_O W_V / s with matrices of tokens for numbers, less its Tracy-Widom offset",
         target=0.025,
-        domain={
-            "d": (256.0, math.inf), "d_head": (1.0, 64.0), "logit_variance": (0.0, 0.2), "n_tokens": (1.0, 128.0),
-        },
-        relations=WHOLE_HEADS | EVEN_ROWS,
+        domain={"d": (256.0, math.inf), "logit_variance": (0.0, 0.2), "n_tokens": (1.0, 128.0)},
+        relations=HEADS | EVEN_ROWS,
     )  # fmt: skip

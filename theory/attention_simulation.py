@@ -44,13 +44,16 @@ OWN_KEYS = {"each query head has its own key head": lambda kv_group: kv_group ==
 
 
 class SimulatedAttention:
-    """One draw of a layer's causal attention on T normal tokens as its norm leaves them.
+    """One draw of a layer's attention on T normal tokens as its norm leaves them; causal unless told.
 
     Shapes: T tokens, D width, H query heads, G key and value heads, E head width. Weights are normal with the
     architecture's standard deviations, whatever its distribution; biases are zero and gains one.
     """
 
-    def __init__(self, architecture: Architecture, n_tokens: int, rng: np.random.Generator, layer: int = 0) -> None:
+    def __init__(
+        self, architecture: Architecture, n_tokens: int, rng: np.random.Generator, layer: int = 0, *,
+        causal: bool = True,
+    ) -> None:  # fmt: skip
         a = self.architecture = architecture
         stds = a.layer_stds(layer)
         x = rng.standard_normal((n_tokens, a.d_model))
@@ -76,7 +79,7 @@ class SimulatedAttention:
         if a.positions == "alibi":
             slopes = np.array(alibi_slopes(a.n_heads, limit=a.n_heads))[::-1]
             logits = logits - slopes[:, None, None] * distance
-        seen = (distance >= 0) & (distance < (a.window_at(layer) or n_tokens))
+        seen = ((distance >= 0) | (not causal)) & (distance < (a.window_at(layer) or n_tokens))
         logits = np.where(seen, logits, -np.inf)
         weights = np.exp(logits - logits.max(axis=2, keepdims=True))
         self.p = weights / weights.sum(axis=2, keepdims=True)
@@ -117,6 +120,17 @@ class SimulatedAttention:
             return cotangent.ravel() + through(self.backward(cotangent))
 
         return forward, backward
+
+    def norm(self, rng: np.random.Generator, std: float | None = None) -> float:
+        """|J|, or |I + J| of the half-layer in a stream of this std, from a random start."""
+        from scipy.sparse import linalg
+
+        krylov: Any = linalg  # untyped in part
+        forward, backward = (self.forward, self.backward) if std is None else self.half_layer(std)
+        size = self.u.size
+        operator = krylov.LinearOperator((size, size), matvec=forward, rmatvec=backward, dtype=np.float64)
+        start = rng.standard_normal(size)
+        return float(krylov.svds(operator, k=1, tol=TOLERANCE, v0=start, return_singular_vectors=False)[0])
 
     def _project(self, name: str, x_TD: Array) -> Array:
         return x_TD @ self.weights[name].mT
@@ -204,9 +218,6 @@ def simulated_norms(
             beyond the learned positions.
     """
     n_tokens = require_tokens(n_tokens, architecture)
-    from scipy.sparse import linalg
-
-    krylov: Any = linalg  # untyped in part
     width, size = architecture.d_model, architecture.d_model * n_tokens
     if width < 2 or size > LARGEST_INPUT:
         raise ValueError(
@@ -216,12 +227,7 @@ def simulated_norms(
     norms: list[float] = []
     for seed in range(draws):
         rng = np.random.default_rng(seed)
-        drawn = SimulatedAttention(architecture, n_tokens, rng, layer)
-        forward, backward = (drawn.forward, drawn.backward) if std is None else drawn.half_layer(std)
-        operator = krylov.LinearOperator((size, size), matvec=forward, rmatvec=backward, dtype=np.float64)
-        start = rng.standard_normal(size)
-        found = krylov.svds(operator, k=1, tol=TOLERANCE, v0=start, return_singular_vectors=False)
-        norms.append(float(found[0]))
+        norms.append(SimulatedAttention(architecture, n_tokens, rng, layer).norm(rng, std))
     return np.array(norms)
 
 

@@ -110,9 +110,7 @@ def _norms() -> Iterator[SubLayer]:
 def _feedforwards() -> Iterator[SubLayer]:
     for gated in (False, True):
         for activation in get_args(Activation):
-            reasons: dict[Column, str] = {"sharp": "open: its slopes have no largest value, so that a few units decide"}
-            if gated:
-                reasons["estimate"] = _PAPER_GATE
+            reasons: dict[Column, str] = {"estimate": _PAPER_GATE} if gated else {}
             yield SubLayer(
                 label=f"feed-forward, {activation}{', gated' if gated else ''}",
                 quantities=("ffn_jacobian", "ffn_branch", "half_layer_jacobian"),
@@ -146,10 +144,7 @@ def _attentions() -> Iterator[SubLayer]:
             "any logit scale", {"attention_scale": (0.0, 3.0)}, ("logit_variance",), ("attention-general-upper",),
             _SMALL_LOGITS,
         ),
-        (
-            "without a mask", {"causal": (False,)}, (), ("attention-full-upper",),
-            "open: the argument of attention-sharp gives sqrt(27/4 c_V c_O), which is not measured here",
-        ),
+        ("without a mask", {"causal": (False,)}, (), ("attention-full-upper",), "attention-full-sharp at small logits"),
     )  # fmt: skip
     for label, variant, symbols, chains, sharp in kinds:
         yield SubLayer(

@@ -50,6 +50,8 @@ DERIVATION_MODULES = (
     "derivations_gaussian",
     "derivations_feedforward_edge",
     "derivations_edges",
+    "derivations_gated_squared",
+    "derivations_heads_edge",
     "derivations_attention_edge",
     "derivations_attention_simulated",
     "derivations_activation",

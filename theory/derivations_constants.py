@@ -6,7 +6,6 @@ number w. Where the minimiser is rational or a root of a quadratic the edge has 
 
 from __future__ import annotations
 
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -15,8 +14,7 @@ import sympy as sp  # pyright: ignore[reportMissingTypeStubs]
 
 from theory.derivation import Derivation, line, register_derivation, substitution
 from theory.derivations_expressions import Norm, Values, array, entry
-from theory.derivations_numeric import STEP, Rng, jacobian, opnorm, random_attention
-from theory.random_matrix import cesaro_opnorm
+from theory.derivations_numeric import STEP, Rng, opnorm
 from theory.sources import Source
 from theory.statements import find
 from theory.symbols import symbol
@@ -29,7 +27,7 @@ FREE = Source(key="pennington2017resurrecting", label="free multiplicative convo
 JOHNSTONE = Source(key="johnstone2001largest", label="theorem 1.1")
 OWN = Source(key="spikecheck", label="minimum of the edge")
 
-d, m, n, T = symbol("d"), symbol("rows"), symbol("columns"), symbol("n_tokens")
+d, m, n = symbol("d"), symbol("rows"), symbol("columns")
 sigma, sigma_O, c_VO = symbol("sigma"), symbol("sigma_O"), symbol("c_VO")
 norm_O, norm_V = symbol("opnorm_O"), symbol("opnorm_V")
 norm_W, mean_norm_O = entry("|W|", r"\| W \|"), entry("E|W_O|", r"\mathbb{E} \| W_O \|")
@@ -183,78 +181,6 @@ def factor_two() -> Derivation:
         title="Where the 2 of eq. (20) comes from",
         steps=(edge, at, estimate, square, finite, product, four, convolved, third, sharp, loose),
         assumptions=("independent N(0, sigma^2) entries", "large width"),
-    )
-
-
-_WHOLE = array("J_u", "J_u")
-_KRON = array("C_T (x) W_O W_V", r"C_T \otimes W_O W_V")
-
-
-def _uniform_attention(rng: Rng) -> Values:
-    """Attention of 4 heads at logit variance 0.01, its explicit Jacobian over 3 tokens of width 96."""
-    n_tokens, width, heads = 3, 96, 4
-    layer = random_attention(
-        rng, n_tokens=n_tokens, d=width, heads=heads, kv_heads=heads, d_head=width // heads, rope=False
-    )
-    zero = np.zeros((heads, width // heads))
-    layer = replace(layer, b_Q=zero, b_K=zero, b_V=zero, W_Q=layer.W_Q * 0.1**0.5, W_K=layer.W_K * 0.1**0.5)
-    causal = np.tril(np.ones((n_tokens, n_tokens))) / np.arange(1, n_tokens + 1)[:, None]
-    value = layer.W_V.reshape(width, width)
-    return {
-        _WHOLE: jacobian(layer, rng.normal(0, 1, (n_tokens, width))),
-        **{_KRON: np.kron(causal, layer.W_O @ value), W_O: layer.W_O, W_V: value, T: n_tokens, c_VO: 1.0},
-    }
-
-
-@register_derivation
-def attention_sharp() -> Derivation:
-    """The attention sub-layer's Jacobian norm at initialisation."""
-    accuracy = "within 13 % at d = 96, T = 3 and logit variance 0.01: the edge's offset is 5 % there and falls with d"
-    flat = line(
-        Norm(_WHOLE),
-        "~=",
-        Norm(_KRON),
-        "uniform softmax",
-        "With small logits every softmax row is the running mean, whatever the head: P_h is C_T.",
-        source=OWN,
-        sample=_uniform_attention,
-        tolerance=0.05,
-        accuracy="within 5 % at logit variance 0.01",
-    )
-    factors = line(
-        Norm(_KRON),
-        "=",
-        cesaro_opnorm(T) * Norm(W_O * W_V),
-        "Kronecker product",
-        "Singular values multiply; |C_T| is below 2 for any T.",
-        source=Source(key="hardy1920", label="for |C_T| < 2"),
-        sample=_uniform_attention,
-    )
-    edge = line(
-        Norm(W_O * W_V),
-        "~=",
-        _sp.sqrt(27 * c_VO) / 2,
-        "free multiplicative convolution",
-        "See the derivation factor-two.",
-        source=FREE,
-        sample=_gaussian,
-        tolerance=0.1,
-        accuracy=LARGE_WIDTH,
-    )
-    conclusion = substitution(
-        *(flat, factors, edge),
-        source=OWN,
-        explanation="Heads do not appear: side by side they make one W_O W_V.",
-        sample=_uniform_attention,
-        tolerance=0.13,
-        accuracy=accuracy,
-    )
-    return Derivation(
-        name="attention-sharp",
-        title="Attention at initialisation, the norm itself",
-        steps=(flat, factors, edge, conclusion),
-        statement="attention-sharp",
-        assumptions=find("attention-sharp").assumptions,
     )
 
 

@@ -238,6 +238,26 @@ def feedforward_edge_opnorm(activation: Activation, d: Any, d_ffn: Any, sigma_1:
     return elementwise(f"edge_{activation}", one, d, d_ffn, sigma_1)
 
 
+@lru_cache(maxsize=4096)
+def heads_edge(ratio: float) -> Edge:
+    """Edge of |W_O W_V|^2 / (c_V c_O) for an inner width ratio * d; at ratio 1 it is 27/4.
+
+    It is (1 + t)^2/(w ratio) with t = ratio w/(1 - w), least at w = 2/(2 + ratio + sqrt(ratio (ratio + 8))).
+    """
+    limit, curvature = product_edge(np.ones(1), np.ones(1), ratio)
+    return Edge(limit / ratio, curvature / ratio**3)  # a resolvent of what is ratio times smaller is so much larger
+
+
+def heads_opnorm(ratio: Any, d: Any) -> Any:
+    """Predicted |W_O W_V| / sqrt(c_V c_O) at width d, elementwise; W_O is d by ratio * d."""
+
+    def one(inner: Any, width: Any) -> float:
+        (width,) = require_sizes(d=width)
+        return heads_edge(float(inner)).opnorm(width)
+
+    return elementwise("heads_edge", one, ratio, d)
+
+
 def gated_edge_opnorm(activation: Activation, d: Any, d_ffn: Any, sigma_1: Any, sigma_3: Any) -> Any:
     """Predicted norm of the gated layer over sigma_2 sqrt(d) at finite width, elementwise."""
 

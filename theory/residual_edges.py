@@ -112,12 +112,14 @@ def gated_residual_edge_opnorm(
     return elementwise(f"gated_residual_edge_{activation}", one, d, d_ffn, sigma_1, sigma_2, sigma_3, s)
 
 
-def mixing_edge(mixing: Array) -> ResidualEdge:
-    r"""Edge of |I + A (x) W_O W_V| for a T x T matrix A and d x d standard normal matrices over sqrt(d), T fixed.
+def mixing_edge(mixing: Array, ratio: float = 1.0) -> ResidualEdge:
+    r"""Edge of |I + A (x) W_O W_V| for a T x T matrix A and standard normal matrices over sqrt(d), T fixed.
 
-    With matrices of tokens for numbers, free independence gives four T x T matrices: with Y = A' G A and
+    W_O is d x k and W_V k x d with k = ratio * d.
 
-    .. math:: P = A (H^{-1} - Y)^{-1} A', \quad R = (Y^{-1} - H)^{-1},
+    With matrices of tokens for numbers, free independence gives four T x T matrices: with rho = k/d, Y = A' G A and
+
+    .. math:: P = \rho A (H^{-1} - Y)^{-1} A', \quad R = \rho (Y^{-1} - H)^{-1},
 
     the resolvents on either side of the identity are
 
@@ -141,7 +143,7 @@ def mixing_edge(mixing: Array) -> ResidualEdge:
         raise ValueError("a mixing matrix with entries that are not finite has no edge; use finite ones")
     if not np.any(mixing):
         return NO_BRANCH
-    branch = _Branch(mixing)
+    branch = _Branch(mixing, ratio)
     theta, heights = 1e-2, [math.inf]
     while (height := branch.height(theta)) < heights[-1]:
         heights.append(height)
@@ -176,7 +178,8 @@ class _Branch:
     become G = (y + x (1 + e x)^(-1))^(-1) and H = (x + y (1 + e y)^(-1))^(-1), where nothing cancels at small e.
     """
 
-    def __init__(self, mixing: Array) -> None:
+    def __init__(self, mixing: Array, ratio: float) -> None:
+        self.ratio = ratio
         self.strength = float(np.linalg.norm(mixing, 2))
         self.mixing, self.one = mixing / self.strength, np.eye(len(mixing))
         self.resolvents = self.one, self.one
@@ -199,7 +202,7 @@ class _Branch:
             gap = _inverse(H) - Y
             if np.linalg.eigvalsh(gap)[0] <= 0:
                 return math.inf
-            P, R = _symmetric(A @ _inverse(gap) @ A.T), _symmetric(_inverse(_inverse(Y) - H))
+            P, R = (self.ratio * _symmetric(one) for one in (A @ _inverse(gap) @ A.T, _inverse(_inverse(Y) - H)))
             z, new_G = self._level(P, R, theta, z)
             over_P = z * self.one - P
             new_H = _inverse(z * self.one - R + over_P @ _inverse(self.one + self.strength * over_P))
@@ -242,15 +245,21 @@ def _symmetric(matrix: Array) -> Array:
 
 
 @lru_cache(maxsize=256)
-def _uniform_edge(n_tokens: int, strength: float) -> ResidualEdge:
+def _uniform_edge(n_tokens: int, strength: float, ratio: float) -> ResidualEdge:
     running_mean = np.tril(np.ones((n_tokens, n_tokens))) / np.arange(1, n_tokens + 1)[:, None]
-    return mixing_edge(strength * running_mean)
+    return mixing_edge(strength * running_mean, ratio)
 
 
-def attention_residual_opnorm(c_VO: Any, s: Any, d: Any, n_tokens: Any) -> Any:
-    """Predicted |I + J| of an attention half-layer whose softmax rows are even, tokens of std s, elementwise."""
+def attention_residual_opnorm(c_VO: Any, s: Any, d: Any, ratio: Any, n_tokens: Any) -> Any:
+    """Predicted |I + J| of an attention half-layer whose softmax rows are even, tokens of std s, elementwise.
 
-    def one(gain: Any, scale: Any, width: Any, length: Any) -> float:
-        return _uniform_edge(require_tokens(int(length)), math.sqrt(gain) / float(scale)).opnorm(float(width))
+    Args:
+        ratio: inner width of W_O W_V over d, that of the value heads.
+    """
 
-    return elementwise("residual_edge_attention", one, c_VO, s, d, n_tokens)
+    def one(gain: Any, scale: Any, width: Any, inner: Any, length: Any) -> float:
+        inner = float(inner)
+        edge = _uniform_edge(require_tokens(int(length)), math.sqrt(gain / inner) / float(scale), inner)
+        return edge.opnorm(float(width))
+
+    return elementwise("residual_edge_attention", one, c_VO, s, d, ratio, n_tokens)

@@ -317,6 +317,11 @@ FUNCTIONS: dict[str, FunctionEntry] = {
         meaning="norm of W_2 D W_1 over sigma_1 sigma_2 d, corrected for a finite width",
         range="> 0",
     ),
+    "heads_edge": FunctionEntry(
+        latex=r"\mathrm{heads\ edge}",
+        meaning="norm of W_O W_V over sqrt(c_V c_O) at an inner width over d and at d, corrected for a finite width",
+        range="> 0",
+    ),
     "gated_edge_*": FunctionEntry(
         latex=r"\mathrm{gated\ edge}", meaning="the same of a gated layer, over sigma_2 sqrt(d)", range="> 0"
     ),
