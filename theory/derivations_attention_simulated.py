@@ -162,7 +162,7 @@ def _by_definition(rng: Rng, *, kind: Kind) -> Values:
 
 def _fresh(rng: Rng, *, kind: Kind) -> Values:
     """Mean square of other draws, whose weights have the variances that the symbols state."""
-    stds = dict.fromkeys(("query", "key"), WIDTH ** (-0.5) * VARIANCE**0.25)
+    stds: dict[str, float] = dict.fromkeys(("query", "key"), WIDTH**-0.5 * VARIANCE**0.25)
     stds |= {"value": WIDTH**-0.5, "output": (HEADS * HEAD) ** -0.5}
     if kind.architecture.qk_norm != "none":
         stds |= {"query": 1.0, "key": 1.0}  # a norm takes out what they are
