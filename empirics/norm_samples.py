@@ -99,7 +99,7 @@ def half_layers(statement: Statement) -> Iterator[Setting]:
     """|I + J| of half-layers: of one feed-forward token, or of attention over a sequence if it speaks of heads."""
     if "n_heads" not in statement.parameters:
         return feedforward_halves(statement)
-    return attention_halves() if masked(statement) else full_halves()
+    return attention_halves(other_heads(statement)) if masked(statement) else full_halves()
 
 
 def masked(statement: Statement) -> bool:
@@ -169,6 +169,11 @@ OTHER_HEADS = (Heads(4, 32), Heads(8, 64), Heads(16, 64), Heads(2, 256), Heads(4
 SEQUENCES = 48  # seeds of those
 
 
+def other_heads(statement: Statement) -> tuple[Heads, ...]:
+    """Those, for a statement that takes groups of heads."""
+    return OTHER_HEADS if "kv_group" in statement.parameters else ()
+
+
 def attention_symbols(d: int, length: int, heads: Heads, logit_variance: float, c_VO: float) -> dict[str, Any]:
     """What statements of attention take."""
     values = {"c_VO": c_VO, "n_tokens": length, "d": d, "n_heads": heads.number, "d_head": heads.width}
@@ -196,14 +201,14 @@ def half_layer(
     return Setting(label=label, values=values, draw=draw, seeds=seeds)
 
 
-def attention_halves() -> Iterator[Setting]:
+def attention_halves(others: tuple[Heads, ...]) -> Iterator[Setting]:
     """|I + J| with a causal mask, from weak branches to strong ones and over heads."""
     for d, length, a, strength in ((64, 16, 0.05, 0.5), (256, 16, 0.05, 0.1), (256, 16, 0.05, 0.5),
                                    (256, 16, 0.05, 3.0), (256, 32, 0.16, 0.5), (256, 64, 0.1, 0.5),
                                    (512, 16, 0.05, 0.5), (256, 16, 1.0, 0.5), (256, 16, 1.0, 3.0),
                                    (64, 16, 16.0, 0.5), (256, 2, 0.1, 0.5), (256, 2, 0.2, 3.0)):  # fmt: skip
         yield half_layer(d, length, a, strength, FILLING, 64 if a > 0.5 or length < 16 else 8)
-    for heads in OTHER_HEADS:
+    for heads in others:
         yield half_layer(256, 16, 0.05, 0.5, heads, SEQUENCES)
 
 
@@ -233,7 +238,7 @@ def attentions(statement: Statement) -> Iterator[Setting]:
     """|J_u| over a normal input's whole sequence: without a mask, of every kind if it speaks of kinds, or plain."""
     if not masked(statement):
         return full_attentions()
-    return attention_kinds() if "rotary" in statement.parameters else plain_attentions()
+    return attention_kinds() if "rotary" in statement.parameters else plain_attentions(other_heads(statement))
 
 
 # Fields of `Architecture` with the symbols that stand for them.
@@ -291,15 +296,18 @@ def sub_layer(d: int, length: int, a: float, heads: Heads, seeds: int, *, causal
     return Setting(label=f"d {d}, T {length}, logit variance {a:g}{heads.label}", values=values, draw=draw, seeds=seeds)
 
 
-def plain_attentions() -> Iterator[Setting]:
+def plain_attentions(others: tuple[Heads, ...]) -> Iterator[Setting]:
     """|J_u| with a causal mask, from near-uniform softmax rows to uneven ones, and over heads."""
     for d, length, a in ((64, 16, 0.05), (256, 16, 0.05), (256, 32, 0.05), (256, 16, 0.16), (512, 16, 0.16),
                          (64, 16, 1.0), (256, 16, 1.0), (256, 64, 1.0), (256, 32, 4.0), (64, 16, 16.0),
                          (256, 2, 0.1), (256, 2, 0.2)):  # fmt: skip
         # Beyond near-uniform rows, and of few tokens, a norm varies by some ten per cent from draw to draw.
         yield sub_layer(d, length, a, FILLING, 64 if a > 0.5 or length < 16 else 6)
-    for heads in OTHER_HEADS:
+    for heads in others:
         yield sub_layer(256, 16, 0.05, heads, SEQUENCES)
+    if not others:  # a simulated mean takes any
+        yield sub_layer(256, 16, 0.05, Heads(16, 64), 6)
+        return
     for heads in (Heads(8, 64, 2), Heads(4, 128, 4)):
         yield sub_layer(256, 16, 1.0, heads, 64)
 
