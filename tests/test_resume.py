@@ -8,13 +8,14 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from helpers.training import Interrupted, cut, files, flip, record_bytes, specification, train_until
+from helpers.training import Interrupted, cut, files, flip, moments, record_bytes, specification, train_until
 from safetensors.torch import load_file
 
 import empirics.run
@@ -174,18 +175,18 @@ def command(text: Path, out: Path, *, steps: int) -> list[str]:
 
 
 KILLER = """
-import json, os, random, signal, sys, time
+import json, os, signal, sys, time
 import torch
 from empirics.__main__ import main
 
 torch.set_num_threads(1)
-times, command = int(sys.argv[1]), json.loads(sys.argv[2])
-moments, killed = random.Random(0), 0
-for _ in range(times):
+moments, command = map(json.loads, sys.argv[1:])
+killed = 0
+for moment in moments:
     child = os.fork()
     if child == 0:
         os._exit(main(command))
-    time.sleep(moments.uniform(0.02, 0.9))
+    time.sleep(moment)
     os.kill(child, signal.SIGKILL)
     killed += os.WIFSIGNALED(os.waitpid(child, 0)[1])
 print(killed, flush=True)
@@ -194,20 +195,22 @@ os._exit(main(command))
 
 
 @pytest.mark.parametrize(
-    ("times", "steps"), [(3, 100), pytest.param(20, 600, marks=pytest.mark.slow)], ids=["3 kills", "20 kills"]
+    ("times", "steps"), [(3, 100), pytest.param(20, 1000, marks=pytest.mark.slow)], ids=["3 kills", "20 kills"]
 )
 def test_killed_at_random_moments_is_the_same(text: Path, tmp_path: Path, times: int, steps: int) -> None:
     """A real SIGKILL, again and again: while it imports data, steps, writes a checkpoint or its record."""
     calm, killed = tmp_path / "calm", tmp_path / "killed"
+    start = time.monotonic()
     assert main(command(text, calm, steps=steps)) == 0
-    arguments = [str(times), json.dumps(command(text, killed, steps=steps))]
+    until = moments(times, time.monotonic() - start)
+    arguments = [json.dumps(until), json.dumps(command(text, killed, steps=steps))]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [sys.executable, "-c", KILLER, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True,
-        check=False, timeout=600,
+        check=False, timeout=200 + steps,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert int(done.stdout.split()[0]) >= 3
+    assert int(done.stdout.split()[0]) == times
     assert files(killed) == files(calm)
 
 

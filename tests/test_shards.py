@@ -496,7 +496,6 @@ def test_streams_go_on_where_they_were_killed(tmp_path: Path, monkeypatch: pytes
 
 @pytest.mark.usefixtures("small")
 def test_streaming_with_datasets_itself(tmp_path: Path, documents: Path) -> None:
-    pytest.importorskip("datasets")
     folder = tmp_path / "set"
     folder.mkdir()
     lines = documents.read_text(encoding="utf-8").splitlines(keepends=True)

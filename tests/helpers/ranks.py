@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import random
 import signal
 import socket
 import subprocess
@@ -20,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
-LIMIT = 120.0  # seconds: ranks that have not ended by then hang
+LIMIT = 120.0  # seconds: ranks that have not ended by then, and a second for every step, hang
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,7 +48,8 @@ class Launcher:
 
         Args:
             stop_after: stop, as Ctrl-C does, after so many steps.
-            kill: seed of the moment at which all are killed.
+            kill: seconds after which all are killed.
+            steps: how many they take.
             fault: of one rank, after one step: {"rank", "step", "what": "error" or "killed"}.
             signal: that every rank gets after step 3.
         """
@@ -82,36 +82,40 @@ def _launch(request: dict[str, Any]) -> dict[str, Any]:
         port = free.getsockname()[1]
     with tempfile.TemporaryFile() as said:
         start = time.monotonic()
-        store = _fork_store(port)
+        limit = LIMIT + request.get("steps", 0)
+        store = _fork_store(port, limit)
         children = [_fork(request, rank, port, said.fileno()) for rank in range(request["ranks"])]
-        deadline = start + LIMIT
-        if request.get("kill") is not None:
-            deadline = start + random.Random(request["kill"]).uniform(0.1, 2.0)
-        statuses = [_wait(child, deadline) for child in children]
-        _wait(store, 0.0)
+        deadline = start + request.get("kill", limit)
+        statuses = _wait(children, deadline)
+        _wait([store], 0.0)
         said.seek(0)
         text = said.read().decode()
     return {"statuses": statuses, "said": text, "seconds": time.monotonic() - start}
 
 
-def _wait(child: int, deadline: float) -> int:
-    while time.monotonic() < deadline:
-        found, status = os.waitpid(child, os.WNOHANG)
-        if found:
-            return os.waitstatus_to_exitcode(status)
+def _wait(children: list[int], deadline: float) -> list[int]:
+    """Their exit statuses; those that are late are killed, all before one of them can miss another."""
+    ended: dict[int, int] = {}
+    while len(ended) < len(children) and time.monotonic() < deadline:
+        for child in children:
+            found, status = (0, 0) if child in ended else os.waitpid(child, os.WNOHANG)
+            ended |= {child: status} if found else {}
         time.sleep(0.005)
-    os.kill(child, signal.SIGKILL)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    late = [child for child in children if child not in ended]
+    for child in late:
+        os.kill(child, signal.SIGKILL)
+    ended |= {child: os.waitpid(child, 0)[1] for child in late}
+    return [os.waitstatus_to_exitcode(ended[child]) for child in children]
 
 
-def _fork_store(port: int) -> int:
+def _fork_store(port: int, limit: float) -> int:
     """Where ranks meet, outside of them, as a launcher keeps it."""
     child = os.fork()
     if child == 0:
         from torch.distributed import TCPStore
 
         store = TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)
-        time.sleep(2 * LIMIT)
+        time.sleep(2 * limit)
         del store
         os._exit(0)
     return child
