@@ -214,7 +214,7 @@ def check(
     else:
         tokens_ = tokens
     inputs, targets = tokens_[:, :-1], tokens_[:, 1:]
-    monitor = StabilityMonitor(model, tokens=tokens)
+    monitor = StabilityMonitor(model, tokens=tokens, probes="none")
     record = one_pass(monitor, model, inputs, targets, loss=loss)
     said, reasons = said_to_be(model) if architecture is None else (architecture, ())
     predicted = None

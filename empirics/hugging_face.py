@@ -9,8 +9,8 @@ from typing import Any
 from torch import nn
 from transformers import TrainerCallback
 
+from empirics.registry import schedule
 from empirics.stability import StabilityMonitor, require_steps
-from theory.records import plain
 
 
 class StabilityCallback(TrainerCallback):
@@ -20,12 +20,15 @@ class StabilityCallback(TrainerCallback):
     run uncompiled.
 
     Args:
-        out: JSON lines, one a probed step: the step, standard deviation and gradient norm at every place, the growth.
+        out: JSON lines, one a probed step: the step, standard deviation and gradient norm at every place, the growth,
+            what the probes found, and what could not be had.
+        probes: which, as in `StabilityMonitor`.
     """
 
-    def __init__(self, out: str | Path, *, every: int = 100) -> None:
+    def __init__(self, out: str | Path, *, every: int = 100, probes: str = "default") -> None:
         require_steps(every)  # before a run is set up around it
-        self.out, self.every = Path(out), every
+        schedule(probes, every)
+        self.out, self.every, self.probes = Path(out), every, probes
         self.monitor: StabilityMonitor | None = None
 
     def on_train_begin(
@@ -34,11 +37,13 @@ class StabilityCallback(TrainerCallback):
         """Find the residual stream, before any step is spent on a model that has none."""
         assert model is not None  # the Trainer passes it to every event
         self.out.parent.mkdir(parents=True, exist_ok=True)
-        self.monitor = StabilityMonitor(model, eager=bool(getattr(args, "torch_compile", False)))
+        self.monitor = StabilityMonitor(
+            model, every=self.every, eager=bool(getattr(args, "torch_compile", False)), probes=self.probes
+        )
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.monitor is not None and state.global_step % self.every == 0:
-            self.monitor.start()
+        if self.monitor is not None and self.monitor.due(state.global_step):
+            self.monitor.start(state.global_step)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.monitor is None or not self.monitor.active:
@@ -46,7 +51,7 @@ class StabilityCallback(TrainerCallback):
         record = self.monitor.finish(state.global_step - 1)  # the Trainer has counted the step already
         if record is not None and getattr(state, "is_world_process_zero", True):
             with self.out.open("a") as file:
-                file.write(json.dumps(plain(record) | {"growth": plain(record.growth)}, allow_nan=False) + "\n")
+                file.write(json.dumps(record.row(), allow_nan=False) + "\n")
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.monitor is not None:

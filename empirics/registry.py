@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from theory.quantities import Quantity, quantity
 from theory.records import Measurement
@@ -22,6 +22,7 @@ MODULES = ("stream_probes", "attention_probes", "jacobian_probes", "weight_probe
 
 Kind = Literal["exact", "lower estimate"]
 Cost = Literal["cheap", "dear"]
+Measure = TypeVar("Measure", bound="Callable[[Subject], Reading]")
 
 
 class Unavailable(ValueError):
@@ -75,7 +76,7 @@ _PROBES: dict[str, Probe] = {}
 
 def probe(
     what: str | Quantity, *, cost: Cost, kind: Kind = "exact", in_training: bool = False
-) -> Callable[[Callable[[Subject], Reading]], Callable[[Subject], Reading]]:
+) -> Callable[[Measure], Measure]:
     """Register a function as the probe of a quantity.
 
     Raises:
@@ -85,7 +86,7 @@ def probe(
     if found.name in _PROBES:
         raise ValueError(f"{found.name} has a probe already; give the quantity another name")
 
-    def register(function: Callable[[Subject], Reading]) -> Callable[[Subject], Reading]:
+    def register(function: Measure) -> Measure:
         about = " ".join((function.__doc__ or "").split())
         _PROBES[found.name] = Probe(
             quantity=found, kind=kind, cost=cost, in_training=in_training, measure=function, about=about

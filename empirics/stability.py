@@ -1,20 +1,29 @@
-"""The probes on anyone's decoder: what its residual stream and its gradient do while its owner trains it."""
+"""The probes on anyone's decoder, while its owner trains it: those of our own trainings, by the same names.
+
+A probed step gives the residual stream's standard deviation and gradients place by place, the variance of the attention
+logits and the entropy of attention layer by layer, and of every matrix the gradient that the optimizer got, the update
+and its ratio to the matrix. Attention is seen where the class calls `scaled_dot_product_attention` or a softmax; an
+update where an optimizer of torch makes it. On request, since they are dear, spectra and distributions of the matrices
+and of the stream (`StabilityMonitor(model, probes="default,weight_opnorm@1000")`; `python -m empirics probes --list`
+has the names). What cannot be had of a class is named in the record's `left_out`, with the reason.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from empirics.anatomy import Place, anatomy
-from empirics.residual_stream import length_sums, n_tokens, variance_sum
-from empirics.running import first_tensor, run_eagerly
-from theory.records import Measurement
+from empirics.anatomy import anatomy
+from empirics.registry import Probe, Reading, Unavailable, find, schedule
+from empirics.running import run_eagerly
+from empirics.training_probes import PLACES, Probed, add
+from empirics.watched import Steps, Watched
+from theory.records import Measurement, plain
 from theory.words import counted
 
 
@@ -31,6 +40,9 @@ class StabilityRecord:
         place_gradient: norm of the loss gradient over all tokens of the step; not a number where none arrives.
         token_gradient: mean over tokens of the norm of the loss gradient at that token.
         n_tokens: tokens of the step, padding included.
+        probes: what the probes found, by name, as `series.probes` of a training record has them. Those of the
+            optimizer's step are there once it has stepped.
+        left_out: why others have found nothing.
     """
 
     step: int
@@ -39,6 +51,8 @@ class StabilityRecord:
     place_gradient: tuple[float, ...]
     token_gradient: tuple[float, ...]
     n_tokens: int
+    probes: dict[str, Reading] = field(default_factory=dict)
+    left_out: dict[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
         rows = zip(self.places, self.residual_std, self.place_gradient, self.token_gradient)
@@ -54,6 +68,15 @@ class StabilityRecord:
     def growth(self) -> float:
         """Gradient norm at the first place over that at the last."""
         return self.place_gradient[0] / self.place_gradient[-1] if self.place_gradient[-1] else math.nan
+
+    def row(self) -> dict[str, Any]:
+        """As JSON: the fields, the growth, and of every probe its labels and values."""
+        kept = ("labels", "values", "residuals")
+        probes = {
+            name: {key: value for key in kept if (value := getattr(found, key)) is not None}
+            for name, found in self.probes.items()
+        }
+        return plain(self) | {"growth": plain(self.growth), "probes": plain(probes)}
 
     def measurements(self) -> tuple[Measurement, Measurement, Measurement]:
         """Gradient growth, gradient profile and residual profile, as `empirics.probes.measure_growth` gives them."""
@@ -71,44 +94,20 @@ class StabilityRecord:
 
 
 def series(records: Sequence[StabilityRecord]) -> dict[str, Any]:
-    """Probed steps as a training record's `series` has them: `probe_step`, and a list a step of the rest."""
+    """Probed steps as a training record's `series` has them: `probe_step`, a list a step of the rest, and `probes`."""
+    probes: Probed = {}
+    for record in records:
+        for name, found in record.probes.items():
+            add(probes, name, record.step, found)
     return {
         "probe_step": [record.step for record in records],
         "residual_std": [list(record.residual_std) for record in records],
         "place_gradient": [list(record.place_gradient) for record in records],
+        "probes": probes,
     }
 
 
-class _Sums:
-    """What one place has seen in a step, over its micro-batches; kept on the device until the step ends."""
-
-    def __init__(self) -> None:
-        self.variance: list[Tensor] = []
-        self.lengths: list[Tensor] = []
-        self.n_tokens: list[int] = []
-        self.unhooked = 0  # forward passes whose tensor needs no gradient yet
-
-    def see(self, x: Tensor) -> None:
-        recomputed = torch._C._current_graph_task_id() != -1  # activation checkpointing runs it again
-        if not recomputed:
-            self.variance.append(variance_sum(x))
-            self.n_tokens.append(n_tokens(x))
-            self.unhooked += not x.requires_grad
-        if x.requires_grad and (not recomputed or self.unhooked):
-            self.unhooked -= recomputed
-            x.register_hook(self.receive)
-
-    def receive(self, gradient: Tensor) -> None:
-        self.lengths.append(length_sums(gradient))
-
-    def statistics(self) -> tuple[float, float, float]:
-        """Standard deviation, gradient norm and mean gradient norm of a token."""
-        tokens = sum(self.n_tokens)
-        deviation = math.sqrt(float(torch.stack(self.variance).sum()) / tokens)
-        if not self.lengths:
-            return deviation, math.nan, math.nan
-        square, length, _ = torch.stack(self.lengths).sum(0).tolist()
-        return deviation, math.sqrt(square), length / tokens
+Found = tuple[dict[str, Reading], dict[str, str]]
 
 
 def require_steps(every: int) -> None:
@@ -122,88 +121,152 @@ def require_steps(every: int) -> None:
 
 
 class StabilityMonitor:
-    """Measures a decoder's residual stream and gradient in the steps that it is asked to, and changes nothing.
+    """Measures a decoder and its training in the steps that it is asked to, and changes nothing.
 
     In a step that is not probed the model carries no hook. A probed step may have several micro-batches; they count
-    as one batch. Of a compiled model, or one of compiled blocks, the probed steps run uncompiled, since a compiled
-    graph calls no hook: their losses differ by rounding, all other steps are as they were. Of a sharded model
-    (`fully_shard`, DistributedDataParallel) make a monitor on every rank; a record is of the rank's own tokens, and of
-    the loss as the rank scales it.
+    as one batch, of which attention is that of the first sequence. The optimizer may step inside the step's context or
+    after it; its matrices are held twice while it does. Of a compiled model, or one of compiled blocks, the probed
+    steps run uncompiled, since a compiled graph calls no hook: their losses differ by rounding, all other steps are as
+    they were. Of a sharded model (`fully_shard`, DistributedDataParallel) make a monitor on every rank; a record is of
+    the rank's own tokens, of whole matrices, and of the loss as the rank scales it.
 
     Args:
         model: any decoder with a list of equal blocks that add to a residual stream.
         every: `step()` probes each `every`-th step, from the first on.
         tokens: (B, T) ids to find the stream with; random ones unless given.
         eager: run probed steps uncompiled; needed where what is called is a compiled wrapper around this model.
+        probes: which, as in `train --probes`: `default` for the cheap ones, `none`, names, `NAME@N` for every N steps.
+            A dear one without a number is measured in the first probed step.
 
     Raises:
-        ValueError: no residual stream is found; the message says why.
+        ValueError: no residual stream is found, or there is no such probe; the message says why.
     """
 
-    def __init__(self, model: nn.Module, *, every: int = 1, tokens: Tensor | None = None, eager: bool = False) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        every: int = 1,
+        tokens: Tensor | None = None,
+        eager: bool = False,
+        probes: str = "default",
+    ) -> None:
         require_steps(every)
+        self._wanted = [(find(name), at) for name, at in schedule(probes, every).items() if name not in PLACES]
         self.eager = eager
         self.anatomy, _ = anatomy(model, tokens)
         self._model = model
         self.every = every
         self.records: list[StabilityRecord] = []
         self._steps = 0
-        self._sums: list[_Sums] = []
-        self._hooks: list[Any] = []
+        self._watched: Watched | None = None
+        self._awaited: Steps | None = None
+        self._due: list[Probe] = []
+        self._before: Found = {}, {}
+        self._begun = False
         self._eager = ExitStack()
 
     @property
     def active(self) -> bool:
         """Whether a step is being probed: only then does the model carry hooks."""
-        return bool(self._hooks)
+        return self._watched is not None
 
-    def start(self) -> None:
-        """Begin a probed step."""
+    def due(self, step: int) -> bool:
+        """Whether a step's turn has come."""
+        return step % self.every == 0 or any(step % at == 0 for _, at in self._wanted if at)
+
+    def start(self, step: int | None = None) -> None:
+        """Begin a probed step; by number, where a probe has an interval of its own."""
         self.detach()
-        self._sums = [_Sums() for _ in self.anatomy.places]
+        step = len(self.records) if step is None else step
+        asked = not self.due(step)  # for itself, and not because its turn has come
+        self._due = [
+            probe
+            for probe, at in self._wanted
+            if (not self._begun if at is None else step % at == 0 or (asked and at == self.every))
+        ]
+        self._begun = True
+        axes = {(probe.quantity.axis, probe.cost) for probe in self._due}
+        self._watched = Watched(
+            self._model,
+            self.anatomy,
+            streams=("place", "dear") in axes,
+            attention=bool(axes & {("layer", "cheap"), ("head", "dear")}),
+            steps=any(probe.in_training for probe in self._due),
+        )
         self._eager.enter_context(run_eagerly(self._model, always=self.eager))
-        self._hooks = [hook(place, sums) for place, sums in zip(self.anatomy.places, self._sums, strict=True)]
+        # The matrices as they are in this step's passes.
+        self._before = measured(self._watched, [probe for probe in self._due if of_weights(probe)])
 
     def finish(self, step: int | None = None) -> StabilityRecord | None:
-        """End a probed step: its record, also kept in `records`; None if no forward pass was seen."""
+        """End a probed step's passes: its record, also kept in `records`; None if no forward pass was seen.
+
+        If no optimizer has stepped yet, the record is completed when one does.
+        """
+        watched = self._watched
         self.detach()
-        sums, self._sums = self._sums, []
-        if not sums or not all(it.n_tokens for it in sums):
+        if watched is None or not watched.n_tokens:
             return None
-        deviation, gradient, token_gradient = zip(*(it.statistics() for it in sums))
+        places = watched.place_statistics
+        passes = [probe for probe in self._due if not (probe.in_training or of_weights(probe))]
+        found, missing = measured(watched, passes)
         record = StabilityRecord(
             step=len(self.records) if step is None else step,
-            places=tuple(place.name for place in self.anatomy.places),
-            residual_std=deviation,
-            place_gradient=gradient,
-            token_gradient=token_gradient,
-            n_tokens=sum(sums[0].n_tokens),
+            places=tuple(watched.place_labels),
+            residual_std=tuple(places["residual_std"]),
+            place_gradient=tuple(places["place_gradient"]),
+            token_gradient=tuple(places["token_gradient"]),
+            n_tokens=watched.n_tokens,
+            probes=self._before[0] | found,
+            left_out=self._before[1] | missing,
         )
         self.records.append(record)
+        if watched.steps is not None:
+            self._await(watched, watched.steps, record)
         return record
+
+    def _await(self, watched: Watched, steps: Steps, record: StabilityRecord) -> None:
+        """Put the optimizer's step into the record: now, or when it comes."""
+        probes = [probe for probe in self._due if probe.in_training]
+
+        def complete() -> None:
+            found, missing = measured(watched, probes)
+            record.probes.update(found)
+            for probe in probes:
+                record.left_out.pop(probe.name, None)
+            record.left_out.update(missing)
+
+        complete()
+        if not steps.changes and any(parameter.grad is not None for parameter in self._model.parameters()):
+            steps.then, self._awaited = complete, steps
+        else:
+            steps.detach()
 
     def detach(self) -> None:
         """Remove every hook; the records stay."""
-        for handle in self._hooks:
-            handle.remove()
-        self._hooks = []
+        if self._watched is not None:
+            self._watched.unhook()
+        if self._awaited is not None:
+            self._awaited.detach()
+        self._watched = self._awaited = None
         self._eager.close()
 
     @contextmanager
     def probe(self, step: int | None = None) -> Iterator[None]:
-        """Probe the forward and backward passes inside."""
-        self.start()
+        """Probe the passes inside, and the step of the optimizer inside or after them."""
+        self.start(step)
         try:
             yield
             self.finish(step)
-        finally:
+        except BaseException:
             self.detach()
+            raise
 
     @contextmanager
     def step(self) -> Iterator[None]:
         """One training step, probed if its turn has come."""
         step, self._steps = self._steps, self._steps + 1
-        if step % self.every:
+        if not self.due(step):
             yield
             return
         with self.probe(step):
@@ -216,18 +279,18 @@ class StabilityMonitor:
         self.detach()
 
 
-def hook(place: Place, sums: _Sums) -> Any:
-    """A hook that shows a place's tensor to `sums`."""
-    if place.side == "input":
-
-        def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            _see(sums, (*args, *kwargs.values()))
-
-        return place.module.register_forward_pre_hook(before, with_kwargs=True)
-    return place.module.register_forward_hook(lambda _, __, output: _see(sums, (output,)))
+def of_weights(probe: Probe) -> bool:
+    """Whether it looks at the matrices alone."""
+    return probe.quantity.axis == "matrix" and not probe.in_training
 
 
-def _see(sums: _Sums, values: tuple[Any, ...]) -> None:
-    x = first_tensor(values)
-    if x is not None:
-        sums.see(x)
+def measured(watched: Watched, probes: Sequence[Probe]) -> Found:
+    """What probes find, and why others find nothing, by name."""
+    found: dict[str, Reading] = {}
+    missing: dict[str, str] = {}
+    for probe in probes:
+        try:
+            found[probe.name] = probe.measure(watched)  # type: ignore[arg-type]
+        except Unavailable as reason:
+            missing[probe.name] = str(reason)
+    return found, missing

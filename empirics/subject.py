@@ -7,13 +7,14 @@ Shapes: B batch, T tokens, D d_model.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
+from empirics.attention_rows import LONGEST, AttentionRows, row_statistics
 from empirics.distributed import ALONE, Ranks, local, release, whole
 from empirics.model import Layer, Transformer, cross_entropy
 from empirics.registry import Unavailable
@@ -23,7 +24,69 @@ T = TypeVar("T")
 TOLERANCE = 1e-2  # relative, of norms that are lower estimates
 
 
-class Subject:
+class Seen(Protocol):
+    """What probes of the stream, of attention and of the matrices ask of a network and a batch, whoever wrote it."""
+
+    @property
+    def ranks(self) -> Ranks:
+        """Over which the network and the batch are spread."""
+        ...
+
+    @property
+    def streams(self) -> list[Tensor]:
+        """The residual stream at every place, (B, T, D)."""
+        ...
+
+    @property
+    def place_statistics(self) -> dict[str, list[float]]:
+        """Standard deviation of the stream and norms of its gradient, place by place, under their quantities' names."""
+        ...
+
+    @property
+    def place_labels(self) -> list[str]: ...
+
+    @property
+    def layer_labels(self) -> list[str]: ...
+
+    @property
+    def matrices(self) -> Mapping[str, Tensor]:
+        """Every weight matrix, a tied one once."""
+        ...
+
+    @property
+    def changes(self) -> dict[str, tuple[float, float]]:
+        """Frobenius norms of each matrix's change in the step and of the matrix before it."""
+        ...
+
+    @property
+    def gradients(self) -> dict[str, float]:
+        """Frobenius norms of each matrix's gradient, as the optimizer got it."""
+        ...
+
+    def attention_rows(self) -> list[AttentionRows]:
+        """Statistics of attention on the first sequence, layer by layer."""
+        ...
+
+    def shared(self, make: Callable[..., T], *arguments: Any) -> T:
+        """make(self, *arguments), made once: what several probes read off."""
+        ...
+
+
+class Shared:
+    """Keeps what several probes read off."""
+
+    def __init__(self) -> None:
+        self._shared: dict[Any, Any] = {}
+
+    def shared(self, make: Callable[..., T], *arguments: Any) -> T:
+        """make(self, *arguments), made once."""
+        key = (make, *arguments)
+        if key not in self._shared:
+            self._shared[key] = make(self, *arguments)
+        return self._shared[key]
+
+
+class Subject(Shared):
     """A model and a batch.
 
     A training that has run its own passes hands over what they left, with `see`; otherwise the first probe that wants
@@ -47,6 +110,7 @@ class Subject:
         tolerance: float = TOLERANCE,
         ranks: Ranks = ALONE,
     ) -> None:
+        super().__init__()
         self.model, self.tokens, self.targets, self.tolerance = model, tokens_BT, targets_BT, tolerance
         self.ranks = ranks
         self.layers = [layer for layer in model.layers if isinstance(layer, Layer)]
@@ -55,16 +119,9 @@ class Subject:
         self._sums: Tensor | None = None  # (places, 3) of the variance, the gradient's square and its length a token
         self._largest: Tensor | None = None
         self._n_tokens = 0
-        self._shared: dict[Any, Any] = {}
         self._before: dict[str, Tensor] = {}
         self._changes: dict[str, Tensor] = {}
-
-    def shared(self, make: Callable[..., T], *arguments: Any) -> T:
-        """make(self, *arguments), made once: what several probes read off."""
-        key = (make, *arguments)
-        if key not in self._shared:
-            self._shared[key] = make(self, *arguments)
-        return self._shared[key]
+        self._gradients: dict[str, Tensor] = {}
 
     # --- the residual stream ------------------------------------------------------------------------------------
 
@@ -141,6 +198,16 @@ class Subject:
             yield layer
             layer.to("meta")
 
+    def attention_rows(self) -> list[AttentionRows]:
+        """Statistics of attention on the first sequence, layer by layer."""
+        found: list[AttentionRows] = []
+        with torch.no_grad():
+            for layer, x in zip(self.whole_layers(), self.entering, strict=True):
+                u_BTD = layer.attention_input(x[0][:, :LONGEST])
+                seen = layer.attention.seen(u_BTD.shape[1], u_BTD.device)
+                found.append(row_statistics(*layer.attention.probabilities(u_BTD), seen))
+        return found
+
     def _look(self) -> None:
         if self._sums is not None:
             return
@@ -165,10 +232,13 @@ class Subject:
         self._before = {name: matrix.clone() for name, matrix in self.matrices.items()}
 
     def compare(self) -> None:
-        """Take the norms of what the step has changed since, and let the copies go."""
+        """Take the norms of what the step has changed since and of the gradients, and let the copies go."""
         for name, before in self._before.items():
             size = before.norm()
             self._changes[name] = torch.stack([before.sub_(self.matrices[name]).norm(), size])
+            gradient = self.model.get_parameter(name).grad
+            if gradient is not None:
+                self._gradients[name] = local(gradient).norm()
         self._before = {}
 
     @cached_property
@@ -178,13 +248,25 @@ class Subject:
         Raises:
             Unavailable: there was no step.
         """
-        if not self._changes:
+        return {name: (change, size) for name, (change, size) in self._norms(self._changes).items()}
+
+    @cached_property
+    def gradients(self) -> dict[str, float]:
+        """Frobenius norms of each matrix's gradient, as the optimizer got it: after clipping.
+
+        Raises:
+            Unavailable: there was no step.
+        """
+        return self._norms(self._gradients)
+
+    def _norms(self, here: dict[str, Tensor]) -> dict[str, Any]:
+        """Norms of whole matrices, as numbers, from those of this rank's parts."""
+        if not here:
             raise Unavailable("there was no step; a training measures it (train --probes)")
-        norms = torch.stack(list(self._changes.values())).double()
+        norms = torch.stack(list(here.values())).double()
         if self.ranks.size > 1:
             norms = self.ranks.total(norms.square()).sqrt()
-        pairs = norms.tolist()
-        return {name: (change, size) for name, (change, size) in zip(self._changes, pairs, strict=True)}
+        return dict(zip(here, norms.tolist(), strict=True))
 
 
 def whole_model(model: Transformer) -> Transformer:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from empirics.distributed import ALONE, Ranks
 from empirics.model import Transformer
-from empirics.registry import Probe, Unavailable, find, schedule
+from empirics.registry import Probe, Reading, Unavailable, find, schedule
 from empirics.subject import Subject, whole_model
 
 Probed = dict[str, dict[str, list[Any]]]
@@ -104,8 +104,13 @@ class TrainingProbes:
                 found = probe.measure(seen)
             except Unavailable:
                 continue
-            kept = series.setdefault(probe.name, {"labels": list(found.labels), "steps": [], "values": []})
-            kept["steps"].append(step)
-            kept["values"].append(list(found.values))
-            if found.residuals is not None:
-                kept.setdefault("residuals", []).append(list(found.residuals))
+            add(series, probe.name, step, found)
+
+
+def add(series: Probed, name: str, step: int, found: Reading) -> None:
+    """Add a row to the series of a probe."""
+    kept = series.setdefault(name, {"labels": list(found.labels), "steps": [], "values": []})
+    kept["steps"].append(step)
+    kept["values"].append(list(found.values))
+    if found.residuals is not None:
+        kept.setdefault("residuals", []).append(list(found.residuals))

@@ -10,60 +10,60 @@ from numpy.typing import NDArray
 
 from empirics.probes import distribution
 from empirics.registry import Reading, Unavailable, described, probe, reading
-from empirics.subject import Subject
+from empirics.subject import Seen
 
 Spectra = dict[str, NDArray[np.float64]]
 
 
-def _spectra(subject: Subject) -> Spectra:
+def _spectra(subject: Seen) -> Spectra:
     """Singular values of every matrix, descending, in float64."""
     return {name: torch.linalg.svdvals(w.double()).cpu().numpy() for name, w in subject.matrices.items()}
 
 
-def _of_spectra(subject: Subject, name: str, statistic: Any) -> Reading:
+def _of_spectra(subject: Seen, name: str, statistic: Any) -> Reading:
     spectra = subject.shared(_spectra)
     with np.errstate(invalid="ignore", divide="ignore"):  # a matrix of zeros has no rank
         return reading(name, list(spectra), [float(statistic(values)) for values in spectra.values()])
 
 
 @probe("weight_opnorm", cost="dear")
-def weight_opnorm(subject: Subject) -> Reading:
+def weight_opnorm(subject: Seen) -> Reading:
     """By a full singular value decomposition."""
     return _of_spectra(subject, "weight_opnorm", np.max)
 
 
 @probe("weight_smallest", cost="dear")
-def weight_smallest(subject: Subject) -> Reading:
+def weight_smallest(subject: Seen) -> Reading:
     """Of as many as the shorter side has."""
     return _of_spectra(subject, "weight_smallest", np.min)
 
 
 @probe("weight_norm", cost="dear")
-def weight_norm(subject: Subject) -> Reading:
+def weight_norm(subject: Seen) -> Reading:
     """Root of the sum of the squared singular values."""
     return _of_spectra(subject, "weight_norm", np.linalg.norm)
 
 
 @probe("weight_quantile_10", cost="dear")
-def weight_quantile_10(subject: Subject) -> Reading:
+def weight_quantile_10(subject: Seen) -> Reading:
     """Near the small end."""
     return _of_spectra(subject, "weight_quantile_10", lambda values: np.quantile(values, 0.1))
 
 
 @probe("weight_quantile_50", cost="dear")
-def weight_quantile_50(subject: Subject) -> Reading:
+def weight_quantile_50(subject: Seen) -> Reading:
     """The median."""
     return _of_spectra(subject, "weight_quantile_50", np.median)
 
 
 @probe("weight_quantile_90", cost="dear")
-def weight_quantile_90(subject: Subject) -> Reading:
+def weight_quantile_90(subject: Seen) -> Reading:
     """Near the large end."""
     return _of_spectra(subject, "weight_quantile_90", lambda values: np.quantile(values, 0.9))
 
 
 @probe("weight_stable_rank", cost="dear")
-def weight_stable_rank(subject: Subject) -> Reading:
+def weight_stable_rank(subject: Seen) -> Reading:
     """At most the rank; 1 if one singular value is all there is."""
     return _of_spectra(subject, "weight_stable_rank", lambda values: np.square(values / values.max()).sum())
 
@@ -75,16 +75,16 @@ def _effective_rank(values: NDArray[np.float64]) -> float:
 
 
 @probe("weight_effective_rank", cost="dear")
-def weight_effective_rank(subject: Subject) -> Reading:
+def weight_effective_rank(subject: Seen) -> Reading:
     """At most the rank, which it is if all singular values are equal."""
     return _of_spectra(subject, "weight_effective_rank", _effective_rank)
 
 
-def _distributions(subject: Subject) -> dict[str, dict[str, Any]]:
+def _distributions(subject: Seen) -> dict[str, dict[str, Any]]:
     return {name: distribution(matrix) for name, matrix in subject.matrices.items()}
 
 
-def _of_distributions(subject: Subject, name: str, statistic: str) -> Reading:
+def _of_distributions(subject: Seen, name: str, statistic: str) -> Reading:
     found = {label: item for label, item in subject.shared(_distributions).items() if statistic in item}
     if not found:
         raise Unavailable("no matrix has any spread")
@@ -92,31 +92,37 @@ def _of_distributions(subject: Subject, name: str, statistic: str) -> Reading:
 
 
 @probe("weight_skewness", cost="dear")
-def weight_skewness(subject: Subject) -> Reading:
+def weight_skewness(subject: Seen) -> Reading:
     """0 for a normal law; judged by at most 50,000 entries, evenly spaced, as are the next two."""
     return _of_distributions(subject, "weight_skewness", "skewness")
 
 
 @probe("weight_kurtosis", cost="dear")
-def weight_kurtosis(subject: Subject) -> Reading:
+def weight_kurtosis(subject: Seen) -> Reading:
     """0 for a normal law, above it for heavier tails; matrices without any spread are left out, as in all three."""
     return _of_distributions(subject, "weight_kurtosis", "excess_kurtosis")
 
 
 @probe("weight_normal_distance", cost="dear")
-def weight_normal_distance(subject: Subject) -> Reading:
+def weight_normal_distance(subject: Seen) -> Reading:
     """Kolmogorov's distance with estimated mean and variance; normal samples of n entries show up to 0.886/sqrt(n)."""
     return _of_distributions(subject, "weight_normal_distance", "normal_distance")
 
 
+@probe("matrix_gradient", cost="cheap", in_training=True)
+def matrix_gradient(subject: Seen) -> Reading:
+    """As the optimizer gets it: after clipping. A matrix that no gradient reached is left out."""
+    return reading("matrix_gradient", list(subject.gradients), list(subject.gradients.values()))
+
+
 @probe("update_norm", cost="cheap", in_training=True)
-def update_norm(subject: Subject) -> Reading:
+def update_norm(subject: Seen) -> Reading:
     """What the optimizer added, weight decay included."""
     return reading("update_norm", list(subject.changes), [change for change, _ in subject.changes.values()])
 
 
 @probe("update_ratio", cost="cheap", in_training=True)
-def update_ratio(subject: Subject) -> Reading:
+def update_ratio(subject: Seen) -> Reading:
     """Relative speed of a matrix; not a number for one of zeros."""
     ratios = [change / size if size else float("nan") for change, size in subject.changes.values()]
     return reading("update_ratio", list(subject.changes), ratios)

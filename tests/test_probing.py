@@ -160,7 +160,7 @@ def test_command_at_initialisation(capsys: pytest.CaptureFixture[str], tmp_path:
     answer = said(capsys, *options, "--bounds", "--stack", "1:1")
     found = answer["probes"]
     assert set(found) | set(answer["left_out"]) == set(probes())
-    assert set(answer["left_out"]) == {"experts_jacobian", "update_norm", "update_ratio"}
+    assert set(answer["left_out"]) == {"experts_jacobian", "matrix_gradient", "update_norm", "update_ratio"}
     assert found["stack_jacobian"]["labels"] == ["layers 1 to 1"]
     for name in set(BOUNDED) - {"experts_jacobian"}:
         assert found[name]["kind"] == "lower estimate"

@@ -19,7 +19,7 @@ from scipy import stats
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from empirics import attention_probes
+from empirics import subject as subject_module
 from empirics.attention_probes import attention_rows
 from empirics.bounds import BOUNDED, a_posteriori_bounds
 from empirics.data import random_tokens
@@ -293,7 +293,7 @@ def test_a_long_sequence_is_judged_by_its_first_tokens(monkeypatch: pytest.Monke
     """Attention is causal: rows of the first tokens are what they would be without the others."""
     model, (inputs, targets) = disturbed("pre-ln"), tokens(1, 9)
     alone = find("head_entropy").measure(Subject(model, inputs[:, :6], targets[:, :6]))
-    monkeypatch.setattr(attention_probes, "LONGEST", 6)
+    monkeypatch.setattr(subject_module, "LONGEST", 6)
     cut = find("head_entropy").measure(Subject(model, inputs, targets))
     assert cut.values == pytest.approx(alone.values, rel=1e-12)
 

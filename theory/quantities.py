@@ -234,6 +234,12 @@ _ALL = (
         axis="matrix",
         source=Source(key="roy2007effective"),
     ),
+    Quantity(
+        name="matrix_gradient",
+        meaning="gradient of the loss in a matrix, as the optimizer gets it",
+        axis="matrix",
+        norm="Frobenius",
+    ),
     Quantity(name="update_norm", meaning="change of a matrix in one step", axis="matrix", norm="Frobenius"),
     Quantity(
         name="update_ratio",

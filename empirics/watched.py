@@ -1,0 +1,307 @@
+"""Anyone's decoder in one step of its own training, as the probes see it: what hooks are shown, and nothing else.
+
+Shapes: B batch, T tokens, D width.
+"""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+
+from empirics.anatomy import Anatomy, Place
+from empirics.attention_rows import AttentionRows, AttentionView
+from empirics.distributed import ALONE, whole
+from empirics.registry import Unavailable
+from empirics.residual_stream import length_sums, n_tokens, variance_sum
+from empirics.running import first_tensor
+from empirics.subject import Shared
+
+UNSEEN = "its class calls neither scaled_dot_product_attention nor a softmax over tokens by tokens"
+
+
+def recomputing() -> bool:
+    """Whether a backward pass is running: activation checkpointing then runs the forward pass once more."""
+    return torch._C._current_graph_task_id() != -1
+
+
+class PlaceSums:
+    """What one place has seen in a step, over its micro-batches; kept on the device until the step ends.
+
+    Args:
+        keep: also keep the first sequence.
+    """
+
+    def __init__(self, keep: bool) -> None:
+        self.keep = keep
+        self.first: Tensor | None = None
+        self.variance: list[Tensor] = []
+        self.lengths: list[Tensor] = []
+        self.n_tokens: list[int] = []
+        self.unhooked = 0  # forward passes whose tensor needs no gradient yet
+
+    def see(self, x: Tensor) -> None:
+        again = recomputing()
+        if not again:
+            if self.keep and self.first is None:
+                self.first = x.detach()[: 1 if x.ndim > 2 else None].clone()
+            self.variance.append(variance_sum(x))
+            self.n_tokens.append(n_tokens(x))
+            self.unhooked += not x.requires_grad
+        if x.requires_grad and (not again or self.unhooked):
+            self.unhooked -= again
+            x.register_hook(self.receive)
+
+    def receive(self, gradient: Tensor) -> None:
+        self.lengths.append(length_sums(gradient))
+
+    def statistics(self) -> tuple[float, float, float, float]:
+        """Standard deviation, gradient norm, mean and largest gradient norm of a token."""
+        tokens = sum(self.n_tokens)
+        deviation = math.sqrt(float(torch.stack(self.variance).sum()) / tokens)
+        if not self.lengths:
+            return deviation, math.nan, math.nan, math.nan
+        lengths = torch.stack(self.lengths)
+        square, length, _ = lengths.sum(0).tolist()
+        return deviation, math.sqrt(square), length / tokens, float(lengths[:, 2].max())
+
+
+class Matrices(Mapping[str, Tensor]):
+    """A model's matrices, of experts in one tensor each; those of a model in shards are gathered when asked for."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._places: dict[str, tuple[nn.Parameter, int | None]] = {}
+        for name, parameter in model.named_parameters():
+            for label, place in labels(name, parameter):
+                self._places[label] = parameter, place
+
+    def __getitem__(self, label: str) -> Tensor:
+        parameter, place = self._places[label]
+        matrix = whole(parameter.detach())
+        return matrix if place is None else matrix[place]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._places)
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+
+def labels(name: str, parameter: Tensor) -> list[tuple[str, int | None]]:
+    """Names of the matrices in a parameter, and where they are in it."""
+    if parameter.ndim == 3:
+        return [(f"{name}[{k}]", k) for k in range(parameter.shape[0])]
+    return [(name, None)] if parameter.ndim == 2 else []
+
+
+def matrix_norms(tensor: Tensor) -> list[float]:
+    """Frobenius norms of the matrices in a tensor (rows, columns) or (experts, rows, columns), in shards or not."""
+    rows = whole(torch.linalg.vector_norm(tensor.detach(), dim=tuple(range(1, tensor.ndim)))).double()
+    return rows.tolist() if tensor.ndim == 3 else [float(rows.norm())]
+
+
+class Steps:
+    """What torch's optimizers do to a model's matrices in one step of a training.
+
+    Copies of the matrices are held while an optimizer steps, and only then.
+
+    Args:
+        model: whose matrices are watched.
+        then: called after an optimizer's step, once they have been waited for.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.changes: dict[str, tuple[float, float]] = {}
+        self.gradients: dict[str, float] = {}
+        self.then: Callable[[], object] | None = None
+        self._model = model
+        self._before: dict[str, tuple[nn.Parameter, Tensor]] = {}
+        me = weakref.ref(self)  # torch holds what is registered for every optimizer; it must not hold the model
+
+        def before(optimizer: Optimizer, *_: Any) -> None:
+            steps = me()
+            if steps is not None:
+                steps._start(optimizer)
+
+        def after(optimizer: Optimizer, *_: Any) -> None:
+            steps = me()
+            if steps is not None:
+                steps._end(optimizer)
+
+        self._handles = [register_optimizer_step_pre_hook(before), register_optimizer_step_post_hook(after)]
+        weakref.finalize(self, _remove, self._handles)
+
+    def detach(self) -> None:
+        """Look at no further step."""
+        _remove(self._handles)
+        self._before = {}
+
+    @torch.no_grad()
+    def _start(self, optimizer: Optimizer) -> None:
+        given = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        named = {name: p for name, p in self._model.named_parameters() if id(p) in given and labels(name, p)}
+        if any(label in self.changes for name, p in named.items() for label, _ in labels(name, p)):
+            self.detach()  # the next step of the training
+            return
+        for name, parameter in named.items():
+            self._before[name] = parameter, parameter.detach().clone()
+            if parameter.grad is not None:
+                norms = matrix_norms(parameter.grad)
+                self.gradients |= zip([label for label, _ in labels(name, parameter)], norms, strict=True)
+
+    @torch.no_grad()
+    def _end(self, optimizer: Optimizer) -> None:
+        if not self._before:
+            return
+        for name, (parameter, before) in self._before.items():
+            sizes = matrix_norms(before)
+            norms = zip(matrix_norms(before.sub_(parameter.detach())), sizes, strict=True)
+            self.changes |= zip([label for label, _ in labels(name, parameter)], norms, strict=True)
+        self._before = {}
+        if self.then is not None:
+            self.then()
+
+
+def _remove(handles: list[Any]) -> None:
+    for handle in handles:
+        handle.remove()
+    handles.clear()
+
+
+class Watched(Shared):
+    """One step of someone else's training: hooked on at once, and read off when its passes are over.
+
+    Args:
+        anatomy: where the model's residual stream and its attention are.
+        streams: also keep the first sequence of the stream.
+        attention: also look at attention.
+        steps: also look at the optimizer's step.
+    """
+
+    ranks = ALONE
+
+    def __init__(self, model: nn.Module, anatomy: Anatomy, *, streams: bool, attention: bool, steps: bool) -> None:
+        super().__init__()
+        self.place_labels = [place.name for place in anatomy.places]
+        self.layer_labels = [f"layer {n}" for n in range(len(anatomy.blocks))]
+        self.steps = Steps(model) if steps else None
+        self._model = model
+        self._sums = [PlaceSums(streams) for _ in anatomy.places]
+        self._rows: dict[int, AttentionRows | str] = {}
+        self._views: dict[int, AttentionView] = {}
+        self._hooks = [hook(place, sums) for place, sums in zip(anatomy.places, self._sums, strict=True)]
+        for n, wired in enumerate(anatomy.wirings if attention else ()):
+            if wired.attention is None:
+                self._rows[n] = "no attention was found in it"
+            else:
+                self._hooks += self._around(n, wired.attention.enter)
+
+    def unhook(self) -> None:
+        """Take every hook off the model."""
+        _remove(self._hooks)
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens of the step, padding included; 0 where a place has seen none."""
+        return min(sum(sums.n_tokens) for sums in self._sums)
+
+    @cached_property
+    def place_statistics(self) -> dict[str, list[float]]:
+        """Standard deviation of the stream and norms of its gradient; not a number where no gradient arrived."""
+        names = ("residual_std", "place_gradient", "token_gradient", "token_gradient_max")
+        columns = zip(*(sums.statistics() for sums in self._sums), strict=True)
+        return {name: list(values) for name, values in zip(names, columns, strict=True)}
+
+    @property
+    def streams(self) -> list[Tensor]:
+        """The first sequence of the stream at every place."""
+        return [sums.first for sums in self._sums if sums.first is not None]
+
+    @property
+    def matrices(self) -> Mapping[str, Tensor]:
+        """Every weight matrix as it is now."""
+        return Matrices(self._model)
+
+    @property
+    def changes(self) -> dict[str, tuple[float, float]]:
+        """Frobenius norms of each matrix's change in the step and of the matrix before it.
+
+        Raises:
+            Unavailable: no optimizer has stepped.
+        """
+        return self._stepped().changes
+
+    @property
+    def gradients(self) -> dict[str, float]:
+        """Frobenius norms of each matrix's gradient, as the optimizer got it.
+
+        Raises:
+            Unavailable: no optimizer has stepped.
+        """
+        return self._stepped().gradients
+
+    def _stepped(self) -> Steps:
+        if self.steps is None or not self.steps.changes:
+            raise Unavailable("no optimizer of torch that has the model's matrices has stepped")
+        return self.steps
+
+    def attention_rows(self) -> list[AttentionRows]:
+        """Statistics of attention on the first sequence, layer by layer.
+
+        Raises:
+            Unavailable: a layer's attention is not seen.
+        """
+        found: list[AttentionRows] = []
+        for n, label in enumerate(self.layer_labels):
+            rows = self._rows.get(n, UNSEEN)
+            if isinstance(rows, str):
+                raise Unavailable(f"{label}: {rows}")
+            found.append(rows)
+        if len({len(rows.entropy) for rows in found}) > 1:
+            raise Unavailable("layers have different numbers of heads")
+        return found
+
+    def _around(self, n: int, module: nn.Module) -> list[Any]:
+        """Hooks that look at what runs inside layer n's attention the first time."""
+
+        def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            x = first_tensor((*args, *kwargs.values()))
+            if n not in self._rows and not recomputing():
+                self._views[n] = AttentionView(1 if x is None else x.shape[0], lambda rows: self._show(n, rows))
+                self._views[n].__enter__()
+
+        def after(*_: Any) -> None:
+            if n in self._views:
+                self._views.pop(n).__exit__(None, None, None)
+
+        return [
+            module.register_forward_pre_hook(before, with_kwargs=True),
+            module.register_forward_hook(after, always_call=True),
+        ]
+
+    def _show(self, n: int, rows: AttentionRows | str) -> None:
+        self._rows.setdefault(n, rows)
+
+
+def hook(place: Place, sums: PlaceSums) -> Any:
+    """A hook that shows a place's tensor to `sums`."""
+    if place.side == "input":
+
+        def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            _see(sums, (*args, *kwargs.values()))
+
+        return place.module.register_forward_pre_hook(before, with_kwargs=True)
+    return place.module.register_forward_hook(lambda _, __, output: _see(sums, (output,)))
+
+
+def _see(sums: PlaceSums, values: tuple[Any, ...]) -> None:
+    x = first_tensor(values)
+    if x is not None:
+        sums.see(x)
