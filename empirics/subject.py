@@ -7,9 +7,9 @@ Shapes: B batch, T tokens, D d_model.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
-from typing import Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,56 +20,15 @@ from empirics.model import Layer, Transformer, cross_entropy
 from empirics.registry import Unavailable
 from empirics.residual_stream import length_sums, n_tokens, variance_sum
 
+if TYPE_CHECKING:
+    from empirics.watched import Watched
+
 T = TypeVar("T")
 TOLERANCE = 1e-2  # relative, of norms that are lower estimates
 
 
-class Seen(Protocol):
-    """What probes of the stream, of attention and of the matrices ask of a network and a batch, whoever wrote it."""
-
-    @property
-    def ranks(self) -> Ranks:
-        """Over which the network and the batch are spread."""
-        ...
-
-    @property
-    def streams(self) -> list[Tensor]:
-        """The residual stream at every place, (B, T, D)."""
-        ...
-
-    @property
-    def place_statistics(self) -> dict[str, list[float]]:
-        """Standard deviation of the stream and norms of its gradient, place by place, under their quantities' names."""
-        ...
-
-    @property
-    def place_labels(self) -> list[str]: ...
-
-    @property
-    def layer_labels(self) -> list[str]: ...
-
-    @property
-    def matrices(self) -> Mapping[str, Tensor]:
-        """Every weight matrix, a tied one once."""
-        ...
-
-    @property
-    def changes(self) -> dict[str, tuple[float, float]]:
-        """Frobenius norms of each matrix's change in the step and of the matrix before it."""
-        ...
-
-    @property
-    def gradients(self) -> dict[str, float]:
-        """Frobenius norms of each matrix's gradient, as the optimizer got it."""
-        ...
-
-    def attention_rows(self) -> list[AttentionRows]:
-        """Statistics of attention on the first sequence, layer by layer."""
-        ...
-
-    def shared(self, make: Callable[..., T], *arguments: Any) -> T:
-        """make(self, *arguments), made once: what several probes read off."""
-        ...
+# What the probes of the stream, of attention and of the matrices look at: one network or the other, by the same names.
+Seen: TypeAlias = "Subject | Watched"
 
 
 class Shared:
