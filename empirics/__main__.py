@@ -160,7 +160,9 @@ def parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     spikes.add_argument("--column", default="loss", metavar="NAME", help="column or series (default loss)")
     spikes.add_argument(
-        "--lag", action="store_true", help="by how many steps gradient and update spikes lead or lag the loss's"
+        "--lag",
+        action="store_true",
+        help="by how many steps gradient and update spikes lead or lag the loss's, and each other's",
     )
     spikes.add_argument(
         "--definition", action="append", choices=DEFINITIONS, metavar="NAME",

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from empirics.attention_slopes import observe_blocks
 from empirics.model import Experts, FeedForward, Layer
 from empirics.observables import observe_attention, observe_experts, observe_feedforward, observe_norm
-from empirics.registry import Reading
+from empirics.registry import Reading, find, probe
 from empirics.subject import Subject
 from theory.activations import lipschitz
 from theory.architecture import Architecture
@@ -116,6 +117,20 @@ def a_posteriori_bounds(subject: Subject) -> dict[str, tuple[float, ...]]:
     first, last = subject.stack
     halves = [value for layer in layers[first : last + 1] for value in layer["half_layer_jacobian"]]
     return bounds | {"stack_jacobian": (math.prod(halves),)}
+
+
+@probe("bound_ratio", kind="lower estimate", cost="dear")
+def bound_ratio(subject: Subject) -> Reading:
+    """At most 1; how much of the bound the network uses."""
+    norms = find("half_layer_jacobian").measure(subject)
+    bounds = subject.shared(a_posteriori_bounds)["half_layer_jacobian"]
+    assert norms.likely_upper is not None
+    return replace(
+        norms,
+        quantity="bound_ratio",
+        values=tuple(norm / bound for norm, bound in zip(norms.values, bounds, strict=True)),
+        likely_upper=tuple(norm / bound for norm, bound in zip(norms.likely_upper, bounds, strict=True)),
+    )
 
 
 def over_random(opnorms: Reading, norms: Reading, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, float]:

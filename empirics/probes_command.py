@@ -77,6 +77,8 @@ def run(arguments: argparse.Namespace) -> int:
         ValueError: bad input, in one line.
     """
     wanted = [find(name) for name in arguments.only] if arguments.only else list(probes().values())
+    if not (arguments.only or arguments.list or arguments.bounds):
+        wanted = [probe for probe in wanted if probe.name != "bound_ratio"]
     if arguments.list:
         rows = [_described(probe) for probe in wanted]
         emit(json.dumps(rows, indent=2) if arguments.json else _list(rows), arguments.out)
@@ -152,7 +154,7 @@ class _Beside(NamedTuple):
 
 def _beside(subject: Subject, readings: Mapping[str, Reading], *, bounds: bool) -> _Beside:
     bounded = [name for name in readings if name in BOUNDED] if bounds else []
-    found = a_posteriori_bounds(subject) if bounded else {}
+    found = subject.shared(a_posteriori_bounds) if bounded else {}
     random: dict[str, float] = {}
     if {"weight_opnorm", "weight_norm"} <= readings.keys():
         shapes = {name: tuple(matrix.shape) for name, matrix in subject.matrices.items()}

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from empirics.spectral import NormEstimate
     from empirics.subject import Subject
 
-MODULES = ("stream_probes", "attention_probes", "jacobian_probes", "weight_probes")
+MODULES = ("stream_probes", "attention_probes", "jacobian_probes", "bounds", "weight_probes")
 
 Kind = Literal["exact", "lower estimate"]
 Cost = Literal["cheap", "dear"]

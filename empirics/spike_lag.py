@@ -1,7 +1,8 @@
-"""Whether the gradient's or the update's spikes come before the loss's, after it or with it, and what chance gives.
+"""Whether spikes of gradient and update come before the loss's or each other's, after them or with them.
 
-Events of two series are paired where they are near: the nearest first, each event once. A pair's lag is the step of the
-gradient's or update's event less that of the loss's, so that a negative one leads. Both are steps at which the same
+Three pairs of series are held against each other: gradient and loss, update and loss, update and gradient. Events of
+two series are paired where they are near: the nearest first, each event once. A pair's lag is the step of the first
+series' event less that of the second's, so that a negative one leads. Both are steps at which the same
 definition notices an event, and a definition that notices late does so in both.
 
 What chance gives is found by turning one series' events around the log, by numbers of steps at which no pair can stay
@@ -9,7 +10,8 @@ what it was, evenly spaced: both series keep all their events and the distances 
 to do with each other. Nothing is drawn at random.
 
 At one step the loss and the gradient are of the same batch and the same weights; the update is what follows from them,
-and the first loss it can touch is the next step's.
+and the first loss or gradient it can touch is the next step's. Against the gradient of its own step an update comes
+together with it at the earliest, or after it where the optimizer's averages carry a large gradient on.
 """
 
 from __future__ import annotations
@@ -31,6 +33,8 @@ WINDOW = 10  # steps between two events that are taken for a pair; a convention
 LEVELS = (0.05, 0.95)  # of the shifts' median lags
 MOST_SHIFTS = 2000
 COLUMNS = ("gradient_norm", "update_norm")
+LOSS = "loss"
+HELD = (("gradient_norm", LOSS), ("update_norm", LOSS), ("update_norm", "gradient_norm"))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,7 +42,7 @@ class Lag:
     """Pairs of events of two series, and what shifts of one of them give.
 
     Attributes:
-        events, loss_events: how many there are of either.
+        events, other_events: how many there are of either.
         lags: of the pairs, increasing.
         shifts: how many were taken; 0 where the log is too short for any, and then there is no chance to compare with.
         pairs_by_chance: mean number of pairs over the shifts.
@@ -49,7 +53,7 @@ class Lag:
     """
 
     events: int
-    loss_events: int
+    other_events: int
     lags: tuple[int, ...]
     shifts: int
     pairs_by_chance: float | None
@@ -66,7 +70,7 @@ class Lag:
         """As JSON."""
         return {
             "events": self.events,
-            "loss_events": self.loss_events,
+            "other_events": self.other_events,
             "pairs": len(self.lags),
             "leading": sum(lag < 0 for lag in self.lags),
             "together": sum(lag == 0 for lag in self.lags),
@@ -81,12 +85,12 @@ class Lag:
         }
 
 
-def pairs(events: Sequence[int], loss_events: Sequence[int], window: int = WINDOW) -> tuple[int, ...]:
+def pairs(events: Sequence[int], other_events: Sequence[int], window: int = WINDOW) -> tuple[int, ...]:
     """Lags of the pairs within the window: the nearest first, of equally near ones the earlier, each event once."""
     events = sorted(events)
     near = sorted(
         (abs(event - loss), event, loss)
-        for loss in loss_events
+        for loss in other_events
         for event in events[bisect_left(events, loss - window) : bisect_right(events, loss + window)]
     )
     taken: set[int] = set()
@@ -100,24 +104,24 @@ def pairs(events: Sequence[int], loss_events: Sequence[int], window: int = WINDO
     return tuple(sorted(found))
 
 
-def lag(definition: Definition, series: Series, loss: Series, window: int = WINDOW) -> Lag:
-    """How the events of a series lie to those of the loss, by one definition.
+def lag(definition: Definition, series: Series, other: Series, window: int = WINDOW) -> Lag:
+    """How the events of a series lie to those of another, by one definition.
 
     Both are read up to where either has diverged, and turned within the steps in which the definition can notice.
 
     Args:
-        series, loss: shape (steps,), of the same steps.
+        series, other: shape (steps,), of the same steps.
     """
-    length = min(finite(series).size, finite(loss).size)
-    events, loss_events = definition.find(series[:length]), definition.find(loss[:length])
-    lags = pairs(events, loss_events, window)
+    length = min(finite(series).size, finite(other).size)
+    events, other_events = definition.find(series[:length]), definition.find(other[:length])
+    lags = pairs(events, other_events, window)
     begins, around = definition.begins, length - definition.begins
     # A turn by up to twice the window may leave a pair one.
     possible = around - 4 * window - 1
     turns = range(2 * window + 1, around - 2 * window, max(1, math.ceil(possible / MOST_SHIFTS)))
-    if not (events and loss_events):
+    if not (events and other_events):
         turns = range(0)
-    by_chance = [pairs([begins + (e - begins + turn) % around for e in events], loss_events, window) for turn in turns]
+    by_chance = [pairs([begins + (e - begins + turn) % around for e in events], other_events, window) for turn in turns]
     medians = [float(np.median(found)) for found in by_chance if found]
 
     def chance(statistic: Callable[[tuple[int, ...]], int]) -> float | None:
@@ -127,7 +131,7 @@ def lag(definition: Definition, series: Series, loss: Series, window: int = WIND
 
     return Lag(
         events=len(events),
-        loss_events=len(loss_events),
+        other_events=len(other_events),
         lags=lags,
         shifts=len(by_chance),
         pairs_by_chance=float(np.mean([len(found) for found in by_chance])) if by_chance else None,
@@ -138,7 +142,7 @@ def lag(definition: Definition, series: Series, loss: Series, window: int = WIND
 
 
 def tell_lags(path: Path, log: Log, reference_path: Path | None, reference: Log | None, names: Sequence[str]) -> Any:
-    """Lags of every series of `COLUMNS` behind the loss, by every definition, raw and paired, as JSON.
+    """Lags of each series of `HELD` behind its other, by every definition, raw and paired, as JSON.
 
     Args:
         path, log: the run, and its loss; the same of the reference.
@@ -146,18 +150,22 @@ def tell_lags(path: Path, log: Log, reference_path: Path | None, reference: Log 
     Raises:
         ValueError: the run does not have those series, or at other steps.
     """
+    series = {LOSS: log.values} | {column: _beside(path, log, column) for column in COLUMNS}
+    calm: dict[str, Series] | None = None
+    if reference_path is not None and reference is not None:
+        calm = {LOSS: reference.values} | {name: _beside(reference_path, reference, name) for name in COLUMNS}
     rows: list[dict[str, Any]] = []
-    for column in COLUMNS:
-        series = _beside(path, log, column)
-        calm = None if reference_path is None or reference is None else _beside(reference_path, reference, column)
+    for first, second in HELD:
         for name in names:
             definition = DEFINITIONS[name]
-            row = {"series": column, "definition": name, "raw": lag(definition, series, log.values).record()}
-            if calm is not None and reference is not None:
-                paired = (
-                    pair(definition, column, series, calm),
-                    pair(definition, log.column, log.values, reference.values),
-                )
+            against = log.column if second == LOSS else second
+            row = {"series": first, "against": against, "definition": name}
+            row["raw"] = lag(definition, series[first], series[second]).record()
+            if calm is not None:
+                paired = [
+                    pair(definition, log.column if one == LOSS else one, series[one], calm[one])
+                    for one in (first, second)
+                ]
                 row["paired"] = lag(definition, *paired).record()
             rows.append(row)
     return {"column": log.column, "window": WINDOW, "rows": rows}
@@ -180,29 +188,29 @@ def _beside(path: Path, log: Log, column: str) -> Series:
 
 
 def lag_text(told: Mapping[str, Any]) -> str:
-    """A line for every series and definition."""
+    """A line for every two series and definition."""
     lines = [
         "",
-        f"lag behind {told['column']}, in steps; events at most {told['window']} steps apart are a pair, a negative "
-        "lag leads",
-        f"{'series':<15}{'definition':<25}{'':<8}{'events':>7}{'of it':>8}{'pairs':>6}{'by chance':>10}{'chance':>8}"
-        f"{'median lag':>11}{'by chance':>15}{'chance':>8}  leading, together, lagging",
+        f"lag of one series behind another, in steps; events at most {told['window']} steps apart are a pair, a "
+        "negative lag leads",
+        f"{'series':<15}{'behind':<15}{'definition':<25}{'':<8}{'events':>7}{'of it':>8}{'pairs':>6}{'by chance':>10}"
+        f"{'chance':>8}{'median lag':>11}{'by chance':>15}{'chance':>8}  leading, together, lagging",
     ]
     for row in told["rows"]:
         for kind in ("raw", "paired"):
             if kind in row:
-                lines.append(_line(row["series"], row["definition"], kind, row[kind]))
+                lines.append(_line(row["series"], row["against"], row["definition"], kind, row[kind]))
     lines += [
         "",
         "by chance: mean number of pairs, and 5 to 95 % of the median lag, over turns of one series around the log",
         "that leave no pair as it was; chance: share of the turns with as many pairs, or with leading and lagging",
         "pairs as far from equal; - where there is nothing to turn. The first loss that a step's update can touch is",
-        "the next step's",
+        "the next step's; the gradient from which it is made is its own step's",
     ]
     return "\n".join(lines)
 
 
-def _line(series: str, definition: str, kind: str, found: Mapping[str, Any]) -> str:
+def _line(series: str, against: str, definition: str, kind: str, found: Mapping[str, Any]) -> str:
     def shown(value: float | None, form: str = "{:.3g}") -> str:
         return "-" if value is None else form.format(value)
 
@@ -210,7 +218,7 @@ def _line(series: str, definition: str, kind: str, found: Mapping[str, Any]) -> 
     spread = "-" if between is None else "{:+.1f} to {:+.1f}".format(*between)
     counts = f"{found['leading']}, {found['together']}, {found['lagging']}" if found["pairs"] else ""
     return (
-        f"{series:<15}{definition:<25}{kind:<8}{found['events']:>7}{found['loss_events']:>8}{found['pairs']:>6}"
+        f"{series:<15}{against:<15}{definition:<25}{kind:<8}{found['events']:>7}{found['other_events']:>8}{found['pairs']:>6}"
         f"{shown(found['pairs_by_chance'], '{:.2f}'):>10}{shown(found['chance']):>8}"
         f"{shown(found['median_lag'], '{:+.1f}'):>11}{spread:>15}{shown(found['chance_of_side']):>8}  {counts}"
     ).rstrip()

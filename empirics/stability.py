@@ -289,6 +289,9 @@ def measured(watched: Watched, probes: Sequence[Probe]) -> Found:
     found: dict[str, Reading] = {}
     missing: dict[str, str] = {}
     for probe in probes:
+        if probe.kind == "lower estimate":
+            missing[probe.name] = "Jacobians are those of our own networks; see python -m empirics probes"
+            continue
         try:
             found[probe.name] = probe.measure(watched)  # type: ignore[arg-type]
         except Unavailable as reason:

@@ -118,13 +118,13 @@ def assert_same_probes(found: dict[str, Any], expected: dict[str, Any]) -> None:
 
 def test_every_probe_sees_the_whole_batch_and_whole_weights(launch: Launcher, text: Path, tmp_path: Path) -> None:
     """Also those that are no sums over tokens: of the first sequence, of a stack of layers, of whole matrices."""
-    wanted = "default,head_entropy,stack_jacobian@3,weight_opnorm"
+    wanted = "default,head_entropy,stack_jacobian@3,bound_ratio@3,weight_opnorm"
     argv = [command(text, tmp_path / name, "--probes", wanted, steps=4) for name in ("one", "two")]
     ended = launch(2, argv[1])
     assert ended.statuses == [0, 0], ended.said
     assert main([*argv[0], "--micro-batch", "2"]) == 0
     one, two = (record(tmp_path / name)["series"]["probes"] for name in ("one", "two"))
-    assert one["stack_jacobian"]["steps"] == [0, 3, 4]
+    assert one["stack_jacobian"]["steps"] == one["bound_ratio"]["steps"] == [0, 3, 4]
     assert_same_probes(two, one)
 
 

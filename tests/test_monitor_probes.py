@@ -278,5 +278,7 @@ def test_none_and_names_that_are_none() -> None:
     record = trained(model, StabilityMonitor(model, probes="none"))
     assert record.probes == record.left_out == {}
     assert record.residual_std
+    record = trained(model, StabilityMonitor(model, probes="stack_jacobian,bound_ratio"))
+    assert record.left_out.keys() == {"stack_jacobian", "bound_ratio"}
     with pytest.raises(ValueError, match="unknown probe 'entropy'; use one of"):
         StabilityMonitor(model, probes="entropy")

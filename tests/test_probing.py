@@ -24,7 +24,9 @@ from empirics.subject import Subject
 
 # --- while training -----------------------------------------------------------------------------------------------
 
-EVERYTHING = "default,stack_jacobian@4,half_layer_jacobian,weight_opnorm@3,residual_kurtosis@1,head_entropy@2"
+EVERYTHING = (
+    "default,stack_jacobian@4,bound_ratio@5,half_layer_jacobian,weight_opnorm@3,residual_kurtosis@1,head_entropy@2"
+)
 RUNS: dict[str, dict[str, Any]] = {
     "plain": {},
     "micro-batches": {"batch_size": 4, "micro_batch": 2},
@@ -59,6 +61,8 @@ def test_probes_change_no_bit_of_a_training(text: Path, tmp_path: Path, changes:
     assert steps["update_ratio"] == steps["attention_entropy"] == probed["probe_step"] == list(range(9))
     assert steps["stack_jacobian"] == [0, 4, 8, 9]
     assert steps["half_layer_jacobian"] == [0, 9]
+    assert steps["bound_ratio"] == [0, 5, 9]
+    assert all(0 < value <= 1 for row in probed["probes"]["bound_ratio"]["values"] for value in row)
     assert steps["weight_opnorm"] == [0, 3, 6, 9]
     assert steps["residual_kurtosis"] == list(range(10))
     for series in probed["probes"].values():

@@ -73,7 +73,7 @@ def test_every_probe_is_a_quantity() -> None:
         assert found.about.endswith(".")
         assert found.quantity.axis in {"none", "place", "layer", "half-layer", "head", "matrix"}
         assert found.quantity.source is None or found.quantity.source.key in REFERENCES
-        iterative = "jacobian" in name or name.endswith(("branch", "product"))
+        iterative = "jacobian" in name or name.endswith(("branch", "product", "bound_ratio"))
         assert found.kind == ("lower estimate" if iterative else "exact")
 
 
@@ -238,6 +238,18 @@ def test_measured_norms_are_below_their_bounds(layout: str) -> None:
         assert max(ratios) <= 1 + 1e-9, name
         if name != "stack_jacobian":
             assert max(ratios) > 0.1, name
+
+
+@pytest.mark.parametrize("layout", ["pre-ln", "parallel"])
+def test_bound_ratio_is_the_norm_over_its_bound(layout: str) -> None:
+    seen = subject(layout)
+    ratio, norms = (find(name).measure(seen) for name in ("bound_ratio", "half_layer_jacobian"))
+    bounds = a_posteriori_bounds(seen)["half_layer_jacobian"]
+    assert ratio.labels == norms.labels
+    assert ratio.residuals == norms.residuals
+    for found, norm, bound in zip(ratio.values, norms.values, bounds, strict=True):
+        assert found == pytest.approx(norm / bound, rel=1e-12)
+        assert 0 < found <= 1
 
 
 # --- attention ----------------------------------------------------------------------------------------------------

@@ -46,7 +46,7 @@ def test_a_planted_lag_is_found(planted: int, name: str) -> None:
     rng = np.random.default_rng(abs(planted))
     steps = steps_of_spikes(rng, 2000, 12)
     found = lag(DEFINITIONS[name], spiky(rng, 2000, steps + planted), spiky(rng, 2000, steps))
-    assert found.events == found.loss_events == len(found.lags) == 12
+    assert found.events == found.other_events == len(found.lags) == 12
     assert found.median == planted
     assert set(found.lags) == {planted}
     assert found.chance is not None
@@ -61,7 +61,7 @@ def test_some_spikes_of_each_stand_alone() -> None:
     rng = np.random.default_rng(5)
     steps = steps_of_spikes(rng, 4000, 30)
     found = lag(DEFINITION, spiky(rng, 4000, steps[:20] - 2), spiky(rng, 4000, steps[10:])).record()
-    assert (found["events"], found["loss_events"]) == (20, 20)
+    assert (found["events"], found["other_events"]) == (20, 20)
     assert found["leading"] >= 10
     assert found["median_lag"] == -2
     assert found["chance"] < 0.05
@@ -98,7 +98,7 @@ def test_logs_that_say_nothing() -> None:
     short = lag(DEFINITION, spikes[190:230], spikes[190:230])
     assert (short.shifts, short.median, short.chance) == (0, None, None)
     ends = np.where(np.arange(700) >= 300, np.nan, spikes)
-    assert lag(DEFINITION, ends, spikes).loss_events == 1
+    assert lag(DEFINITION, ends, spikes).other_events == 1
 
 
 def test_a_long_log_takes_a_share_of_the_shifts() -> None:
@@ -126,17 +126,19 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     calm = write_log(tmp_path / "calm.csv", rng, np.array([], dtype=np.int64))
     assert main(["spikes", str(log), "--lag", "--reference", str(calm), "--json"]) == 0
     told: Any = json.loads(capsys.readouterr().out)
-    rows = {(row["series"], row["definition"]): row for row in told["lag"]["rows"]}
-    assert len(rows) == 2 * len(DEFINITIONS)
-    for column, planted in (("gradient_norm", -3), ("update_norm", -2)):
+    rows = {(row["series"], row["against"], row["definition"]): row for row in told["lag"]["rows"]}
+    assert len(rows) == 3 * len(DEFINITIONS)
+    pairs = {("gradient_norm", "loss"): -3, ("update_norm", "loss"): -2, ("update_norm", "gradient_norm"): 1}
+    for columns, planted in pairs.items():
         for kind in ("raw", "paired"):
-            found = rows[column, "twice-median"][kind] if kind == "raw" else rows[column, "robust-deviation"][kind]
+            found = rows[*columns, "twice-median" if kind == "raw" else "robust-deviation"][kind]
             assert (found["pairs"], found["median_lag"]) == (8, planted)
             assert found["chance"] < 0.05
-            assert found["leading"] == 8
+            assert found["leading" if planted < 0 else "lagging"] == 8
     assert main(["spikes", str(log), "--lag", "--definition", "six-sigma"]) == 0
     text = capsys.readouterr().out
-    assert "gradient_norm  six-sigma" in text
+    assert "gradient_norm  loss           six-sigma" in text
+    assert "update_norm    gradient_norm  six-sigma" in text
     assert "8, 0, 0" in text
     assert main(["spikes", str(log), "--json"]) == 0
     assert "lag" not in json.loads(capsys.readouterr().out)

@@ -206,6 +206,12 @@ _ALL = (
         norm="spectral",
     ),
     Quantity(
+        name="bound_ratio",
+        meaning="norm of a half-layer's Jacobian over a rigorous upper bound on it at the same weights and input",
+        axis="half-layer",
+        norm="spectral",
+    ),
+    Quantity(
         name="half_layer_product",
         meaning="product of the half-layers' Jacobian norms over the same stack",
         axis="none",
