@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 import torch
 
+from empirics.registry import find
+
 transformers = pytest.importorskip("transformers")
 
 
@@ -57,6 +59,11 @@ def test_callback_writes_the_probed_steps_and_changes_nothing(tmp_path: Path) ->
         assert row["n_tokens"] == 2 * 2 * 16  # both parts of the step
         assert row["growth"] == pytest.approx(row["place_gradient"][0] / row["place_gradient"][-1], rel=1e-12)
         assert len(row["places"]) == len(row["residual_std"]) == len(row["place_gradient"])
+        assert row["left_out"] == {}
+        assert row["probes"]["attention_entropy"]["labels"] == ["layer 0", "layer 1"]
+        updates = row["probes"]["update_norm"]
+        assert updates["labels"][:2] == ["transformer.wte.weight", "transformer.wpe.weight"]
+        assert all(value > 0 for value in updates["values"])
     assert isinstance(StabilityCallback(out), transformers.TrainerCallback)
 
 
@@ -65,6 +72,8 @@ def test_callback_refuses_what_it_cannot_do(tmp_path: Path) -> None:
 
     with pytest.raises(ValueError, match="every=0 is not a positive number of steps"):
         StabilityCallback(tmp_path / "x.jsonl", every=0)
+    with pytest.raises(ValueError, match="unknown probe 'entropy'"):
+        StabilityCallback(tmp_path / "x.jsonl", probes="entropy")
     with pytest.raises(ValueError, match="block"):
         StabilityCallback(tmp_path / "x.jsonl").on_train_begin(None, None, None, model=torch.nn.Linear(2, 2))
 
@@ -134,6 +143,13 @@ def test_the_trainer_is_watched_and_not_changed(tmp_path: Path) -> None:
         assert row["n_tokens"] == 2 * 2 * 16  # both micro-batches
         assert row["places"] == ["embedding", "layer 0 attention", "layer 0", "layer 1 attention", "layer 1"]
         assert row["growth"] == row["place_gradient"][0] / row["place_gradient"][-1] > 1
+        assert row["left_out"] == {}
+        for probe in (find(name) for name in ("update_ratio", "matrix_gradient", "logit_variance")):
+            found = row["probes"][probe.name]
+            assert len(found["labels"]) == len(found["values"]) > 1
+            assert all(value > 0 for value in found["values"])
+        # The Trainer clips: what the optimizer gets is at most 1 long.
+        assert sum(value**2 for value in row["probes"]["matrix_gradient"]["values"]) <= 1 + 1e-5
 
 
 @pytest.mark.slow

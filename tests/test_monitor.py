@@ -334,6 +334,7 @@ def test_a_sharded_model_gives_what_each_rank_sees(tmp_path: Path) -> None:
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("equal") == 4
+    assert done.stdout.count("updated") == 4
 
 
 SHARDED = """
@@ -350,16 +351,29 @@ for before in (True, False):
     torch.manual_seed(0)
     plain, model = Titan(), Titan()
     model.load_state_dict(plain.state_dict())
-    monitors = [StabilityMonitor(plain)] + ([StabilityMonitor(model)] if before else [])
+    wanted = {"probes": "default,weight_norm"}
+    monitors = [StabilityMonitor(plain, **wanted)] + ([StabilityMonitor(model, **wanted)] if before else [])
     for layer in model.layers.values():
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
-    monitors += [] if before else [StabilityMonitor(model)]
+    monitors += [] if before else [StabilityMonitor(model, **wanted)]
     for monitor, network in zip(monitors, (plain, model)):
         with monitor.probe():
             torch.nn.functional.cross_entropy(network(rows).flatten(0, 1), rows.roll(-1, 1).flatten()).backward()
     a, b = (monitor.records[0] for monitor in monitors)
     assert a == b, (a, b)
     print("equal", flush=True)
+
+    # The update that the record of a sharded model is completed with is that of whole matrices.
+    def whole():
+        return {name: p.full_tensor().detach().clone() for name, p in model.named_parameters() if p.ndim == 2}
+
+    start = whole()
+    torch.optim.SGD(model.parameters(), lr=0.1).step()
+    for name, matrix in whole().items():
+        found = b.probes["update_norm"]
+        change = float((matrix - start[name]).norm())
+        assert abs(dict(zip(found.labels, found.values))[name] - change) <= 1e-5 * change, name
+    print("updated", flush=True)
 dist.destroy_process_group()
 """
