@@ -11,6 +11,7 @@ has the names). What cannot be had of a class is named in the record's `left_out
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -61,6 +62,8 @@ class StabilityRecord:
                 f"step {self.step}, {counted(self.n_tokens, 'token')}: gradient growth {self.growth:.4g}",
                 f"{'place':<20}{'residual std':>14}{'gradient':>12}{'a token':>12}",
                 *(f"{name:<20}{std:>14.4g}{norm:>12.4g}{token:>12.4g}" for name, std, norm, token in rows),
+                *(_range(name, found.values) for name, found in self.probes.items()),
+                *(f"{name}: left out; {reason}" for name, reason in self.left_out.items()),
             ]
         )
 
@@ -91,6 +94,12 @@ class StabilityRecord:
             for name, it in values.items()
         )
         return growth, gradient, residual
+
+
+def _range(name: str, values: Sequence[float]) -> str:
+    if len(values) == 1:
+        return f"{name}: {values[0]:.4g}"
+    return f"{name}: {min(values):.4g} to {max(values):.4g} over {len(values)}"
 
 
 def series(records: Sequence[StabilityRecord]) -> dict[str, Any]:
@@ -160,7 +169,7 @@ class StabilityMonitor:
         self.records: list[StabilityRecord] = []
         self._steps = 0
         self._watched: Watched | None = None
-        self._awaited: Steps | None = None
+        self._awaited: tuple[Watched, StabilityRecord] | None = None  # whose optimizer has not stepped yet
         self._due: list[Probe] = []
         self._before: Found = {}, {}
         self._begun = False
@@ -227,27 +236,37 @@ class StabilityMonitor:
 
     def _await(self, watched: Watched, steps: Steps, record: StabilityRecord) -> None:
         """Put the optimizer's step into the record: now, or when it comes."""
+        self._awaited = watched, record
+        self._complete()
+        if steps.changes or all(parameter.grad is None for parameter in self._model.parameters()):
+            self.detach()
+            return
+        me = weakref.ref(self)  # with nothing that refers to itself, hooks go when the monitor does
+
+        def then() -> None:
+            monitor = me()
+            if monitor is not None:
+                monitor._complete()
+
+        steps.then = then
+
+    def _complete(self) -> None:
+        if self._awaited is None:
+            return
+        watched, record = self._awaited
         probes = [probe for probe in self._due if probe.in_training]
-
-        def complete() -> None:
-            found, missing = measured(watched, probes)
-            record.probes.update(found)
-            for probe in probes:
-                record.left_out.pop(probe.name, None)
-            record.left_out.update(missing)
-
-        complete()
-        if not steps.changes and any(parameter.grad is not None for parameter in self._model.parameters()):
-            steps.then, self._awaited = complete, steps
-        else:
-            steps.detach()
+        found, missing = measured(watched, probes)
+        for probe in probes:
+            record.left_out.pop(probe.name, None)
+        record.probes.update(found)
+        record.left_out.update(missing)
 
     def detach(self) -> None:
         """Remove every hook; the records stay."""
         if self._watched is not None:
             self._watched.unhook()
-        if self._awaited is not None:
-            self._awaited.detach()
+        if self._awaited is not None and self._awaited[0].steps is not None:
+            self._awaited[0].steps.detach()
         self._watched = self._awaited = None
         self._eager.close()
 

@@ -112,6 +112,8 @@ def weight_normal_distance(subject: Seen) -> Reading:
 @probe("matrix_gradient", cost="cheap", in_training=True)
 def matrix_gradient(subject: Seen) -> Reading:
     """As the optimizer gets it: after clipping. A matrix that no gradient reached is left out."""
+    if not subject.gradients:
+        raise Unavailable("no gradient has reached a matrix")
     return reading("matrix_gradient", list(subject.gradients), list(subject.gradients.values()))
 
 

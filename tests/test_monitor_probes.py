@@ -131,6 +131,9 @@ def test_what_cannot_be_seen_is_said() -> None:
     for reason in record.left_out.values():
         assert reason.startswith("layer 0: its class calls neither scaled_dot_product_attention nor a softmax")
     assert record.row()["left_out"] == record.left_out
+    said = str(record).splitlines()
+    assert f"attention_entropy: left out; {record.left_out['attention_entropy']}" in said
+    assert any(line.startswith("update_ratio: ") and line.endswith(" over 14") for line in said)
 
 
 def test_a_sequence_without_rows_is_said_and_not_fatal() -> None:
