@@ -22,7 +22,6 @@ from empirics.shards import open_shards
 from empirics.texts import Documents, load_text
 from empirics.tokenizer import load_tokenizer
 
-pytest.importorskip("datasets")
 # A stream that is left before its end: the library has the collector close its file.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning", "ignore::ResourceWarning")
 
