@@ -159,14 +159,14 @@ def tell_lags(path: Path, log: Log, reference_path: Path | None, reference: Log 
         for name in names:
             definition = DEFINITIONS[name]
             against = log.column if second == LOSS else second
-            row = {"series": first, "against": against, "definition": name}
+            row: dict[str, Any] = {"series": first, "against": against, "definition": name}
             row["raw"] = lag(definition, series[first], series[second]).record()
             if calm is not None:
                 paired = [
                     pair(definition, log.column if one == LOSS else one, series[one], calm[one])
                     for one in (first, second)
                 ]
-                row["paired"] = lag(definition, *paired).record()
+                row["paired"] = lag(definition, paired[0], paired[1]).record()
             rows.append(row)
     return {"column": log.column, "window": WINDOW, "rows": rows}
 
