@@ -25,6 +25,8 @@ ATTENTIONS = {
     "head_pairs": (1, 2),
     "positions": ("none", "rope", "alibi"),
     # What most models have comes up more often.
+    "rope_fraction": (1.0, 1.0, 0.5, 0.25, 0.0),
+    "rope_base": (10_000.0, 10_000.0, 2.0),
     "window": (0, 0, 0, 1, 2, 3),
     "qk_norm": ("none", "none", "head", "full"),
     "attention_softcap": (0.0, 0.0, 0.5, 5.0),
@@ -341,8 +343,10 @@ class FullAttention(Attention):
 
 
 def attention_module(choices: Choices) -> Attention:
-    """The model's attention, causal or not; heads are of even width where rotary positions turn them in pairs."""
-    width = choices["head_pairs"] * (2 if choices["positions"] == "rope" else 1)
+    """The model's attention, causal or not; `head_pairs` pairs turn where some turn, and else that many coordinates."""
+    width, turning = choices["head_pairs"], choices["rope_fraction"]
+    if choices["positions"] == "rope":
+        width *= round(2 / turning) if turning else 2
     heads = choices["n_kv_heads"] * choices["kv_group"]
     kind = Attention if choices["causal"] else FullAttention
     return kind(small_architecture({**choices, "n_heads": heads, "d_head": width}))

@@ -129,7 +129,10 @@ def rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
     turning, still = x[..., :width], x[..., width:]
     first, second = turning.chunk(2, dim=-1)
     turned = turning * cosine + torch.cat([-second, first], dim=-1) * sine
-    return torch.cat([turned, still], dim=-1) if still.shape[-1] else turned
+    if not still.shape[-1]:
+        return turned
+    # The table may have more axes than x: one vector turned by several angles.
+    return torch.cat([turned, still.expand(*turned.shape[:-1], -1)], dim=-1)
 
 
 def sinusoidal_table(length: int, width: int, device: torch.device, dtype: torch.dtype) -> Tensor:

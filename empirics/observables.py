@@ -85,12 +85,16 @@ def observe_open_units(feedforward: FeedForward, u_TD: Tensor) -> Observed:
     if feedforward.gate is not None:
         return {}
     sizes_TM = _slope(feedforward.activation, feedforward.enter(u_TD)).abs()
-    # A closed unit's root has no derivative; it is held at 0, or a climb would see nothing of the others.
-    roots_TM = torch.where(sizes_TM > 0, sizes_TM.clamp(min=torch.finfo(sizes_TM.dtype).tiny).sqrt(), 0.0)
+    roots_TM = _root(sizes_TM)  # of a closed unit: held at 0
     return {
         "open_1": torch.stack([opnorm(root_M[:, None] * feedforward.enter.weight) for root_M in roots_TM]).max(),
         "open_2": torch.stack([opnorm(feedforward.leave.weight * root_M) for root_M in roots_TM]).max(),
     }
+
+
+def _root(x: Tensor) -> Tensor:
+    """Square roots; that of 0 has no derivative, and is held at 0, or a climb would see nothing of the others."""
+    return torch.where(x > 0, x.clamp(min=torch.finfo(x.dtype).tiny).sqrt(), 0.0)
 
 
 def observe_reach(module: nn.Module, u_TD: Tensor) -> Observed:
@@ -215,4 +219,4 @@ def observe_covariances(attention: Attention, u_TD: Tensor) -> Observed:
     a_HtTD = query_HtTE @ key_HED[:, None] * attention.scale
     a_HtTD = a_HtTD.expand(heads, length, length, -1)
     blocks = torch.einsum("htj,htjd,htje->jde", spread_Ht[..., None] * p_HtT, a_HtTD, a_HtTD)
-    return {"key_term": opnorm(blocks).max().sqrt(), "query_term": query_term}
+    return {"key_term": _root(opnorm(blocks).max()), "query_term": query_term}

@@ -79,7 +79,6 @@ FALSE: dict[str, list[tuple[str, Callable[[dict[str, Any]], dict[str, Any]], int
     "attention-upper-apriori": [
         ("no group factor", lambda v: v | {"kv_group": 1}, DEFAULT),
         ("no query bias", lambda v: v | {"head_VQ": 0.0}, 6 * DEFAULT),
-        ("no key bias under RoPE", lambda v: v | {"head_VK": 0.0}, 6 * DEFAULT),
     ],
     "attention-upper-aposteriori": [
         ("no group factor", lambda v: v | {"kv_group": 1}, DEFAULT),
@@ -109,6 +108,14 @@ FALSE: dict[str, list[tuple[str, Callable[[dict[str, Any]], dict[str, Any]], int
 )
 def test_attack_finds_what_is_missing(name: str, change: Callable[..., dict[str, Any]], budget: int) -> None:
     found = attack(changed(UPPER[name], change), budget=budget)
+    assert found["violations"] > 0, found["worst_ratio"]
+
+
+def test_attack_finds_the_key_bias_that_rope_turns() -> None:
+    """Where there are biases and something turns; few of all cases have both and a bias of the right size."""
+    without = changed(UPPER["attention-upper-apriori"], lambda v: v | {"head_VK": 0.0})
+    turning = {"positions": ("rope",), "rope_fraction": (0.25, 0.5, 1.0), "biases": (True,)}
+    found = attack(replace(without, covers=without.covers | turning), budget=4 * DEFAULT)
     assert found["violations"] > 0, found["worst_ratio"]
 
 

@@ -19,7 +19,7 @@ from empirics.attack import bound_of, observe
 from empirics.attention_slopes import observe_blocks
 from empirics.bench_sublayers import FullAttention
 from empirics.model import Attention
-from empirics.observables import observe_attention_weights, observe_softmax, true_attention
+from empirics.observables import observe_attention_weights, observe_covariances, observe_softmax, opnorm, true_attention
 from empirics.probes import PlainAttention
 from empirics.spectral import lanczos_opnorm
 from theory.statements import find
@@ -85,6 +85,46 @@ def test_no_bound_from_the_weights_alone_is_small() -> None:
     assert quiet < 3 * truth  # what is lost to the loudest tokens, not to the normal ones
     # The older bound is twice as far.
     assert bound("attention-upper-apriori", module, loud)[1] > 2 * limit
+
+
+@pytest.mark.parametrize("fraction", [0.0, 0.25, 0.5, 1.0])
+def test_covariances_are_sums_over_keys_in_the_frame_of_the_query(fraction: float) -> None:
+    """key_term and query_term from rotation matrices of whole heads, of which a part turns and the rest stays."""
+    length, width, heads, groups = 5, 8, 4, 2
+    shape: dict[str, Any] = {"d_model": 6, "n_heads": heads, "n_kv_heads": groups, "d_head": width, "biases": True}
+    turned: dict[str, Any] = {"positions": "rope", "rope_fraction": fraction, "rope_base": 3.0}
+    module = Attention(architecture(**shape, **turned)).double().requires_grad_(False)
+    generator = torch.Generator().manual_seed(0)
+    for parameter in module.parameters():
+        parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
+    u_TD = torch.randn(length, 6, generator=generator, dtype=torch.float64)
+    turning = round(fraction * width)
+    turn_TEE = torch.eye(width, dtype=torch.float64).repeat(length, 1, 1)
+    for t in range(length):
+        for i in range(turning // 2):
+            angle = torch.tensor(t / 3.0 ** (2 * i / turning), dtype=torch.float64)
+            far = i + turning // 2
+            turn_TEE[t, i, i] = turn_TEE[t, far, far] = angle.cos()
+            turn_TEE[t, far, i], turn_TEE[t, i, far] = angle.sin(), -angle.sin()
+    query, key, value = (
+        linear(u_TD).view(length, -1, width).transpose(0, 1) for linear in (module.query, module.key, module.value)
+    )
+    blocks, query_term = torch.zeros(length, 6, 6, dtype=torch.float64), 0.0
+    for h in range(heads):
+        g = h // (heads // groups)
+        weight = module.key.weight.view(groups, width, 6)[g]
+        for t in range(length):
+            v, k = value[g, : t + 1], torch.stack([turn_TEE[t].T @ turn_TEE[j] @ key[g, j] for j in range(t + 1)])
+            p = (k @ query[h, t] * width**-0.5).softmax(0)
+            apart = v - p @ v
+            query_term = max(query_term, float(opnorm((p[:, None] * apart).T @ (k - p @ k))))
+            spread = opnorm((p[:, None] * apart).T @ apart)
+            for j in range(t + 1):
+                a = weight.T @ turn_TEE[j].T @ turn_TEE[t] @ query[h, t] * width**-0.5
+                blocks[j] += spread * p[j] * torch.outer(a, a)
+    found = observe_covariances(module, u_TD)
+    assert float(found["query_term"]) == pytest.approx(query_term, rel=1e-12)
+    assert float(found["key_term"]) == pytest.approx(float(opnorm(blocks).max()) ** 0.5, rel=1e-12)
 
 
 def test_without_a_mask() -> None:

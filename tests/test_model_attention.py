@@ -327,6 +327,13 @@ def test_rotation_keeps_norms_and_depends_on_distance_alone(width: int) -> None:
     assert float((products[0] - products[0, 0]).abs().max()) > 0.1
 
 
+@pytest.mark.parametrize("width", [8, 6, 2])
+def test_one_vector_turns_by_several_angles(width: int) -> None:
+    cosine, sine = rotary_table(5, width, torch.device("cpu"), torch.float64)
+    x_31E = torch.randn(3, 1, 8, generator=generator(0), dtype=torch.float64)
+    assert torch.equal(rotate(x_31E, cosine, sine), rotate(x_31E.expand(3, 5, 8), cosine, sine))
+
+
 @pytest.mark.parametrize("width", [1, 2, 7, 8])
 def test_sinusoidal_positions(width: int) -> None:
     table = sinusoidal_table(11, width, torch.device("cpu"), torch.float64)

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers.real_classes import TINY
 from helpers.training import record_bytes, specification, train_until
 from helpers.weights import architecture
 
@@ -21,6 +22,9 @@ from empirics.model import build
 from empirics.registry import find, probes
 from empirics.run import corpus_of, run
 from empirics.subject import Subject
+from theory.hf_config import parse_config
+
+ONLY_ATTENTION = ("--only", "attention_jacobian", "--only", "attention_branch")
 
 # --- while training -----------------------------------------------------------------------------------------------
 
@@ -180,6 +184,21 @@ def test_command_at_initialisation(capsys: pytest.CaptureFixture[str], tmp_path:
     assert "lower estimate, residual at most" in text
     assert "update_norm: left out" in text
     assert not capsys.readouterr().out
+
+
+@pytest.mark.parametrize("kind", ["gpt_neox", "gptj", "phi", "stablelm"])
+def test_bounds_of_classes_that_turn_a_part_of_each_head(
+    kind: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps(TINY[kind]))
+    architecture = parse_config(TINY[kind]).architecture
+    assert 0 < architecture.rope_width < architecture.d_head
+    answer = said(capsys, str(config), "--seq-len", "6", "--batch", "1", "--bounds", *ONLY_ATTENTION)
+    for name in ("attention_jacobian", "attention_branch"):
+        ratios = answer["probes"][name]["over_bound"]
+        assert len(ratios) == architecture.n_layers
+        assert 0.1 < max(ratios) <= 1
 
 
 def test_command_on_a_kept_model(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

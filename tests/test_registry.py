@@ -46,6 +46,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "parallel": {"parallel": True, "positions": "alibi", "norm_depth_scaling": True},
     "one norm": {"parallel": True, "shared_norm": True},
     "experts": {"n_experts": 4, "experts_per_token": 2},
+    "half of a head turns": {"rope_fraction": 0.5, "biases": True, "rope_base": 50.0},
 }
 
 

@@ -116,8 +116,8 @@ def _numbers(layer: Attention, u: Array, place: tuple[int, int, int] = (-1, -1, 
 def _sample(rng: Rng) -> Values:
     """Random attention with grouped heads and biases, with or without RoPE, logits from flat to peaked."""
     layer = random_attention(
-        rng, n_tokens=4, d=5, heads=4, kv_heads=int(rng.choice([1, 2, 4])), d_head=2, rope=bool(rng.random() < 0.5),
-        scale=float(rng.choice([0.3, 1.0, 3.0])),
+        rng, n_tokens=4, d=5, heads=4, kv_heads=int(rng.choice([1, 2, 4])), d_head=4,
+        turning=int(rng.choice([0, 2, 4])), scale=float(rng.choice([0.3, 1.0, 3.0])),
     )  # fmt: skip
     t, j = sorted(int(token) for token in rng.integers(0, 4, 2))[::-1]
     return _numbers(layer, rng.normal(0, 1, (4, 5)), (t, t if rng.random() < 0.3 else j, int(rng.integers(4))))

@@ -86,8 +86,8 @@ def numbers(layer: Attention, u: Array, place: tuple[int, int] = (-1, 0)) -> Val
 
 def any_attention(rng: Rng, *, causal: bool = True) -> Values:
     layer = random_attention(
-        rng, n_tokens=4, d=5, heads=4, kv_heads=int(rng.choice([1, 2, 4])), d_head=2, rope=bool(rng.random() < 0.5),
-        scale=float(rng.choice([0.3, 1.0, 3.0])),
+        rng, n_tokens=4, d=5, heads=4, kv_heads=int(rng.choice([1, 2, 4])), d_head=4,
+        turning=int(rng.choice([0, 2, 4])), scale=float(rng.choice([0.3, 1.0, 3.0])),
     )  # fmt: skip
     layer = replace(layer, causal=causal, window=int(rng.choice([0, 2, 3])) if causal else 0)
     t, j = sorted(int(token) for token in rng.integers(0, 4, 2))[::-1]
@@ -155,7 +155,7 @@ def across_keys_full(rng: Rng) -> Values:
 
 def one_token(rng: Rng) -> Values:
     """Only values: weights of any kind."""
-    layer = random_attention(rng, n_tokens=1, d=5, heads=2, kv_heads=1, d_head=2, rope=False)
+    layer = random_attention(rng, n_tokens=1, d=5, heads=2, kv_heads=1, d_head=2, turning=0)
     return numbers(layer, rng.normal(0, 1, (1, 5)))
 
 

@@ -34,7 +34,7 @@ def _network(rng: Rng, *, shrink: bool = False) -> Values:
 
     start = x
     for _ in range(3):
-        mix = random_attention(rng, n_tokens=n_tokens, d=width, heads=2, kv_heads=2, d_head=2, rope=True)
+        mix = random_attention(rng, n_tokens=n_tokens, d=width, heads=2, kv_heads=2, d_head=2, turning=2)
         W_1, W_2 = rng.normal(0, 1, (8, width)), rng.normal(0, 1, (width, 8))
         first, second = rng.uniform(0.5, 2, 2)
 

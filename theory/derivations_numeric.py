@@ -95,11 +95,11 @@ def softmax(logits: Array, visible: Array | None = None) -> Array:
     return weights / np.sum(weights, axis=-1, keepdims=True)
 
 
-def rotations(n_tokens: int, d_head: int) -> Array:
-    """(T, d_h, d_h) rotary matrices: the pair i of token t turns by t / 10^i."""
-    turns = np.zeros((n_tokens, d_head, d_head))
+def rotations(n_tokens: int, d_head: int, turning: int) -> Array:
+    """(T, d_h, d_h) rotary matrices: the pair i of token t turns by t / 10^i; beyond `turning` coordinates none."""
+    turns = np.tile(np.eye(d_head), (n_tokens, 1, 1))
     for t in range(n_tokens):
-        for pair in range(d_head // 2):
+        for pair in range(turning // 2):
             angle = t / 10**pair
             cos, sin = np.cos(angle), np.sin(angle)
             turns[t, 2 * pair : 2 * pair + 2, 2 * pair : 2 * pair + 2] = [[cos, -sin], [sin, cos]]
@@ -171,11 +171,10 @@ class Attention:
 
 
 def random_attention(
-    rng: Rng, *, n_tokens: int, d: int, heads: int, kv_heads: int, d_head: int, rope: bool, scale: float = 1.0
+    rng: Rng, *, n_tokens: int, d: int, heads: int, kv_heads: int, d_head: int, turning: int, scale: float = 1.0
 ) -> Attention:
-    """Normal weights of std scale / sqrt(d), standard normal biases."""
+    """Normal weights of std scale / sqrt(d), standard normal biases; `turning` of a head's coordinates are rotary."""
     std = scale / np.sqrt(d)
-    turns = rotations(n_tokens, d_head) if rope else np.broadcast_to(np.eye(d_head), (n_tokens, d_head, d_head))
     return Attention(
         W_Q=rng.normal(0, std, (heads, d_head, d)),
         W_K=rng.normal(0, std, (kv_heads, d_head, d)),
@@ -184,5 +183,5 @@ def random_attention(
         b_Q=rng.normal(0, 1, (heads, d_head)),
         b_K=rng.normal(0, 1, (kv_heads, d_head)),
         b_V=rng.normal(0, 1, (kv_heads, d_head)),
-        turns=turns,
+        turns=rotations(n_tokens, d_head, turning),
     )

@@ -227,7 +227,7 @@ def _attention(rng: Rng, *, width: int = 8, aligned: bool = False) -> Values:
     """The last of 5 tokens in multi-head attention, the others fixed; aligned: 1 token and W_O = (W_V)'."""
     n_tokens, sigma_O = 1 if aligned else 5, 0.6
     x = rng.normal(0, 0.1 if aligned else rng.uniform(0.2, 2), (n_tokens, width))
-    layer = random_attention(rng, n_tokens=n_tokens, d=width, heads=4, kv_heads=4, d_head=width // 4, rope=False)
+    layer = random_attention(rng, n_tokens=n_tokens, d=width, heads=4, kv_heads=4, d_head=width // 4, turning=0)
     out = rng.normal(0, sigma_O, (width, width))
     layer = replace(layer, W_O=out)
     if aligned:
