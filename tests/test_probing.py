@@ -24,8 +24,6 @@ from empirics.run import corpus_of, run
 from empirics.subject import Subject
 from theory.hf_config import parse_config
 
-ONLY_ATTENTION = ("--only", "attention_jacobian", "--only", "attention_branch")
-
 # --- while training -----------------------------------------------------------------------------------------------
 
 EVERYTHING = (
@@ -194,8 +192,10 @@ def test_bounds_of_classes_that_turn_a_part_of_each_head(
     config.write_text(json.dumps(TINY[kind]))
     architecture = parse_config(TINY[kind]).architecture
     assert 0 < architecture.rope_width < architecture.d_head
-    answer = said(capsys, str(config), "--seq-len", "6", "--batch", "1", "--bounds", *ONLY_ATTENTION)
-    for name in ("attention_jacobian", "attention_branch"):
+    names = ("attention_jacobian", "attention_branch")
+    only = [word for name in names for word in ("--only", name)]
+    answer = said(capsys, str(config), "--seq-len", "6", "--batch", "1", "--bounds", *only)
+    for name in names:
         ratios = answer["probes"][name]["over_bound"]
         assert len(ratios) == architecture.n_layers
         assert 0.1 < max(ratios) <= 1
