@@ -31,7 +31,7 @@ from theory.derivation import (
 )
 from theory.derivations_bounds import layer_norm_proof
 from theory.derivations_expressions import Norm, Transposed, array, entry, evaluate
-from theory.derivations_rendering import formula
+from theory.derivations_rendering import formula, latex, text
 from theory.growth import gradient_growth, growth_closed_form
 from theory.random_matrix import feedforward_edge
 from theory.sources import Source
@@ -276,6 +276,45 @@ def test_rendering(name: str) -> None:
     assert len(re.findall(r"\\left\b", latex)) == len(re.findall(r"\\right\b", latex))
     with pytest.raises(ValueError, match="unknown format 'html'; use one of text, markdown, latex"):
         render(chain, "html")  # type: ignore[arg-type]
+
+
+CLOSING = {"(": ")", "[": "]", "{": "}"}
+
+
+def balanced(printed: str) -> bool:
+    """Whether every bracket is closed by its own kind, in the order they were opened."""
+    expected: list[str] = []
+    for letter in printed:
+        if letter in CLOSING:
+            expected.append(CLOSING[letter])
+        elif letter in CLOSING.values() and (not expected or expected.pop() != letter):
+            return False
+    return not expected
+
+
+def loose_words(printed: str) -> list[str]:
+    """Words that LaTeX would set as a product of letters: neither a command, nor upright, nor a subscript."""
+    bare = re.sub(r"\\(mathrm|operatorname|text)\{[^{}]*\}", "", printed)
+    return re.findall(r"[A-Za-z]{3,}", re.sub(r"_\{[^{}]*\}", "", re.sub(r"\\[A-Za-z]+", "", bare)))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_brackets_of_every_line_are_closed_by_their_kind(name: str) -> None:
+    for step in derivation(name).steps:
+        for printed in (formula(step), *(form(side) for form in (text, latex) for side in (step.left, step.right))):
+            assert balanced(printed), printed
+        assert not loose_words(formula(step)), formula(step)
+
+
+@pytest.mark.parametrize("garbled", ["elasticity(sigma_{k)}", "(", "a]", "{(})", "[0, 1)"])
+def test_mixed_brackets_are_noticed(garbled: str) -> None:
+    assert not balanced(garbled)
+    assert balanced(r"\left( \sigma_{k} [a + (b)] \right)^{2}")
+
+
+def test_loose_words_are_noticed() -> None:
+    assert loose_words(r"elasticity \left( \sigma_k \right)") == ["elasticity"]
+    assert not loose_words(r"\mathrm{elasticity}(\sigma_{knee})")
 
 
 @pytest.mark.parametrize("name", NAMES)

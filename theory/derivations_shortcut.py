@@ -26,7 +26,8 @@ share, knee, place = entry("rho", r"\rho"), entry("sigma_k", r"\sigma_k"), entry
 elasticity = entry(
     "dlog(|g_0|/|g_N|)/dlog(sigma_e)", r"\frac{d \log (\| g_0 \| / \| g_N \|)}{d \log \sigma_e}", signed=True
 )
-at_knee, half = entry("growth(sigma_k)", r"\mathrm{growth}(\sigma_k)"), entry("elasticity(sigma_k)", signed=True)
+at_knee = entry("growth(sigma_k)", r"\mathrm{growth}(\sigma_k)")
+half = entry("elasticity(sigma_k)", r"\mathrm{elasticity}(\sigma_k)", signed=True)
 at_one = entry("growth(1)", r"\mathrm{growth}(1)")
 written, c = entry("N b"), entry("c")
 depth = entry("l=1..N", "l=1..N")
