@@ -115,7 +115,7 @@ def test_attack_finds_the_key_bias_that_rope_turns() -> None:
     """Where there are biases and something turns; few of all cases have both and a bias of the right size."""
     without = changed(UPPER["attention-upper-apriori"], lambda v: v | {"head_VK": 0.0})
     turning = {"positions": ("rope",), "rope_fraction": (0.25, 0.5, 1.0), "biases": (True,)}
-    found = attack(replace(without, covers=without.covers | turning), budget=4 * DEFAULT)
+    found = attack(replace(without, covers={**without.covers, **turning}), budget=4 * DEFAULT)
     assert found["violations"] > 0, found["worst_ratio"]
 
 
@@ -286,6 +286,19 @@ def test_exp_of_a_tensor_leaves_no_gradient_of_what_a_minimum_discards() -> None
     assert slope.item() == 0
     assert float(functions.exp(1e4)) == math.inf  # of a number it stays infinite: an infinite bound is still one
     assert functions.exp(sp.Integer(1)) == sp.E
+
+
+@pytest.mark.parametrize("name", [name for name in UPPER if "logit_spread" in UPPER[name].parameters])
+def test_a_bound_on_loud_logits_overflows_nowhere(name: str) -> None:
+    """e^D times a sum beyond the largest double, e^709.78, is infinite and loses to the other bound; no warning."""
+    values = dict.fromkeys(UPPER[name].parameters, 3.0) | {"n_tokens": 2**12, "n_seen": 2**12}
+    given = {parameter: values[parameter] for parameter in UPPER[name].parameters}
+    bounds = [float(UPPER[name].evaluate(given | {"logit_spread": spread})) for spread in (709.0, 709.7, 710.0, 1e4)]
+    assert math.isfinite(bounds[0])
+    assert bounds == bounds[:1] * 4
+    assert bounds[0] > float(UPPER[name].evaluate(given | {"logit_spread": 0.0}))
+    spreads = np.array([0.0, 709.7, 1e4])
+    assert UPPER[name].evaluate(given | {"logit_spread": spreads}).tolist()[1:] == bounds[:2]
 
 
 def test_two_processes_give_the_records_of_one(tmp_path: Path) -> None:

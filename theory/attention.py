@@ -106,7 +106,7 @@ def attention_probability_upper() -> Statement:
         name="attention-probability-upper",
         kind="upper",
         quantity=quantity("attention_probability"),
-        formula=lambda n_tokens, logit_spread: minimum(sqrt(n_tokens), exp(logit_spread) * cesaro_opnorm(n_tokens)),
+        formula=lambda n_tokens, logit_spread: minimum(sqrt(n_tokens), exp(logit_spread, cesaro_opnorm(n_tokens))),
         source=Source(key="spikecheck", label="entrywise domination; hardy1920 for |C_T| < 2"),
         assumptions=("causal softmax over all earlier tokens",),
         why="p_tj <= e^D / t entrywise; rows sum to 1, so |P|^2 <= |P|_1 |P|_inf <= T",
@@ -136,8 +136,8 @@ def attention_upper_apriori() -> Statement:
         opnorm_Q: Any, opnorm_K: Any, opnorm_V: Any, opnorm_O: Any, head_VQ: Any, head_VK: Any,
         R: Any, d_head: Any, kv_group: Any, n_tokens: Any, logit_spread: Any,
     ) -> Any:  # fmt: skip
-        probability = minimum(sqrt(n_tokens), exp(logit_spread) * cesaro_opnorm(n_tokens))
-        column = minimum(n_tokens, exp(logit_spread) * harmonic_number(n_tokens))
+        probability = minimum(sqrt(n_tokens), exp(logit_spread, cesaro_opnorm(n_tokens)))
+        column = minimum(n_tokens, exp(logit_spread, harmonic_number(n_tokens)))
         keys = head_VQ * sqrt(kv_group) * opnorm_K * sqrt(column)
         queries = head_VK * opnorm_Q
         return opnorm_O * (sqrt(kv_group) * opnorm_V * probability + R**2 / sqrt(d_head) * (keys + queries))

@@ -26,7 +26,7 @@ _OWN = Source(key="spikecheck", label="block Jacobian and Cauchy-Schwarz")
 def _windowed(n_tokens: Any, n_seen: Any, logit_spread: Any) -> Any:
     """Bound on a causal softmax matrix whose rows see at most n_seen tokens."""
     beyond = minimum(1, maximum(0, n_tokens - n_seen))
-    return minimum(sqrt(n_seen), exp(logit_spread) * sqrt(cesaro_opnorm(n_seen) ** 2 + beyond))
+    return minimum(sqrt(n_seen), exp(logit_spread, sqrt(cesaro_opnorm(n_seen) ** 2 + beyond)))
 
 
 def _unmasked(n_tokens: Any, logit_spread: Any) -> Any:
@@ -106,7 +106,7 @@ def attention_general_upper() -> Statement:
         opnorm_O: Any, opnorm_VH: Any, heads_OV: Any, R: Any, key_slope: Any, query_slope: Any,
         n_tokens: Any, n_seen: Any, logit_spread: Any,
     ) -> Any:  # fmt: skip
-        rows = minimum(exp(logit_spread) * harmonic_number(n_seen), minimum(n_tokens - 1, n_seen) / 2)
+        rows = minimum(exp(logit_spread, harmonic_number(n_seen)), minimum(n_tokens - 1, n_seen) / 2)
         values = opnorm_O * opnorm_VH * _windowed(n_tokens, n_seen, logit_spread)
         return values + _through_logits(heads_OV, R, key_slope, query_slope, rows)
 

@@ -43,22 +43,22 @@ def sqrt(value: Any) -> Any:
     return value.sqrt() if is_tensor(value) else _dispatch("sqrt", np.sqrt, value)
 
 
-def exp(value: Any) -> Any:
-    """Exponential; infinite, without a warning, beyond the range of doubles (an infinite bound is still one).
+def exp(value: Any, factor: Any = 1) -> Any:
+    """factor e^value; infinite, without a warning, beyond the range of doubles (an infinite bound is still one).
 
     >>> float(exp(1000.0))
+    inf
+    >>> float(exp(709.0, 20.0))
     inf
     """
 
     if is_tensor(value):
         # Kept finite: the slope of an infinite term that a minimum discards would be 0 * inf.
-        return value.clamp(max=_LARGEST_EXPONENT).exp()
-
-    def numeric(value: Any) -> Any:
-        with np.errstate(over="ignore"):
-            return np.exp(value)
-
-    return _dispatch("exp", numeric, value)
+        return value.clamp(max=_LARGEST_EXPONENT).exp() * factor
+    if is_symbolic(value, factor):
+        return _dispatch("exp", np.exp, value) * factor
+    with np.errstate(over="ignore"):
+        return np.exp(value) * factor
 
 
 def log(value: Any) -> Any:
