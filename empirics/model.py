@@ -113,11 +113,21 @@ def make_norm(architecture: Architecture, width: int | None = None) -> nn.Module
 
 
 def rotary_table(
-    length: int, width: int, device: torch.device, dtype: torch.dtype, base: float = ROPE_BASE
+    length: int,
+    width: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    base: float = ROPE_BASE,
+    slowing: tuple[float, ...] = (),
 ) -> tuple[Tensor, Tensor]:
-    """Cosines and sines (T, width) of rotary positions, the two halves paired; angles in float32 unless float64."""
+    """Cosines and sines (T, width) of rotary positions, the two halves paired; angles in float32 unless float64.
+
+    slowing: a factor on the frequency of each of the width/2 pairs; empty for none.
+    """
     exact = torch.promote_types(dtype, torch.float32)
     frequency = base ** (-torch.arange(0, width, 2, device=device, dtype=exact) / width)
+    if slowing:
+        frequency = frequency * torch.tensor(slowing, device=device, dtype=exact)
     angle = torch.outer(torch.arange(length, device=device, dtype=exact), frequency)
     angle = torch.cat([angle, angle], dim=-1)
     return angle.cos().to(dtype), angle.sin().to(dtype)
@@ -186,7 +196,7 @@ class Attention(nn.Module):
         self.n_heads, self.n_kv_heads, self.d_head = a.n_heads, a.n_kv_heads, a.d_head
         base = a.rope_base_at(layer)
         self.rope = base is not None and a.rope_width > 0
-        self.rope_width, self.rope_base = a.rope_width, base or ROPE_BASE
+        self.rope_width, self.rope_base, self.rope_slowing = a.rope_width, base or ROPE_BASE, a.rope_slowing(layer)
         self.alibi = a.positions == "alibi"
         self.window = a.window_at(layer)
         self.scale, self.softcap = a.logit_scale, a.attention_softcap
@@ -209,9 +219,13 @@ class Attention(nn.Module):
         if self.qk_norm == "head":
             query, key = self.query_norm(query), self.key_norm(key)
         if self.rope:
-            cosine, sine = rotary_table(u_BTD.shape[1], self.rope_width, u_BTD.device, query.dtype, self.rope_base)
+            cosine, sine = self.rotary_table(u_BTD.shape[1], u_BTD.device, query.dtype)
             query, key = rotate(query, cosine, sine), rotate(key, cosine, sine)
         return query, key, value
+
+    def rotary_table(self, length: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Cosines and sines (T, W) of what turns of each head."""
+        return rotary_table(length, self.rope_width, device, dtype, self.rope_base, self.rope_slowing)
 
     def seen(self, length: int, device: torch.device) -> Tensor:
         """(T, T), whether token t looks at token j: not at the future, and at no more than its window."""

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import jacrev, vmap
 
-from empirics.model import Attention, Experts, FeedForward, rotary_table, rotate
+from empirics.model import Attention, Experts, FeedForward, rotate
 from empirics.probes import PlainAttention
 
 Observed = dict[str, Any]
@@ -208,7 +208,7 @@ def observe_covariances(attention: Attention, u_TD: Tensor) -> Observed:
     key_HtTE, query_HtTE = key_HTE[:, None], query_HTE[:, :, None]
     if attention.rope:
         # R_t' R_j k_j and R_j' R_t q_t: undo the rotation at one token after that at the other.
-        cosine, sine = rotary_table(length, attention.rope_width, u_TD.device, u_TD.dtype, attention.rope_base)
+        cosine, sine = attention.rotary_table(length, u_TD.device, u_TD.dtype)
         at_t = cosine[:, None], sine[:, None]
         key_HtTE = rotate(rotate(key_HtTE, cosine, sine), at_t[0], -at_t[1])
         query_HtTE = rotate(rotate(query_HtTE, *at_t), cosine, -sine)

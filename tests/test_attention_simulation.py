@@ -28,6 +28,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "RMSNorm": {"norm": "rmsnorm"},
     "grouped": {"n_kv_heads": 2},
     "RoPE": {"positions": "rope", "rope_base": 3.0},
+    "RoPE, slow frequencies divided": {
+        "positions": "rope", "rope_base": 3.0, "rope_stretch": 4.0,
+        "rope_original": 6, "rope_low": 0.5, "rope_high": 2.0,
+    },
     "half of RoPE, grouped": {"positions": "rope", "rope_fraction": 0.5, "n_kv_heads": 1},
     "ALiBi": {"positions": "alibi"},
     "window": {"window": 2},

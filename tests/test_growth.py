@@ -473,6 +473,21 @@ def test_more_pairs_than_are_summed_are_spread_evenly(pairs: int) -> None:
     assert np.cos(angles[: pairs // 2, None] * distances).mean(axis=0) != pytest.approx(exact, abs=0.1)
 
 
+def test_slowed_angles_correlate_as_their_mean_cosine() -> None:
+    """Llama 3.1's rule by hand on four pairs, one fast, two between and one slow; the control is the unscaled one."""
+    a = replace(preset("tiny"), d_head=16, rope_fraction=0.5, rope_base=10.0, rope_stretch=8.0, rope_original=12)
+    a, distances = replace(a, rope_low=0.5, rope_high=1.5), np.arange(0.0, 40.0)[None, :]
+    plain = 10.0 ** (-np.arange(4) / 4)
+    turns = 12 * plain / (2 * np.pi)
+    between = plain * ((turns - 0.5) + (1.5 - turns) / 8)
+    slowed = np.where(turns > 1.5, plain, np.where(turns > 0.5, between, plain / 8))
+    assert [int(np.sum(turns > limit)) for limit in (1.5, 0.5)] == [1, 3]
+    exact = (1 + np.cos(slowed[:, None] * distances).mean(axis=0)) / 2
+    found = rotation_correlation(16, 8, 10.0, distances, a.rope_slowing(0)).off[0]
+    assert found == pytest.approx(exact, rel=1e-12)
+    assert rotation_correlation(16, 8, 10.0, distances).off[0] != pytest.approx(exact, abs=0.1)
+
+
 @pytest.mark.parametrize("n_heads", [1, 2, 3, 8, 12, 96])
 def test_the_steepest_slope_is_the_largest(n_heads: int) -> None:
     assert steepest_alibi_slope(n_heads) == max(alibi_slopes(n_heads, n_heads))

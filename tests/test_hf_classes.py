@@ -32,6 +32,11 @@ TOLERANCE = 2.0**-15
 LENGTH = 12
 
 FULL, SLIDING = "full_attention", "sliding_attention"
+# The first pair turns 2.5 times in 16 tokens, the second a quarter: one is between, the others are slow.
+LLAMA3 = {
+    "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}  # fmt: skip
 ALTERNATE = {"sliding_window": 5, "layer_types": [FULL, SLIDING, FULL, SLIDING]}
 VARIANTS: dict[str, list[dict[str, Any]]] = {
     "gpt2": [
@@ -84,6 +89,8 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
         {"mlp_bias": True},
         {"rope_theta": 100.0},
         {"rope_scaling": {"type": "dynamic", "factor": 2.0}},
+        {"rope_scaling": {"type": "linear", "factor": 4.0}},
+        {"rope_scaling": LLAMA3},
         {"rope_parameters": {"rope_type": "default", "rope_theta": 70.0, "partial_rotary_factor": 0.5}},
         {"num_key_value_heads": None},
     ],
@@ -109,6 +116,8 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
         {"sliding_window_pattern": 3},
         {"sliding_window_pattern": 7},
         {"rope_theta": 500.0, "rope_local_base_freq": 20.0, "sliding_window_pattern": 2},
+        {"rope_scaling": {"rope_type": "linear", "factor": 8.0}, "sliding_window_pattern": 2},
+        {"rope_parameters": {FULL: {"rope_type": "linear", "factor": 8.0, "rope_theta": 50.0}}},
         {"attn_logit_softcapping": 0.5, "final_logit_softcapping": 2.0},
         {"layer_types": [FULL] * 6, "rope_theta": 50.0},
     ],
@@ -226,6 +235,10 @@ def wrong_readings(a: Architecture) -> Iterator[tuple[str, Architecture]]:
         bases = {a.rope_base_at(layer) for layer in range(a.n_layers)}
         if a.rope_base in bases:
             yield with_(rope_base=2 * a.rope_base)
+        if a.rope_base in bases:
+            yield with_(rope_stretch=1.3 * a.rope_stretch)
+        if a.rope_original:
+            yield from (with_(rope_original=0), with_(rope_low=1.3 * a.rope_low), with_(rope_high=2 * a.rope_high))
         if a.window_rope_base is not None:
             yield with_(window_rope_base=2 * a.window_rope_base)
         if a.rope_width % 4 == 0:

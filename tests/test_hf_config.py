@@ -217,6 +217,24 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "logits over 0": (TINY["granite"] | {"logits_scaling": 0}, "logits_scaling"),
     "too few layers named": (TINY["gemma2"] | {"layer_types": ["full_attention"]}, "layer_types"),
     "a window and none": (TINY["qwen2"] | {"layer_types": ["sliding_attention"] * 4}, "layer_types"),
+    "linear without a factor": (TINY["llama"] | {"rope_scaling": {"type": "linear"}}, "rope_scaling.factor"),
+    "llama3 without turns": (
+        TINY["llama"] | {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}},
+        "rope_scaling.low_freq_factor",
+    ),
+    "llama3 with nothing between": (
+        TINY["llama"]
+        | {
+            "rope_scaling": {
+                "rope_type": "llama3",
+                "factor": 8.0,
+                "low_freq_factor": 4.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 8,
+            }
+        },
+        "rope_scaling.high_freq_factor",
+    ),
     "too few layers turn": (TINY["smollm3"] | {"no_rope_layers": [1, 0]}, "no_rope_layers"),
     "a layer turns by 2": (TINY["smollm3"] | {"no_rope_layers": [1, 2, 1, 1]}, "no_rope_layers"),
     "GPT-Neo's default depth": ({k: v for k, v in TINY["gpt_neo"].items() if k != "attention_types"}, "num_layers"),
@@ -253,11 +271,11 @@ UNKNOWN: dict[str, tuple[dict[str, Any], str]] = {
     "scaled slopes": (TINY["falcon"] | {"alibi": True}, "alibi is true"),
     "clipped": (TINY["olmo"] | {"clip_qkv": 3.0}, "clip_qkv is 3"),
     "clipped in a table": (TINY["mpt"] | {"attn_config": {"clip_qkv": 3.0}}, "clip_qkv is 3"),
-    "scaled frequencies": (TINY["llama"] | {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "is 'llama3'"),
+    "scaled frequencies": (TINY["llama"] | {"rope_scaling": {"rope_type": "yarn", "factor": 8.0}}, "is 'yarn'"),
     "old key": (TINY["phi3"] | {"rope_scaling": {"type": "su"}}, "rope_scaling.rope_type is 'su'"),
     "one kind of layer": (
-        TINY["gemma3_text"] | {"rope_parameters": {FULL: {"rope_type": "linear", "factor": 8.0}}},
-        "rope_parameters.full_attention.rope_type is 'linear'",
+        TINY["gemma3_text"] | {"rope_parameters": {SLIDING: {"rope_type": "linear", "factor": 8.0}}},
+        "rope_parameters.sliding_attention.rope_type slows",
     ),
     "last layers only": (
         TINY["qwen2"] | {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 3},

@@ -320,6 +320,19 @@ CASES: dict[str, Case] = {
         ({"logit_multiplier": 1.0}, {"rope_base": 10_000.0}, {"residual_multiplier": 0.9}),
         {"d_model": 36, "d_head": 6, "n_kv_heads": 3},
     ),
+    "llama, all frequencies divided": llama_like(
+        "llama", {"rope_stretch": 4.0}, {"rope_stretch": 1.0}, {"rope_stretch": 3.9},
+        rope_parameters={"rope_type": "linear", "rope_theta": 500.0, "factor": 4.0},
+    ),
+    "llama, slow frequencies divided": llama_like(
+        "llama",
+        {"rope_stretch": 8.0, "rope_original": 20, "rope_low": 0.5, "rope_high": 3.0},
+        {"rope_stretch": 1.0}, {"rope_original": 0}, {"rope_original": 21}, {"rope_low": 0.6}, {"rope_high": 4.0},
+        rope_parameters={
+            "rope_type": "llama3", "rope_theta": 500.0, "factor": 8.0, "low_freq_factor": 0.5, "high_freq_factor": 3.0,
+            "original_max_position_embeddings": 20,
+        },
+    ),
     "gpt_neox parallel": gpt_neox(True),
     "gpt_neox serial": gpt_neox(False),
     "bloom": Case(  # ALiBi with six heads, and normalised embeddings

@@ -27,6 +27,7 @@ LARGEST_SIZE = 10**9
 NUMBERS = (
     "eps", "embedding_multiplier", "embedding_gradient", "residual_multiplier", "shortcut_multiplier",
     "rope_fraction", "rope_base", "attention_softcap", "logit_softcap", "logit_multiplier",
+    "rope_stretch", "rope_low", "rope_high",
 )  # fmt: skip
 DETACH_FACTOR = 0.1  # GLM-130B's value; that the paper uses it too is recalled, not confirmed.
 
@@ -62,6 +63,9 @@ class Architecture:
         nope_every: in every k-th layer nothing turns (SmolLM3); 0 for none.
         window, global_every: a token sees the last `window` tokens (0: all), but in every k-th layer all.
         global_first: that layer is the first of each k (GPT-Neo), not the last.
+        rope_stretch: divisor of the rotary frequencies (linear scaling), but of a window's own base.
+        rope_original, rope_low, rope_high: frequencies that turn `rope_high` times or more in that many tokens are left
+            as they are, those of at most `rope_low` turns divided, others interpolated (Llama 3.1); 0: all divided.
         window_rope_base: base of the rotary frequencies where there is a window (Gemma 3); None for `rope_base`.
         qk_norm: queries and keys are normalised, each head by itself or the full projection at once.
         attention_scale: factor on q.k; None for 1/sqrt(d_head).
@@ -109,6 +113,10 @@ class Architecture:
     global_every: int = 0
     global_first: bool = False
     window_rope_base: float | None = None
+    rope_stretch: float = 1.0
+    rope_original: int = 0
+    rope_low: float = 1.0
+    rope_high: float = 4.0
     qk_norm: QKNorm = "none"
     attention_scale: float | None = None
     attention_softcap: float = 0.0
@@ -125,7 +133,7 @@ class Architecture:
     def __post_init__(self) -> None:
         for field in ("d_model", "n_layers", "n_heads", "n_kv_heads", "d_head", "d_ffn", "vocab_size", "context"):
             _require_whole(field, getattr(self, field), lowest=1)
-        for field in ("window", "global_every", "nope_every", "n_experts"):
+        for field in ("window", "global_every", "nope_every", "n_experts", "rope_original"):
             _require_whole(field, getattr(self, field), lowest=0)
         _require_whole("experts_per_token", self.experts_per_token, lowest=1)
         if 0 < self.n_experts < self.experts_per_token:
@@ -164,6 +172,15 @@ class Architecture:
                     f"rope_fraction={self.rope_fraction:g} of d_head={self.d_head} is {self.rope_width}, which is odd; "
                     "rotary positions need pairs, so use a share that makes it even"
                 )
+        if self.rope_stretch <= 0:
+            raise ValueError(
+                f"rope_stretch={self.rope_stretch!r} divides frequencies; use a number above 0, 1 for none"
+            )
+        if self.rope_original and not 0 < self.rope_low < self.rope_high:
+            raise ValueError(
+                f"rope_low={self.rope_low:g} turns and rope_high={self.rope_high:g} leave nothing between them; "
+                "use a positive rope_low below rope_high, for example 1 and 4"
+            )
         if self.parallel and self.block != "pre-ln":
             raise ValueError(f"parallel sub-layers are known with block='pre-ln' only, not {self.block!r}")
         if self.shared_norm and not self.parallel:
@@ -192,6 +209,20 @@ class Architecture:
         if self.positions != "rope" or _is_kth(layer, self.nope_every):
             return None
         return self.window_rope_base if self.window_rope_base and self.window_at(layer) else self.rope_base
+
+    def rope_slowing(self, layer: int) -> tuple[float, ...]:
+        """What the frequency of each pair of a head's coordinates is multiplied by in layer 0, 1, ...; empty for 1.
+
+        Source: Chen et al. 2023 (positions interpolated linearly); Llama 3.1's report and code for the rest.
+        """
+        base, width = self.rope_base_at(layer), self.rope_width
+        if base is None or self.rope_stretch == 1 or (self.window_rope_base and self.window_at(layer)):
+            return ()
+        if not self.rope_original:
+            return (1 / self.rope_stretch,) * (width // 2)
+        turns = [self.rope_original * base ** (-2 * i / width) / (2 * math.pi) for i in range(width // 2)]
+        kept = [min(max((turn - self.rope_low) / (self.rope_high - self.rope_low), 0.0), 1.0) for turn in turns]
+        return tuple(share + (1 - share) / self.rope_stretch for share in kept)
 
     @property
     def updates(self) -> tuple[tuple[str, ...], ...]:

@@ -64,7 +64,9 @@ class SimulatedAttention:
             for name, heads in shapes.items()
         }
         base = a.rope_base_at(layer)
-        self.rotation = None if base is None or a.rope_width == 0 else _rotation(n_tokens, a.rope_width, base)
+        self.rotation = None
+        if base is not None and a.rope_width > 0:
+            self.rotation = _rotation(n_tokens, a.rope_width, base, a.rope_slowing(layer))
         self.query, self.query_scale = self._finished(self._project("query", self.u))
         self.key, self.key_scale = self._finished(self._project("key", self.u))
         self.value = self._each_head(self._project("value", self.u))
@@ -198,9 +200,9 @@ def _norm_jacobian(a: Architecture, change: Array, normed: Array) -> Array:
     return change - normed * np.mean(normed * change, axis=-1, keepdims=True)
 
 
-def _rotation(n_tokens: int, width: int, base: float) -> tuple[Array, Array]:
-    """(T, width/2) cosines and sines of rotary positions."""
-    angles = np.outer(np.arange(n_tokens), base ** (-np.arange(0, width, 2) / width))
+def _rotation(n_tokens: int, width: int, base: float, slowing: tuple[float, ...]) -> tuple[Array, Array]:
+    """(T, width/2) cosines and sines of rotary positions, each frequency times its slowing."""
+    angles = np.outer(np.arange(n_tokens), base ** (-np.arange(0, width, 2) / width) * (slowing or 1.0))
     return np.cos(angles), np.sin(angles)
 
 

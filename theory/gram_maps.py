@@ -241,7 +241,9 @@ class FeedForwardMap:
 MANY_PAIRS = 1024
 
 
-def rotation_correlation(width: int, turned: int, base: float, distances: Array) -> Gram:
+def rotation_correlation(
+    width: int, turned: int, base: float, distances: Array, slowing: tuple[float, ...] = ()
+) -> Gram:
     """Correlation that RoPE leaves between two logits whose distances differ by `distances`.
 
     Logits are sums over pairs of coordinates, each turned by its angle: the mean cosine, 1 for those that do not turn.
@@ -249,11 +251,14 @@ def rotation_correlation(width: int, turned: int, base: float, distances: Array)
     Args:
         width, turned: of a head, and how much of it rotates.
         distances: (B, B) between two different tokens of a pair of blocks.
+        slowing: a factor on the angle of each pair; empty for none.
     """
     pairs = (turned + 1) // 2
     # Of more pairs than any head has, as many evenly spread ones stand for all.
     places = np.arange(pairs) if pairs <= MANY_PAIRS else (np.arange(MANY_PAIRS) + 0.5) * pairs / MANY_PAIRS - 0.5
     angles = base ** (-2 * places / max(turned, 1))
+    if slowing:
+        angles = angles * np.interp(places, np.arange(pairs), slowing)
     share = turned / width
     total = np.zeros_like(distances)
     for angle in angles:

@@ -222,7 +222,7 @@ def attention_map(
         value=_value_gain(a, layer),
         logits=_logit_variance(a, layer),
         averagings=tuple(causal(blocks, window=window, slope=slope) for slope in slopes),
-        rotation=None if base is None else _rotation(a, base, tuple(blocks.sizes.tolist())),
+        rotation=None if base is None else _rotation(a, base, a.rope_slowing(layer), tuple(blocks.sizes.tolist())),
         qk_eps=None if a.qk_norm == "none" else a.eps / max(a.d_model * stds.query * stds.key, 1e-300),
         logit_gradient=max(1 - removed / width, 0.0),
         model=model,
@@ -253,10 +253,10 @@ def routing(architecture: Architecture, layer: int) -> Routing:
 
 
 @lru_cache(maxsize=32)
-def _rotation(architecture: Architecture, base: float, sizes: tuple[float, ...]) -> Gram:
+def _rotation(architecture: Architecture, base: float, slowing: tuple[float, ...], sizes: tuple[float, ...]) -> Gram:
     a, size = architecture, np.array(sizes)
     distances = Blocks(size, np.concatenate([[0.0], np.cumsum(size)[:-1]])).distances()
-    return rotation_correlation(a.d_head, a.rope_width, base, distances)
+    return rotation_correlation(a.d_head, a.rope_width, base, distances, slowing)
 
 
 def _value_gain(architecture: Architecture, layer: int) -> float:

@@ -14,12 +14,13 @@ from theory.architecture import Activation, Architecture
 from theory.hf_reader import Reader, UnknownArchitecture
 from theory.hf_shared import (
     Rope,
+    Scaling,
     either,
     gated,
     read_layer_types,
     read_nope,
     read_rope,
-    require_plain,
+    read_scaling,
     require_unclipped,
     rope_base,
 )
@@ -66,13 +67,19 @@ def gemma2(reader: Reader) -> Architecture:
 def gemma3_text(reader: Reader) -> Architecture:
     """Layers with a window have their own rotary base; the class keeps an attention soft-cap and never applies it."""
     activation = reader.activation("hidden_activation", "gelu_pytorch_tanh")
-    require_plain(reader.table("rope_scaling"))
     tables = reader.table("rope_parameters")
-    local = rope_base(reader, tables.table("sliding_attention"), "rope_local_base_freq", 1e4)
-    whole = rope_base(reader, tables.table("full_attention"), "rope_theta", 1e6)
+    sliding, full = tables.table("sliding_attention"), tables.table("full_attention")
+    local = rope_base(reader, sliding, "rope_local_base_freq", 1e4)
+    whole = rope_base(reader, full, "rope_theta", 1e6)
+    if read_scaling(sliding) != Scaling():
+        raise UnknownArchitecture(
+            f"{sliding.place}rope_type slows a window's frequencies; predictions cover the others'"
+        )
+    older = reader.table("rope_scaling")  # of the layers that see all
+    scaling = read_scaling(older if older.data else full)
     base = _gemma(
         reader, "gemma3_text", activation, d_ffn=9216, n_kv_heads=4, vocab_size=262208, context=131072,
-        rope=Rope(1.0, whole),
+        rope=Rope(1.0, whole, scaling),
     )  # fmt: skip
     window = reader.optional_integer("sliding_window", 4096) or 0
     every = 6 if reader.has("layer_types") else reader.integer("sliding_window_pattern", 6)

@@ -11,6 +11,7 @@ from theory.hf_reader import LARGEST_LIST, Reader, UnknownArchitecture
 from theory.initialisation import flat
 
 PLAIN = ("default", "dynamic")
+KINDS = (*PLAIN, "linear", "llama3")  # of rotary frequencies
 CLIP = 6.0  # standard deviations: a normal entry is beyond them with probability 2e-9
 
 
@@ -31,11 +32,30 @@ class Sizes(NamedTuple):
         return Sizes(reader.integer(width), reader.integer(layers), reader.integer(heads))
 
 
+class Scaling(NamedTuple):
+    """How rotary frequencies are slowed, as in `Architecture`."""
+
+    stretch: float = 1.0
+    original: int = 0
+    low: float = 1.0
+    high: float = 4.0
+
+    def of(self, architecture: Architecture) -> Architecture:
+        return replace(
+            architecture,
+            rope_stretch=self.stretch,
+            rope_original=self.original,
+            rope_low=self.low,
+            rope_high=self.high,
+        )
+
+
 class Rope(NamedTuple):
-    """Share of a head that turns, and the base of its frequencies."""
+    """Share of a head that turns, the base of its frequencies, and how they are slowed."""
 
     fraction: float = 1.0
     base: float = 10_000.0
+    scaling: Scaling = Scaling()
 
 
 class Windows(NamedTuple):
@@ -79,7 +99,7 @@ def dense(
     `vocab_size` and `tied` are the class's defaults, the rest has been read.
     """
     rope = rope or Rope()
-    return Architecture(
+    architecture = Architecture(
         name=name,
         d_model=sizes.d_model,
         n_layers=sizes.n_layers,
@@ -98,6 +118,7 @@ def dense(
         tied=reader.flag("tie_word_embeddings", tied),
         init=flat(reader.spread() if spread is None else spread, name=name),
     )
+    return rope.scaling.of(architecture)
 
 
 def gated(
@@ -134,7 +155,7 @@ def gated(
         width = reader.integer("head_dim", quiet=True) if reader.has("head_dim") else head_width(d_model, n_heads)
     else:
         width = reader.integer("head_dim", d_head)
-    return Architecture(
+    architecture = Architecture(
         name=name,
         d_model=d_model,
         n_layers=n_layers,
@@ -154,6 +175,7 @@ def gated(
         padding_row=reader.padding_row(pad, vocabulary),
         init=flat(reader.spread() if spread is None else spread, name=name),
     )
+    return rope.scaling.of(architecture)
 
 
 def either(reader: Reader, *keys: str) -> bool:
@@ -201,26 +223,45 @@ def read_rope(
         turning = place.number(key, fraction)
         if turning > 1:
             raise ValueError(f"{place.place}{key}={turning:g} is above 1; use the share of a head that turns, 0 to 1")
-    return Rope(turning, rope_base(reader, table, keys[0], base))
+    return Rope(turning, rope_base(reader, table, keys[0], base), read_scaling(table))
 
 
 def rope_base(reader: Reader, table: Reader, key: str, default: float) -> float:
     """The base in a table of rotary parameters, or else by `key` in the config."""
-    require_plain(table)
     if table.has("rope_theta"):
         return table.number("rope_theta", default, positive=True)
     return reader.number(key, default, positive=True)
 
 
-def require_plain(table: Reader) -> None:
-    """Refuse rotary frequencies that are rescaled."""
+def read_scaling(table: Reader) -> Scaling:
+    """How the class slows the rotary frequencies.
+
+    Raises:
+        UnknownArchitecture: in a way that predictions do not cover.
+    """
     kind = table.data.get("rope_type", table.data.get("type", "default"))
     if not isinstance(kind, str):
-        raise ValueError(f"{table.place}rope_type={kind!r} is not a name; use one of {', '.join(PLAIN)}")
-    if kind not in PLAIN:
-        raise UnknownArchitecture(f"{table.place}rope_type is {kind!r}; predictions cover {', '.join(PLAIN)}")
+        raise ValueError(f"{table.place}rope_type={kind!r} is not a name; use one of {', '.join(KINDS)}")
+    if kind not in KINDS:
+        raise UnknownArchitecture(f"{table.place}rope_type is {kind!r}; predictions cover {', '.join(KINDS)}")
     if kind == "dynamic":
         table.note(f"{table.place}rope_type = dynamic changes nothing up to max_position_embeddings")
+    if kind in PLAIN:
+        return Scaling()
+    if not table.has("factor"):
+        raise ValueError(f"{table.place}factor is missing and rope_type {kind!r} has no default; add it, for example 8")
+    stretch = table.number("factor", 1.0, positive=True)
+    if kind == "linear":
+        return Scaling(stretch)
+    for key in ("low_freq_factor", "high_freq_factor", "original_max_position_embeddings"):
+        if not table.has(key):
+            raise ValueError(f"{table.place}{key} is missing and rope_type {kind!r} has no default; add it")
+    low, high = (table.number(f"{name}_freq_factor", 1.0, positive=True) for name in ("low", "high"))
+    if low >= high:
+        raise ValueError(
+            f"{table.place}high_freq_factor={high:g} is not above low_freq_factor={low:g}; use for example 4"
+        )
+    return Scaling(stretch, table.integer("original_max_position_embeddings", 8192), low, high)
 
 
 def read_nope(reader: Reader, n_layers: int, default: int) -> int:

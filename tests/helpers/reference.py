@@ -148,7 +148,8 @@ def attention(a: Architecture, n: int, w: dict[str, Tensor], u_BTD: Tensor) -> T
     q, k, v = (heads(a, w[field], u_BTD, turned=field != "value") for field in ("query", "key", "value"))
     base = a.rope_base_at(n)
     if base is not None:
-        q, k = rotated(a, base, q), rotated(a, base, k)
+        slowed = not (a.window_rope_base and a.window_at(n))
+        q, k = rotated(a, base, q, slowed), rotated(a, base, k, slowed)
     k, v = (t.repeat_interleave(a.n_heads // a.n_kv_heads, dim=1) for t in (k, v))
     z = q @ k.mT * a.logit_scale
     if a.attention_softcap:
@@ -170,10 +171,18 @@ def heads(a: Architecture, matrix: Tensor, u: Tensor, *, turned: bool) -> Tensor
     return normalised(a, split) if turned and a.qk_norm == "head" else split
 
 
-def rotated(a: Architecture, base: float, x: Tensor) -> Tensor:
+def rotated(a: Architecture, base: float, x: Tensor, slowed: bool) -> Tensor:
     """The first `rope_width` coordinates turned, each with the one half of that width away."""
     half = a.rope_width // 2
     frequency = base ** (-torch.arange(half, dtype=x.dtype) / half)
+    if slowed and a.rope_original:
+        wavelength = 2 * math.pi / frequency
+        smooth = (a.rope_original / wavelength - a.rope_low) / (a.rope_high - a.rope_low)
+        between = (1 - smooth) * frequency / a.rope_stretch + smooth * frequency
+        long, short = wavelength > a.rope_original / a.rope_low, wavelength < a.rope_original / a.rope_high
+        frequency = torch.where(long, frequency / a.rope_stretch, torch.where(short, frequency, between))
+    elif slowed:
+        frequency = frequency / a.rope_stretch
     angle = torch.arange(x.shape[-2], dtype=x.dtype)[:, None] * frequency
     first, second, rest = x.split([half, half, a.d_head - 2 * half], dim=-1)
     cos, sin = angle.cos(), angle.sin()
