@@ -115,8 +115,8 @@ def test_attack_finds_the_key_bias_that_rope_turns() -> None:
     """Where there are biases and something turns; few of all cases have both and a bias of the right size."""
     without = changed(UPPER["attention-upper-apriori"], lambda v: v | {"head_VK": 0.0})
     turning = {"positions": ("rope",), "rope_fraction": (0.25, 0.5, 1.0), "biases": (True,)}
-    found = attack(replace(without, covers={**without.covers, **turning}), budget=4 * DEFAULT)
-    assert found["violations"] > 0, found["worst_ratio"]
+    narrowed = replace(without, covers={**without.covers, **turning})
+    assert any(attack(narrowed, budget=4 * DEFAULT, seed=seed)["violations"] for seed in range(4))
 
 
 def test_climb_ascends() -> None:

@@ -45,9 +45,10 @@ KINDS = {
     **dict.fromkeys(("factor-two", "single-head"), "estimate"),  # bounds and sharp values, side by side
     **dict.fromkeys(("attention-sharp", "activation-cost", "routing"), "sharp"),
     **dict.fromkeys(("half-layer-sharp-relu", "half-layer-sharp-gated-relu", "ffn-sharp-relu-squared"), "sharp"),
-    **dict.fromkeys(("attention-full-sharp", "attention-full-half-layer-sharp", "ffn-sharp-gated-relu-squared"), "sharp"),
+    **dict.fromkeys(("attention-full-sharp", "attention-full-half-layer-sharp", "embedding-sharp"), "sharp"),
     **dict.fromkeys(("attention-half-layer-sharp", "attention-uneven-sharp", "attention-simulated"), "sharp"),
-    **dict.fromkeys(("ffn-sharp-relu", "ffn-sharp-gated-relu", "gaussian-opnorm-sharp", "embedding-sharp"), "sharp"),
+    **dict.fromkeys(("ffn-sharp-relu", "ffn-sharp-gated-relu", "ffn-sharp-gated-relu-squared"), "sharp"),
+    "gaussian-opnorm-sharp": "sharp",
     **dict.fromkeys(("gaussian-opnorm-estimate", "norm-jacobian-estimate"), "estimate"),
     "norm-backward-gain": "exact",
 }
