@@ -50,6 +50,7 @@ KINDS = {
     **dict.fromkeys(("ffn-sharp-relu", "ffn-sharp-gated-relu", "ffn-sharp-gated-relu-squared"), "sharp"),
     "gaussian-opnorm-sharp": "sharp",
     **dict.fromkeys(("gaussian-opnorm-estimate", "norm-jacobian-estimate"), "estimate"),
+    **dict.fromkeys(("rmsnorm-jacobian-estimate", "ffn-gated-estimate"), "estimate"),
     "norm-backward-gain": "exact",
 }
 # Tails and a product of maxima that nothing attains: how far below the bound their checks may stay.

@@ -41,6 +41,24 @@ _SIGMA = math.sqrt(2 / 5120)
 
 BY_HAND: dict[str, list[tuple[dict[str, float], float, float]]] = {
     "norm-jacobian-estimate": [({"sigma_x": 0.25}, 4.0, 1e-15)],
+    "rmsnorm-jacobian-estimate": [({"rms_x": 0.25}, 4.0, 1e-15)],
+    # sqrt(0.5 * 0.5^2 * 4 + 0.14) = 0.8; times 3 * 0.25 * (2 + 4)^2 / 2.
+    "ffn-gated-estimate": [
+        (
+            {
+                "sigma_1": 0.5,
+                "sigma_2": 3.0,
+                "sigma_3": 0.25,
+                "sigma_xp": 2.0,
+                "d": 4,
+                "d_ffn": 16,
+                "slope_square": 0.5,
+                "value_square": 0.14,
+            },
+            10.8,
+            1e-15,
+        )
+    ],
     "gaussian-opnorm-estimate": [({"sigma": 0.5, "rows": 16, "columns": 9}, 3.5, 1e-15)],
     "ffn-estimate": [
         ({"sigma_1": 0.5, "sigma_2": 0.25, "sigma_xp": 2.0, "d": 4, "d_ffn": 16}, 2.25, 1e-15),

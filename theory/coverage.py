@@ -74,7 +74,6 @@ def column_of(statement: Statement) -> Column:
     return "upper a priori" if known else "upper a posteriori"
 
 
-_PAPER_GATE = "the paper has no gate; `theory.stack.effective_sigma_1` puts the gate into ffn-estimate's sigma_1"
 _SIMULATED = "simulated from the configuration (`theory.attention_simulation`)"
 _SMALL_LOGITS = f"attention-sharp at small logits; at large ones {_SIMULATED}"
 _NO_NORM = "embedding-upper-aposteriori is the norm itself"
@@ -88,36 +87,31 @@ _ATTENTION = ("attention_jacobian", "attention_branch", "half_layer_jacobian")
 
 def _norms() -> Iterator[SubLayer]:
     reasons: dict[Column, str] = {
-        "estimate": "the paper has LayerNorm alone; with the root mean square for the std it is the same formula",
-        "upper a priori": "norm-jacobian-upper at s = sqrt(eps), all that is certain of a token",
         "sharp": "norm-jacobian-upper is the norm itself at unit gain",
     }
-    kinds: tuple[tuple[str, Norm, tuple[str, ...], tuple[Column, ...]], ...] = (
-        ("LayerNorm", "layernorm", ("layernorm", "norm-gain"), ()),
-        ("RMSNorm", "rmsnorm", ("rmsnorm", "norm-gain"), ("estimate",)),
+    kinds: tuple[tuple[str, Norm, tuple[str, ...]], ...] = (
+        ("LayerNorm", "layernorm", ("layernorm", "norm-gain")),
+        ("RMSNorm", "rmsnorm", ("rmsnorm", "norm-gain")),
     )
-    for label, norm, chains, without in kinds:
+    for label, norm, chains in kinds:
         yield SubLayer(
             label=label,
             quantities=("norm_jacobian", "norm_jacobian_inverse"),
             derived=chains,
             reasons=reasons,
             variant={"norm": (norm,)},
-            without=without,
         )
 
 
 def _feedforwards() -> Iterator[SubLayer]:
     for gated in (False, True):
         for activation in get_args(Activation):
-            reasons: dict[Column, str] = {"estimate": _PAPER_GATE} if gated else {}
             yield SubLayer(
                 label=f"feed-forward, {activation}{', gated' if gated else ''}",
                 quantities=("ffn_jacobian", "ffn_branch", "half_layer_jacobian"),
                 derived=("ffn-gated-upper",) if gated else ("ffn-upper",),
-                reasons=reasons,
+                reasons={},
                 variant={"activation": (activation,), "gated": (gated,)},
-                without=("estimate",) if gated else (),
             )
     yield SubLayer(
         label="experts behind a router",

@@ -160,6 +160,43 @@ def norm_gain() -> Derivation:
     )
 
 
+def _zeros(rng: Rng) -> Values:
+    """A token of zeros through an RMSNorm of unit gain: nothing is left of the normaliser but eps."""
+    width, epsilon = 6, float(rng.uniform(0.01, 1))
+    point = np.zeros((width, 1))
+    return {
+        **{s: epsilon**0.5, eps: epsilon, gain: 1.0, x: point, d: width},
+        _NORM: column_jacobian(lambda x: rms_norm(x, epsilon), point),
+    }
+
+
+@register_derivation
+def norm_jacobian_upper_apriori() -> Derivation:
+    """A normalisation's Jacobian for any token at all."""
+    upper = line(
+        Norm(_NORM), "<=", gain / s, "norm-jacobian-upper", "See the derivations layernorm and rmsnorm.",
+        source=OWN, sample=_sample, tight=_unit,
+    )  # fmt: skip
+    steepest = line(
+        1 / s, "<=", 1 / _sp.sqrt(eps), "least value", "s^2 is a mean of squares plus eps, so at least eps.",
+        source=OWN, sample=_sample, tight=_zeros,
+    )  # fmt: skip
+    conclusion = substitution(
+        *(upper, steepest),
+        source=Source(key="spikecheck", label="norm-jacobian-upper at the smallest normaliser"),
+        explanation="Attained by a token of zeros. Normalised streams stay far below: at eps = 1e-5 it is 316.",
+        sample=_sample,
+        tight=_zeros,
+    )
+    return Derivation(
+        name="norm-jacobian-upper-apriori",
+        title="A normalisation's Jacobian, from its gain and eps alone",
+        steps=(upper, steepest, conclusion),
+        statement="norm-jacobian-upper-apriori",
+        assumptions=("eps > 0",),
+    )
+
+
 inner_gain = symbol("inner_gain")
 inverse = entry("1/|J|", r"1/\| J \|")
 

@@ -45,6 +45,37 @@ def ffn_estimate() -> Statement:
         source=Source(key="takase2025spike", label="eq. (15)"),
         assumptions=("x' and the weights are normal (assumption 1)", "the activation is the identity"),
         why="|W_2| |W_1| by the Gaussian norm estimate, over the LayerNorm's sigma",
+        covers={"gated": (False,)},
+    )
+
+
+@register
+def ffn_gated_estimate() -> Statement:
+    r"""The paper's estimate of the feed-forward branch carried over to a gate.
+
+    .. math:: \sigma_2 \sigma_3 \sqrt{\overline{F'^2} \sigma_1^2 d + \overline{F^2}} \; C_{ffn} / \sigma_{x'}
+
+    with the mean squares of F' and F at z_1 of variance sigma_1^2 d. It is eq. (15) with the root mean square of
+    the entries of diag(F'(z_1) z_3) W_1 + diag(F(z_1)) W_3 for sigma_1.
+    Holds: as ffn-estimate. At d_ffn = 4d rows of unequal size have a norm 20 to 60 % larger than that of equal ones,
+        and independent matrices half of the product of their norms: together it is 1.6 to 2 times the true norm, for
+        squared ReLU 1.1 times, as its rows are the most unequal.
+    """
+    return Statement(
+        name="ffn-gated-estimate",
+        kind="estimate",
+        quantity=quantity("ffn_branch"),
+        formula=lambda sigma_1, sigma_2, sigma_3, sigma_xp, d, d_ffn, slope_square, value_square: (
+            sigma_2
+            * sigma_3
+            * sqrt(slope_square * sigma_1**2 * d + value_square)
+            * (sqrt(d) + sqrt(d_ffn)) ** 2
+            / sigma_xp
+        ),
+        source=Source(key="spikecheck", label="eq. (15) of takase2025spike with a gate"),
+        assumptions=("x' and the weights are normal (assumption 1)", "rows taken as equal"),
+        why="|W_2| and the gated inner matrix by the Gaussian norm estimate, over the LayerNorm's sigma",
+        covers={"gated": (True,)},
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from theory.functions import sqrt
 from theory.quantities import quantity
 from theory.sources import Source
 from theory.statements import Statement, register
@@ -24,6 +25,27 @@ def norm_jacobian_estimate() -> Statement:
         source=Source(key="takase2025spike", label="before eq. (15)"),
         assumptions=("eps far below the variance", "unit gain"),
         why="two directions of d are projected out, which leaves the largest singular value",
+        covers={"norm": ("layernorm",)},
+    )
+
+
+@register
+def rmsnorm_jacobian_estimate() -> Statement:
+    r"""The paper's estimate carried over to RMSNorm.
+
+    .. math:: \partial RMS/\partial x = (1/r)(I - z z^\top/d) \sim I/r, \qquad r = \sqrt{\mathrm{mean}\,x^2}
+
+    Holds: as norm-jacobian-estimate; one direction of d is left out, so that the norm is right for d >= 2.
+    """
+    return Statement(
+        name="rmsnorm-jacobian-estimate",
+        kind="estimate",
+        quantity=quantity("norm_jacobian"),
+        formula=lambda rms_x: 1 / rms_x,
+        source=Source(key="spikecheck", label="norm-jacobian-estimate with the root mean square for the std"),
+        assumptions=("eps far below the mean square", "unit gain"),
+        why="one direction of d is projected out, which leaves the largest singular value",
+        covers={"norm": ("rmsnorm",)},
     )
 
 
@@ -47,6 +69,28 @@ def norm_jacobian_upper() -> Statement:
         assumptions=("s > 0",),
         why="J = diag(gamma) A / s with A symmetric, eigenvalues 1, eps/s^2 <= 1 and (LayerNorm) 0",
         tight=True,
+    )
+
+
+@register
+def norm_jacobian_upper_apriori() -> Statement:
+    r"""Bound the Jacobian of LayerNorm or RMSNorm for any input at all.
+
+    .. math:: \|J\| \le \|\gamma\|_\infty / \sqrt{\epsilon}
+
+    Holds: any input and gain with eps > 0. Attained at unit gain by a token of zeros.
+    Why: norm-jacobian-upper, and s >= sqrt(eps), which is all that is certain of a token.
+    """
+    return Statement(
+        name="norm-jacobian-upper-apriori",
+        kind="upper",
+        quantity=quantity("norm_jacobian"),
+        formula=lambda gain, eps: gain / sqrt(eps),
+        source=Source(key="spikecheck", label="norm-jacobian-upper at the smallest normaliser"),
+        assumptions=("eps > 0",),
+        why="|J| <= max|gamma| / s, and s^2 is a mean of squares plus eps",
+        tight=True,
+        covers={"eps": (1e-12, 1e-5, 1e-3, 10.0)},
     )
 
 

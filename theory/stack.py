@@ -17,7 +17,7 @@ from theory.attention import attention_estimate
 from theory.attention_variants import attention_general_upper
 from theory.bounds_feedforward import ffn_gated_upper_apriori
 from theory.experts import experts_upper
-from theory.feedforward import ffn_estimate, ffn_upper
+from theory.feedforward import ffn_estimate, ffn_gated_estimate, ffn_upper
 from theory.gram_maps import steepest_alibi_slope
 from theory.grams import Gram
 from theory.growth import Growth, gradient_growth, routing
@@ -82,21 +82,24 @@ def _depth_bound(
     )
 
 
-def effective_sigma_1(architecture: Architecture, layer: int = 0) -> float:
-    """sigma_1 of the paper's eq. (15), extended to what it does not cover.
+def feedforward_estimate(architecture: Architecture, sigma_xp: float, layer: int = 0) -> float:
+    """The paper's eq. (15) of a layer's feed-forward branch, extended to what it does not cover.
 
-    The paper's activation is the identity and has no gate. With a gate, d(F(z_1) z_3)/du has entries of variance
-    E[F'^2] E[z_3^2] sigma_1^2 + E[F^2] sigma_3^2; for ReLU squared, whose slope grows with its input, of variance
-    E[F'^2] sigma_1^2.
+    The paper's activation is the identity and has no gate, for which there is `ffn_gated_estimate`. For ReLU squared,
+    whose slope grows with its input, the entries of diag(F'(z)) W_1 have variance E[F'^2] sigma_1^2.
     """
-    stds, d = architecture.layer_stds(layer), architecture.d_model
-    if not architecture.gated and architecture.activation != "relu-squared":
-        return stds.ffn_in
-    variance = np.array(stds.ffn_in**2 * d)
-    value, slope = activation_kernel(architecture.activation, variance, variance, variance)
-    if not architecture.gated:
-        return stds.ffn_in * math.sqrt(slope)
-    return stds.ffn_gate * math.sqrt(variance * slope + value)
+    a, stds = architecture, architecture.layer_stds(layer)
+    values = {
+        "sigma_1": stds.ffn_in, "sigma_2": stds.ffn_out, "sigma_xp": sigma_xp, "d": a.d_model, "d_ffn": a.d_ffn,
+    }  # fmt: skip
+    variance = np.array(stds.ffn_in**2 * a.d_model)
+    value, slope = activation_kernel(a.activation, variance, variance, variance)
+    if a.gated:
+        values |= {"sigma_3": stds.ffn_gate, "slope_square": slope, "value_square": value}
+        return float(ffn_gated_estimate().evaluate(values))
+    if a.activation == "relu-squared":
+        values["sigma_1"] *= math.sqrt(slope)
+    return float(ffn_estimate().evaluate(values))
 
 
 def input_scales(architecture: Architecture, growth: Growth) -> Array:
@@ -138,15 +141,7 @@ def paper_bound(architecture: Architecture, n_tokens: int, growth: Growth | None
         attention[layer] = attention_estimate().evaluate(
             {"sigma_O": stds.output, "sigma_x": scale[layer, 0], "d": d, "J_Z": averaging * values * group}
         )
-        feedforward[layer] = _gate_size(a, layer) * ffn_estimate().evaluate(
-            {
-                "sigma_1": effective_sigma_1(a, layer),
-                "sigma_2": stds.ffn_out,
-                "sigma_xp": scale[layer, 1],
-                "d": d,
-                "d_ffn": a.d_ffn,
-            }
-        )
+        feedforward[layer] = _gate_size(a, layer) * feedforward_estimate(a, scale[layer, 1], layer)
     r, after = a.residual_multiplier, np.ones(std.size - 1)
     if a.block in ("peri-ln", "branch-ln"):
         attention, feedforward = (

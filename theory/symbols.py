@@ -61,6 +61,9 @@ _ALL = (
         name="sigma_x", latex=r"\sigma_x", meaning="std of x, entering the attention half", known="config", range="> 0"
     ),
     SymbolEntry(
+        name="rms_x", latex=r"r_x", meaning="root mean square of x, entering an RMSNorm", known="config", range="> 0"
+    ),
+    SymbolEntry(
         name="sigma_xp",
         latex=r"\sigma_{x'}",
         meaning="std of x', entering the feed-forward half",
@@ -131,6 +134,18 @@ _ALL = (
         meaning="largest slope of the activation over the arguments that can occur",
         known="config",
         range="> 0",
+    ),
+    SymbolEntry(
+        name="slope_square",
+        latex=r"\overline{F'^2}",
+        meaning="mean square slope of the activation at normals of variance sigma_1^2 d",
+        known="config",
+    ),
+    SymbolEntry(
+        name="value_square",
+        latex=r"\overline{F^2}",
+        meaning="mean square of the activation at normals of variance sigma_1^2 d",
+        known="config",
     ),
     SymbolEntry(name="opnorm_1", latex=r"\|W_1\|", meaning="spectral norm of W_1", known="weights"),
     SymbolEntry(name="opnorm_2", latex=r"\|W_2\|", meaning="spectral norm of W_2", known="weights"),
