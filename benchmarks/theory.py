@@ -1,4 +1,4 @@
-"""What a prediction costs: time and peak memory, each beside a peer measured in the same run.
+"""What a prediction, and an attack on a bound, cost: time and peak memory, each beside a peer measured in the same run.
 
 Every task runs in a fresh process on one core and one thread. Its times, on the wall and on the processor, are the
 best of some repetitions inside the process, without the start of Python; a whole command's include it. Its memory is
@@ -40,6 +40,7 @@ class Scale:
         peer_tokens: the length at which the dense recursion is still bearable.
         configurations, looped: how many the vectorised closed form takes, and how many of them the loop.
         blocks, integrated: side of the kernel matrix, and how many of its entries the peer integrates.
+        evaluations: of an attack.
         repeats: of which the best counts.
     """
 
@@ -50,17 +51,18 @@ class Scale:
     looped: int
     blocks: int
     integrated: int
+    evaluations: int
     repeats: int
 
 
 SCALES = {
     "full": Scale(
         preset="13b", n_tokens=2048, peer_tokens=512, configurations=10**6, looped=10**4, blocks=135, integrated=200,
-        repeats=3,
+        evaluations=200, repeats=3,
     ),
     "tiny": Scale(
         preset="tiny", n_tokens=192, peer_tokens=176, configurations=10**4, looped=100, blocks=9, integrated=3,
-        repeats=1,
+        evaluations=10, repeats=1,
     ),
 }  # fmt: skip
 
@@ -125,6 +127,42 @@ def kernel_of(name: str, variance: float) -> Callable[[Scale], Callable[[], obje
     return build
 
 
+ATTACKED = "experts-upper"  # the slowest to evaluate
+
+
+def attacked(scale: Scale) -> Callable[[], object]:
+    """An attack, without the import of torch and its first call."""
+    from empirics.attack import attack
+    from theory.statements import find
+
+    attack(find(ATTACKED), budget=1)
+    return lambda: attack(find(ATTACKED), budget=scale.evaluations)
+
+
+def jacobians(scale: Scale) -> Callable[[], object]:
+    """As many explicit Jacobians with their singular values, of cases that the attack would draw, and nothing else."""
+    from random import Random
+
+    import torch
+
+    from empirics.adversaries import STYLES
+    from empirics.benches import find_bench
+    from theory.statements import find
+
+    statement, random = find(ATTACKED), Random(0)
+    bench = find_bench(statement.quantity.name)
+    styles = [STYLES[place % len(STYLES)] for place in range(scale.evaluations)]
+    drawn = [bench.draw(random, style, statement.covers).fitted() for style in styles]
+
+    def run() -> None:
+        with torch.no_grad():
+            for module, x in drawn:
+                bench.truth(module, x)
+
+    run()
+    return run
+
+
 # Tasks that run inside a process of their own, by name.
 TASKS: dict[str, Callable[[Scale], Callable[[], object]]] = {
     "growth": growth,
@@ -136,6 +174,8 @@ TASKS: dict[str, Callable[[Scale], Callable[[], object]]] = {
     "SiLU kernel": kernel_of("silu", 1.0),
     "SiLU kernel, variance 9": kernel_of("silu", 9.0),
     "integrated kernel": integrated_kernel,
+    "attack": attacked,
+    "Jacobians alone": jacobians,
 }
 
 
@@ -201,6 +241,10 @@ def rows(name: str) -> list[Row]:
         against("GELU kernel", f"GELU kernel, {side}", quadrature, integrated, entries),
         against("SiLU kernel", f"SiLU kernel, {side}", quadrature, integrated, entries),
         against("SiLU kernel, variance 9", f"SiLU kernel, {side}, variance 9", quadrature, integrated, entries),
+        against(
+            "attack", f"attack {ATTACKED} --budget {scale.evaluations}", "as many explicit Jacobians with SVD alone",
+            cost_of("Jacobians alone", name), 1.0, "30 s",
+        ),
     ]  # fmt: skip
 
 
