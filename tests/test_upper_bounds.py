@@ -102,8 +102,8 @@ ATTAINED: dict[str, list[Callable[[], Observation]]] = {
         lambda: seen("norm-jacobian-upper", unit_norm("rmsnorm", 2), normal(1, 2, 2) * 1e-3),
     ],
     "norm-jacobian-upper-apriori": [
-        lambda: seen("norm-jacobian-upper-apriori", unit_norm("layernorm", 3), torch.full((2, 3), 7.0).double(), eps=1e-5),
-        lambda: seen("norm-jacobian-upper-apriori", unit_norm("rmsnorm", 2), torch.zeros(2, 2).double(), eps=1e-5),
+        lambda kind=kind: seen("norm-jacobian-upper-apriori", unit_norm(kind, 3), 0 * eye(2, 3), eps=1e-5)
+        for kind in ("layernorm", "rmsnorm")
     ],
     "norm-jacobian-lower": [
         lambda: seen("norm-jacobian-lower", unit_norm("layernorm", 3), normal(1, 1, 3)),
