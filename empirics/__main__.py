@@ -110,11 +110,11 @@ def parser() -> argparse.ArgumentParser:
     classes = commands.add_parser(
         "classes",
         help="every decoder class of transformers: what it is, and its growth beside the prediction",
-        description="Measure every class at d about 250, 6 layers (about ten minutes on one core; a killed run "
-        "resumes) and print the table.",
+        description="Measure every class at d about 250, 6 layers and some at 12 and 24 (about fifteen minutes on one "
+        "core; a killed run resumes) and print the table.",
     )
     classes.add_argument("--only", metavar="TEXT", help="classes with this in their name")
-    classes.add_argument("--seeds", type=_several, default=32, metavar="K", help="seeds 0..K-1 (default 32)")
+    classes.add_argument("--seeds", type=_several, metavar="K", help="seeds 0..K-1 (default 32, deeper ones 24)")
     classes.add_argument(
         "--out", default="results/classes", metavar="DIR", help="of the records (default results/classes)"
     )

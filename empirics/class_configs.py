@@ -81,4 +81,18 @@ VARIANTS = {
     },
     "gpt2, tanh": REAL["gpt2"] | {"activation_function": "tanh"},
 }  # fmt: skip
-CASES: dict[str, dict[str, Any]] = REAL | VARIANTS
+
+
+def deeper(kind: str, layers: int) -> dict[str, Any]:
+    """A class's config with another number of layers."""
+    depth = "n_layer" if "n_layer" in REAL[kind] else "num_hidden_layers"
+    return REAL[kind] | {depth: layers}
+
+
+# One class of each layout, deeper: an error of a layer would grow with their number.
+DEEPER = {
+    f"{kind}, {layers} layers": deeper(kind, layers)
+    for layers in (12, 24)
+    for kind in ("gpt2", "gpt_neox", "llama", "qwen3", "gemma2", "olmo2", "starcoder2")
+}
+CASES: dict[str, dict[str, Any]] = REAL | VARIANTS | DEEPER

@@ -15,7 +15,7 @@ import numpy as np
 from tqdm import tqdm
 
 from empirics import real_classes
-from empirics.class_configs import CASES
+from empirics.class_configs import CASES, DEEPER
 from empirics.comparison import ACCURACY, disagreements, initial_stds
 from empirics.decoder_growth import DecoderGrowth, distinct_tokens, measure_decoder
 from empirics.measured import Measured
@@ -23,7 +23,7 @@ from theory.growth import gradient_growth
 from theory.hf_config import UnknownArchitecture, parse_config
 from theory.records import fingerprint, plain, read_record, slug, write_record
 
-SEEDS, BATCH, LENGTH = 32, 4, 48
+SEEDS, DEEPER_SEEDS, BATCH, LENGTH = 32, 24, 4, 48
 
 
 def measured_class(config: Mapping[str, Any], *, seeds: Sequence[int], batch: int, seq_len: int) -> DecoderGrowth:
@@ -40,8 +40,12 @@ def measured_class(config: Mapping[str, Any], *, seeds: Sequence[int], batch: in
     )
 
 
-def records(out: Path, *, only: str = "", seeds: int = SEEDS) -> dict[str, dict[str, Any]]:
-    """The record of every case with `only` in its name; what is there for it is not measured again."""
+def records(out: Path, *, only: str = "", seeds: int | None = None) -> dict[str, dict[str, Any]]:
+    """The record of every case with `only` in its name; what is there for it is not measured again.
+
+    Args:
+        seeds: of every case; None for SEEDS, and DEEPER_SEEDS of the deeper ones.
+    """
     import torch
     import transformers
 
@@ -53,13 +57,14 @@ def records(out: Path, *, only: str = "", seeds: int = SEEDS) -> dict[str, dict[
         unit="class",
         disable=None,
     ):
-        spec = {"config": config, "seeds": seeds, "batch": BATCH, "seq_len": LENGTH, "versions": versions}
+        count = seeds or (DEEPER_SEEDS if label in DEEPER else SEEDS)
+        spec = {"config": config, "seeds": count, "batch": BATCH, "seq_len": LENGTH, "versions": versions}
         path = out / f"{slug(label)}-{fingerprint(spec)}.json"
         record = read_record(path)
         if record is None:
             if path.exists():
                 print(f"record {path} is damaged; it is made again", file=sys.stderr)
-            grown = measured_class(config, seeds=range(seeds), batch=BATCH, seq_len=LENGTH)
+            grown = measured_class(config, seeds=range(count), batch=BATCH, seq_len=LENGTH)
             body = {
                 "label": label,
                 "spec": spec,
@@ -120,12 +125,15 @@ def markdown(found: Mapping[str, Mapping[str, Any]]) -> str:
     rows = [row(record) for record in found.values()]
     first = next(iter(found.values()))
     spec = first["spec"]
+    count, *others = dict.fromkeys(record["spec"]["seeds"] for record in found.values())
+    seeds = f"{count} seeds" + "".join(f" ({other} of the deeper)" for other in others)
     versions = ", ".join(f"{name} {version}" for name, version in spec["versions"].items())
     lines = [
         "# The real classes of transformers, measured",
         "",
         "Made by `python -m empirics classes --markdown docs/classes.md`; do not edit. Each class is built from",
-        f"a config of d about 250 and 6 layers with its own initialiser (float32, no dropout): {spec['seeds']} seeds,",
+        "a config of d about 250 and 6 layers (12 and 24 where it says so) with its own initialiser (float32, no",
+        f"dropout): {seeds},",
         f"{spec['batch']} sequences of {spec['seq_len']} distinct random tokens of {spec['config']['vocab_size']}",
         f"({versions}). What it is (block, order, multipliers, standard deviation of",
         "every matrix) is measured by perturbing its forward pass; the prediction is from the config alone. Error is",
