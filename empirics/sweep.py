@@ -18,7 +18,9 @@ from joblib import Parallel, delayed, parallel_config
 from joblib.externals.loky.process_executor import TerminatedWorkerError
 from tqdm import tqdm
 
+from empirics.data import load_corpus
 from empirics.distributed import ranks_of
+from empirics.initialisation import InitialisationSpec
 from empirics.run import Record, Spec, corpus_of, record_path, run, stop_signals
 from empirics.run_spec import RunSpec
 from empirics.train import Stopped
@@ -30,10 +32,13 @@ JOBS = "jobs.json"
 
 
 def prepare_texts(specs: Sequence[Spec], out: Path) -> None:
-    """Tokenise every text that the trainings read, once, before two processes would both do it."""
+    """Tokenise every text that runs and records read, once, before two processes would both do it."""
     runs = (spec for spec in specs if isinstance(spec, RunSpec))
     for spec in {(s.data, s.data_bytes, s.tokenizer, s.architecture.vocab_size): s for s in runs}.values():
         corpus_of(spec, out)
+    records = (spec for spec in specs if isinstance(spec, InitialisationSpec) and spec.tokens == "text")
+    for data, vocab_size in {(s.data, s.architecture.vocab_size) for s in records}:
+        load_corpus(data, vocab_size=vocab_size, cache=out / "data")
 
 
 def cost(spec: Spec) -> float:
