@@ -174,8 +174,8 @@ DEFINITIONS: dict[str, Definition] = {
             name="robust-deviation",
             statement="above the median of the last 50 steps (at least 20 of them) by 7 x 1.4826 x their median "
             "absolute deviation",
-            source=_UNCONFIRMED,
-            deviation="",
+            source=Source(key="davies1993outliers", label="the Hampel identifier"),
+            deviation="of the steps before and upwards alone; by 7 deviations, a convention, where 3 is common",
             parameters={"window": 50, "first": 20, "factor": 7.0},
             high=_robust_deviation,
             relative=False,

@@ -544,7 +544,7 @@ def test_command_prints_definitions_side_by_side(tmp_path: Path, capsys: pytest.
     for definition in DEFINITIONS.values():
         assert definition.statement in out
         assert definition.deviation in out
-    assert out.count("no published source confirmed") == 2
+    assert out.count("no published source confirmed") == 1
     assert out.count("200: never") == 6  # three definitions, raw and paired
     assert out.count("204: never") == 2
     assert main(["spikes", run, "--definition", "six-sigma", "--definition", "twice-median"]) == 0

@@ -62,6 +62,8 @@ REFERENCES: dict[str, str] = {
     "olmocore": "Allen Institute for AI. OLMo-core; module olmo_core.optim.skip_step_optimizer. 2024.",
     "llmfoundry": "MosaicML. LLM Foundry; module llmfoundry.callbacks.kill_loss_spike_callback. 2024.",
     "megatronlm": "NVIDIA. Megatron-LM; module megatron.core.rerun_state_machine and pretrain_gpt. 2024.",
+    "davies1993outliers": "Davies, Gather. The identification of multiple outliers. Journal of the American "
+    "Statistical Association 88(423), 1993.",
     "zhai2023entropy": "Zhai, Likhomanenko, Littwin, Busbridge, Ramapuram, Zhang, Gu, Susskind. Stabilizing "
     "Transformer Training by Preventing Attention Entropy Collapse. ICML 2023, arXiv 2303.06296.",
     "wortsman2023proxies": "Wortsman et al. Small-scale proxies for large-scale Transformer training instabilities. "
