@@ -34,6 +34,8 @@ from theory.softmax_moments import softmax_moments
 Array = NDArray[np.float64]
 AttentionModel = Literal["uniform", "expanded"]
 
+SMALLEST_SCALE = 1e-100  # of a row's tokens over the largest of all; its square still fits a double
+
 
 class Applied(NamedTuple):
     """A sub-layer at a given input.
@@ -136,15 +138,18 @@ class _Rows:
     def of(p: Averaging, covariance: Gram, logits: float) -> _Rows:
         # A row over n exchangeable tokens of correlation r has two invariants; n and r follow from them, so that
         # equal tokens and unequal weights count as fewer tokens.
-        scale = np.maximum(p.mass @ covariance.diag, 1e-300)
-        mean = p.average(covariance).diag / scale
-        square = p.average(covariance * covariance).diag / scale**2
+        # Over its largest entry, so that its squares underflow for no size of it.
+        largest = float(np.max(covariance.diag)) or 1.0
+        relative = covariance * (1 / largest)
+        scale = np.maximum(p.mass @ relative.diag, SMALLEST_SCALE)
+        mean = p.average(relative).diag / scale
+        square = p.average(relative * relative).diag / scale**2
         apart = np.maximum(1 - mean, 0.0)
-        varied = apart > 1e-9
+        varied = (apart > 1e-9) & (mean > 0)
         correlation = np.where(varied, (mean - square) / np.where(varied, apart, 1.0), 0.0)
         correlation = np.minimum(correlation, np.where(varied, mean, 0.0) * (1 - 1e-9))
         count = np.where(varied, (1 - correlation) / np.where(varied, mean - correlation, 1.0), 1.0)
-        unit = scale * (1 - correlation)  # logit variance around the row's mean, over a K_tt
+        unit = largest * scale * (1 - correlation)  # logit variance around the row's mean, over a K_tt
         variance = logits * covariance.diag * unit
         moments = softmax_moments(np.maximum(count, 1.0), variance)
         first = np.where(varied, moments.slope, 1.0)

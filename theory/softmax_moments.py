@@ -48,12 +48,11 @@ def softmax_moments(count: Array, variance: Array) -> Moments:
 
     Args:
         count: tokens a row sees, any real number >= 1.
-        variance: of a logit, >= 0. What is no number has moments that are none.
+        variance: of a logit, >= 0. Where either is no number, neither are the moments.
     """
-    n, a = np.broadcast_arrays(
-        np.clip(np.asarray(count, dtype=np.float64), _SMALLEST_COUNT, _LARGEST_COUNT),
-        np.asarray(variance, dtype=np.float64),
-    )
+    n, a = np.broadcast_arrays(np.asarray(count, dtype=np.float64), np.asarray(variance, dtype=np.float64))
+    nowhere = np.isnan(n) | np.isnan(a)
+    n = np.clip(np.where(nowhere, 1.0, n), _SMALLEST_COUNT, _LARGEST_COUNT)
     row = np.log(np.clip(np.nan_to_num(a), SMALLEST, LARGEST) / SMALLEST) / math.log(LARGEST / SMALLEST) * (_LOGITS - 1)
     column = (_stretched(n) - _FIRST) / (_LAST - _FIRST) * (_COUNTS - 1)
     i, j = (np.minimum(place.astype(int), size - 2) for place, size in ((row, _LOGITS), (column, _COUNTS)))
@@ -66,7 +65,7 @@ def softmax_moments(count: Array, variance: Array) -> Moments:
         low = below[:, at] * (1 - y[here]) + below[:, at + 1] * y[here]
         high = above[:, at] * (1 - y[here]) + above[:, at + 1] * y[here]
         found[:, here] = np.exp(low * (1 - x[here]) + high * x[here])
-    found[:, np.isnan(a)] = np.nan
+    found[:, nowhere] = np.nan
     # The table holds the gain over a, which is smooth and 1 at a = 0.
     return Moments(gain=found[0] * np.minimum(a, LARGEST), slope=found[1], square=found[2])
 
