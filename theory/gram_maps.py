@@ -29,7 +29,7 @@ from theory.architecture import Activation
 from theory.grams import Averaging, Gram
 from theory.kernels import activation_kernel
 from theory.routing import Routing
-from theory.softmax_moments import softmax_moments
+from theory.softmax_moments import Capped, softmax_moments
 
 Array = NDArray[np.float64]
 AttentionModel = Literal["uniform", "expanded"]
@@ -41,7 +41,8 @@ class Applied(NamedTuple):
     """A sub-layer at a given input.
 
     output: Gram matrix of the branch. backward: from the gradient's Gram matrix at the output to that at the input.
-    logit_variance: largest variance of a row's logits around their mean; 0 without attention.
+    logit_variance: largest variance of a row's logits around their mean, or of what their gradient is multiplied by if
+        a soft-cap makes that the larger; 0 without attention.
     """
 
     output: Gram
@@ -60,7 +61,9 @@ class AttentionMap:
         rotation: correlation that RoPE leaves between logits, by the distance of tokens; None without it.
         qk_eps: with QK-norm, the norm's eps over the variance gain of W_Q and W_K; None without. Logits are then those
             of the kernel's correlations, as far as eps is small.
-        logit_gradient: share of the gradient through a query or key that its normalisation lets through.
+        logit_gradient: variance gain of the way back through the normalisation of a query or key, times their mean
+            square.
+        capped: what a soft-cap makes of the logits, whose variance is then `logits`; None without one.
         model: `expanded` counts the fluctuation of softmax rows around their mean, `uniform` does not. Both keep
             the gradient through the logits.
     """
@@ -71,13 +74,16 @@ class AttentionMap:
     rotation: Gram | None = None
     qk_eps: float | None = None
     logit_gradient: float = 1.0
+    capped: Capped | None = None
     model: AttentionModel = "expanded"
 
     def at(self, kernel: Gram) -> Applied:
         """Attention of an input with this Gram matrix."""
         covariance = self._covariance(kernel)
-        rows = [_Rows.of(p, covariance, self.logits) for p in self.averagings]
+        rows = [_Rows.of(p, covariance, self.logits, self.capped) for p in self.averagings]
         largest = max(float(np.max(row.variance)) for row in rows)
+        if self.capped is not None:
+            largest *= max(self.capped.steepness, 1.0)
         if self.model == "uniform":
             rows = [row.at_their_mean() for row in rows]
         contracted = [_contracted(p, kernel, covariance) for p in self.averagings]
@@ -125,6 +131,7 @@ class _Rows:
     variance: (B,) of a row's logits around their mean. first: (B,) E[S_t] over its value at equal logits.
     itself: (B,) factor on E[p_t p_t'] - mean of a row with itself. second: Gram of factors on E[S_t K S_t'].
     shift: (T, T) change of the mean row by unequal tokens (blocks of one token alone).
+    between: factor on the covariance of two rows' logits.
     """
 
     variance: Array
@@ -133,9 +140,10 @@ class _Rows:
     second: Gram
     shift: Array
     logits: float
+    between: float
 
     @staticmethod
-    def of(p: Averaging, covariance: Gram, logits: float) -> _Rows:
+    def of(p: Averaging, covariance: Gram, logits: float, capped: Capped | None) -> _Rows:
         # A row over n exchangeable tokens of correlation r has two invariants; n and r follow from them, so that
         # equal tokens and unequal weights count as fewer tokens.
         # Over its largest entry, so that its squares underflow for no size of it.
@@ -154,7 +162,11 @@ class _Rows:
         moments = softmax_moments(np.maximum(count, 1.0), variance)
         first = np.where(varied, moments.slope, 1.0)
         itself = np.where(varied, moments.gain / np.where(unit > 0, unit, 1.0), logits * covariance.diag)
-        second = np.outer(first, first)
+        square, between = np.where(varied, moments.square, 1.0), 1.0
+        if capped is not None:
+            own_gain, own_square = capped.at(count)
+            itself, square, between = itself * own_gain, square * own_square, capped.between
+        second = between * np.outer(first, first)
         shift = np.zeros((0, 0))
         if p.blocks.single:
             dense, weights = covariance.dense(), p.dense()
@@ -166,9 +178,10 @@ class _Rows:
             variance=variance,
             first=first,
             itself=itself,
-            second=Gram(np.where(varied, moments.square, 1.0), second),
+            second=Gram(square, second),
             shift=shift,
             logits=logits,
+            between=between,
         )
 
     def at_their_mean(self) -> _Rows:
@@ -178,7 +191,7 @@ class _Rows:
 
     def fluctuation(self, covariance: Gram) -> Gram:
         """Coefficient of S_t K S_t' in E[p_t p_t'] - E[p_t] E[p_t']: first order between rows, exact within one."""
-        return Gram(self.itself, self.logits * covariance.off * np.outer(self.first, self.first))
+        return Gram(self.itself, self.logits * self.between * covariance.off * np.outer(self.first, self.first))
 
     def shifted(self, p: Averaging, kernel: Gram) -> Gram:
         """What the shift of the mean rows adds to P K P'; for blocks of one token."""

@@ -23,21 +23,19 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from theory import growth_domain
 from theory.architecture import Architecture
 from theory.arguments import require_tokens
 from theory.gram_maps import Applied, AttentionMap, AttentionModel, FeedForwardMap, alibi_slopes, rotation_correlation
 from theory.grams import Blocks, Gram, causal
+from theory.growth_domain import scatter
+from theory.head import head_gradient, head_variance
+from theory.logits import attention_logits, lost_directions, norm_gain
 from theory.routing import Routing
-from theory.softmax_moments import softmax_moments
-from theory.words import counted
 
 Array = NDArray[np.float64]
 
-MAX_LOGIT_VARIANCE = 4.0  # beyond, two softmax rows are not independent to first order in their covariance
 SMALLEST_SQUARE = 1e-100  # of a normaliser; its inverse square still fits a double
-MIN_DISTINCT = 16  # tokens that repeat; measured 3 to 5 % high at 16
-MIN_WIDTH = 32  # narrower, fluctuations between tokens and heads are no longer small
-MAX_LAYERS = 96  # docs/accuracy.md measures up to 24, where errors do not grow with depth; beyond this it is a guess
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,6 +63,7 @@ class Growth:
 class _Branch(NamedTuple):
     """A sub-layer in its place: what the backward pass needs of it."""
 
+    name: str
     applied: Applied
     passed: Array  # (B,) the input norm's 1/s, or 1 without one
     kept: float  # share of the gradient that the input norm lets through
@@ -72,10 +71,15 @@ class _Branch(NamedTuple):
 
 
 class _Update(NamedTuple):
-    """One update of the residual stream: its branches, and the norm after it in post-ln."""
+    """One update of the residual stream: its branches, and the norm after it in post-ln.
+
+    after: (B,) root of the norm's backward gain, E[1/s^2] in it. kept: share of the gradient along the shortcut that
+    the norm below lets through; what the norm above took out is nearly the direction that it takes out itself.
+    """
 
     branches: tuple[_Branch, ...]
     after: Array | None
+    kept: float
 
 
 @np.errstate(over="ignore", invalid="ignore")  # what is not finite is reported in `reasons`
@@ -112,12 +116,16 @@ def gradient_growth(
     updates: list[_Update] = []
     residual_std = [_root(blocks.trace(stream) / n_tokens)]
     branch_std: list[float] = []
-    logit_variance = 0.0
+    logit_variance, own = 0.0, a.embedding_multiplier * a.stds.embedding  # size of a token's embedding in the stream
+    if a.embedding_norm:
+        own /= math.sqrt(_raw_variance(a) + a.eps)
     for layer in range(a.n_layers):
         for names in a.updates:
             first = not updates
             branches: list[_Branch] = []
             total = stream * a.shortcut_multiplier**2
+            own *= a.shortcut_multiplier
+            feedforward = np.zeros(blocks.sizes.size)
             for name in names:
                 branch = _branch(a, blocks, layer, name, stream, attention, fixed=first and a.embedding_norm)
                 branches.append(branch)
@@ -125,28 +133,61 @@ def gradient_growth(
                 branch_std.append(_root(blocks.trace(output) / n_tokens))
                 logit_variance = max(logit_variance, branch.applied.logit_variance)
                 added = output if branch.after is None else output.over_outer(1 / branch.after)
-                total = total + added * a.residual_multiplier**2
-            after = None
+                added = added * a.residual_multiplier**2
+                total = total + added
+                if name == "feedforward":
+                    feedforward = added.diag
+            after, kept = None, 1.0
             if a.block == "post-ln":
+                shares = [
+                    _share(part, total.diag)
+                    for part in (total.diag - a.shortcut_multiplier**2 * stream.diag, feedforward)
+                ]
+                gain, kept = _post_norm(a, *shares, first=first and not a.embedding_norm)
+                if first:
+                    kept = 1.0  # no norm is below
                 total, scale = _normalise(total, a.eps)
-                after = 1 / scale
-            updates.append(_Update(tuple(branches), after))
+                after = np.sqrt(gain) / scale
+                own /= _root(float(np.mean(scale**2)))
+            updates.append(_Update(tuple(branches), after, kept))
             stream = total
             residual_std.append(_root(blocks.trace(stream) / n_tokens))
 
     final, scale = _normalise(stream, a.eps) if a.final_norm else (stream, np.ones(blocks.sizes.size))
-    gradient = _head_gradient(a, final, targets).over_outer(scale)
+    gradient = head_gradient(a, final, targets).over_outer(scale)
     norms = [blocks.trace(gradient)]
+    if a.block == "post-ln" and not a.final_norm:
+        gradient = gradient * norm_gain(a.norm, a.d_model, fixed_scale=True)
+    scattered = 0.0
     for update in reversed(updates):
         if update.after is not None:
             gradient = gradient.over_outer(1 / update.after)
-        total = gradient * a.shortcut_multiplier**2
+        total = gradient * a.shortcut_multiplier**2 * update.kept
+        passed: dict[str, float] = {}
         for branch in update.branches:
-            total = total + _backward(a, branch, gradient)
+            added = _backward(a, branch, gradient)
+            total = total + added
+            passed[branch.name] = blocks.trace(added)
         gradient = total
         norms.append(blocks.trace(gradient))
+        shares = (
+            np.array(part / norms[-1] if norms[-1] else 0.0)
+            for part in (sum(passed.values()), passed.get("feedforward", 0.0))
+        )
+        scattered += float(scatter(a, *shares))
     profile = tuple(_root(norm / norms[0]) for norm in reversed(norms))
-    reasons = _domain(a, n_tokens, logit_variance, tokens)
+    entering = blocks.trace(final) / n_tokens
+    own_share = own**2 / max(residual_std[-1] ** 2, SMALLEST_SQUARE)
+    reasons = growth_domain.reasons(
+        a,
+        n_tokens,
+        logit_variance=logit_variance,
+        scattered=scattered,
+        head_variance=head_variance(a) * entering,
+        own_logit=a.logit_multiplier * a.stds.head * a.d_model * math.sqrt(own_share * entering) if a.tied else 0.0,
+        own_share=own_share,
+        tokens=tokens,
+    )
     if not all(map(math.isfinite, (*profile, *residual_std))):
         reasons = (*reasons, "the recursion breaks down: a mean square overflows or comes out negative")
     return Growth(
@@ -167,23 +208,44 @@ def _branch(
     kernel, passed, kept = stream, np.ones(blocks.sizes.size), 1.0
     if a.block in ("pre-ln", "peri-ln"):
         kernel, scale = _normalise(stream, a.eps)
-        passed, kept = 1 / scale, _norm_gain(a, fixed_scale=fixed)
+        passed, kept = 1 / scale, norm_gain(a.norm, a.d_model, fixed_scale=fixed)
     elif a.block == "post-ln" and (layer > 0 or name != "attention"):
-        kept = _norm_gain(a, fixed_scale=True)  # the norm below removes the token's own direction
+        kept = norm_gain(a.norm, a.d_model, fixed_scale=True)  # the norm below removes the token's own direction
     if a.norm_depth_scaling:
         kernel, passed = kernel * (1 / (layer + 1)), passed / math.sqrt(layer + 1)
     applied, after = sublayer.at(kernel), None
     if a.block in ("peri-ln", "branch-ln"):
         after = 1 / np.sqrt(applied.output.diag + a.eps)
-    return _Branch(applied, passed, kept, after)
+    return _Branch(name, applied, passed, kept, after)
 
 
 def _backward(a: Architecture, branch: _Branch, gradient: Gram) -> Gram:
     """What a branch adds to the gradient at its input."""
     inner = gradient * a.residual_multiplier**2
     if branch.after is not None:
-        inner = inner.over_outer(1 / branch.after) * _norm_gain(a, fixed_scale=False)
+        inner = inner.over_outer(1 / branch.after) * norm_gain(a.norm, a.d_model)
     return branch.applied.backward(inner).over_outer(1 / branch.passed) * branch.kept
+
+
+def _share(part: Array, whole: Array) -> Array:
+    """Elementwise, and 0 where the whole is."""
+    return np.clip(part / np.where(whole > 0, whole, 1.0), 0.0, 1.0)
+
+
+def _post_norm(a: Architecture, share: Array, feedforward: Array, *, first: bool) -> tuple[Array, float]:
+    """E[1/s^2] over 1/E[s^2] of the norm after an update, and what the norm below lets through.
+
+    The branches' share of the mean square is what fluctuates where a norm before has fixed the rest: s^2 has relative
+    variance `scatter`, and LayerNorm takes 1/d of the branches' mean square. In the first layer everything does:
+    d/(d-3) (LayerNorm) and d/(d-2). On its way down the shortcut the gradient has lost the direction of the norm
+    above, whose squared cosine with that of the norm below is 1 - share.
+    """
+    d, lost = a.d_model, lost_directions(a.norm)
+    if first:
+        gain = np.full(share.size, d / max(d - lost - 1, 1))
+    else:
+        gain = 1 + scatter(a, share, feedforward) + (lost - 1) * share / d
+    return gain, 1 - float(np.mean(share)) / d
 
 
 def growth_closed_form(architecture: Architecture, n_tokens: int) -> float:
@@ -215,16 +277,15 @@ def attention_map(
     a = architecture
     slopes = alibi_slopes(a.n_heads) if a.positions == "alibi" else (0.0,)
     window = a.window_at(layer)
-    removed = 0 if a.qk_norm == "none" else 2 if a.norm == "layernorm" else 1
-    width = a.d_head if a.qk_norm == "head" else a.n_heads * a.d_head
-    stds, base = a.layer_stds(layer), a.rope_base_at(layer)
+    stds, base, logits = a.layer_stds(layer), a.rope_base_at(layer), attention_logits(a, layer)
     return AttentionMap(
         value=_value_gain(a, layer),
-        logits=_logit_variance(a, layer),
+        logits=logits.variance,
         averagings=tuple(causal(blocks, window=window, slope=slope) for slope in slopes),
         rotation=None if base is None else _rotation(a, base, a.rope_slowing(layer), tuple(blocks.sizes.tolist())),
         qk_eps=None if a.qk_norm == "none" else a.eps / max(a.d_model * stds.query * stds.key, 1e-300),
-        logit_gradient=max(1 - removed / width, 0.0),
+        logit_gradient=logits.gradient,
+        capped=logits.capped,
         model=model,
     )
 
@@ -265,22 +326,6 @@ def _value_gain(architecture: Architecture, layer: int) -> float:
     return architecture.d_model * stds.value**2 * heads * stds.output**2
 
 
-def _logit_variance(architecture: Architecture, layer: int = 0) -> float:
-    """a, the variance of an attention logit between normalised, uncorrelated tokens.
-
-    (scale^2 d_h) c_Q c_K, where QK-norm makes c_Q = c_K = 1. A soft-cap c tanh(z/c) multiplies the logits' covariance
-    by the square of its mean slope (the first term of its Hermite series).
-    """
-    a, stds = architecture, architecture.layer_stds(layer)
-    products = 1.0 if a.qk_norm != "none" else (a.d_model * stds.query * stds.key) ** 2
-    variance = a.logit_scale**2 * a.d_head * products
-    if a.attention_softcap > 0:
-        nodes, weights = np.polynomial.hermite_e.hermegauss(64)
-        slopes = 1 / np.cosh(np.clip(math.sqrt(variance) * nodes / a.attention_softcap, -300, 300)) ** 2
-        variance *= float(slopes @ weights / weights.sum()) ** 2
-    return variance
-
-
 def embedding_variance(architecture: Architecture) -> float:
     """Mean square of the residual stream entering the first block, for one token at one position."""
     raw = _raw_variance(architecture)
@@ -309,32 +354,6 @@ def _require_scale(architecture: Architecture) -> None:
         )
 
 
-def _domain(
-    architecture: Architecture, n_tokens: int, logit_variance: float, tokens: NDArray[np.int64] | None
-) -> tuple[str, ...]:
-    reasons: list[str] = []
-    if logit_variance > MAX_LOGIT_VARIANCE:
-        reasons.append(f"attention logits have variance {logit_variance:.3g}, above {MAX_LOGIT_VARIANCE}")
-    if architecture.d_model < MIN_WIDTH:
-        reasons.append(f"d_model={architecture.d_model} is below {MIN_WIDTH}, too narrow for a large-width prediction")
-    if architecture.n_layers > MAX_LAYERS:
-        reasons.append(
-            f"{architecture.n_layers} layers are more than {MAX_LAYERS}: how the recursion's error adds up over so "
-            "many was never measured"
-        )
-    if tokens is None and architecture.vocab_size < n_tokens:
-        reasons.append(
-            f"a vocabulary of {architecture.vocab_size} has no {n_tokens} distinct tokens, which the prediction assumes"
-        )
-    if architecture.norm_depth_scaling and architecture.block != "pre-ln":
-        reasons.append(f"LayerNorm scaling is predicted with pre-ln alone, not with {architecture.block}")
-    if tokens is not None and (distinct := np.unique(tokens).size) < min(MIN_DISTINCT, tokens.size):
-        # A row that averages few different values does not lose its fluctuations: measured 27 % off at 4 tokens.
-        repeat = counted(distinct, "distinct token repeats", "distinct tokens repeat")
-        reasons.append(f"{repeat} over the sequence, fewer than {MIN_DISTINCT}")
-    return tuple(reasons)
-
-
 def _embedding_gram(architecture: Architecture, blocks: Blocks, tokens: NDArray[np.int64] | None) -> Gram:
     a, n = architecture, blocks.sizes.size
     off = np.zeros((n, n)) if tokens is None else (tokens[:, None] == tokens[None, :]).astype(np.float64)
@@ -359,40 +378,6 @@ def _sinusoidal_gram(architecture: Architecture, blocks: Blocks) -> Gram:
         table = table - table.mean(axis=1, keepdims=True)
     off = table @ table.T / table.shape[1]
     return Gram(np.diagonal(off).copy(), off)
-
-
-def _head_gradient(architecture: Architecture, final: Gram, targets: NDArray[np.int64] | None) -> Gram:
-    """Gram of the loss gradient at the head's input, up to a factor: (y - p_t).(y' - p_t') over the vocabulary.
-
-    y is a target, p_t the predicted distribution: a softmax of independent logits, whose covariance between tokens is
-    `final`, the Gram matrix of the head's input.
-    """
-    a, n = architecture, final.diag.size
-    if targets is None:
-        return Gram(np.ones(n), np.zeros((n, n)))
-    variance = (a.logit_multiplier * a.stds.head) ** 2 * a.d_model
-    vocabulary = np.array(float(a.vocab_size))
-    together = final.off / np.sqrt(np.outer(final.diag, final.diag))
-    gains = softmax_moments(vocabulary, variance * np.abs(together)).gain * np.sign(together)
-    itself = float(softmax_moments(vocabulary, np.array(variance)).gain)
-    rest = 1 - 1 / a.vocab_size
-    same = (targets[:, None] == targets[None, :]).astype(np.float64)
-    return Gram(
-        1 + (rest * itself - 1) / a.vocab_size * np.ones(n),
-        same + (rest * gains - 1) / a.vocab_size,
-    )
-
-
-def _norm_gain(architecture: Architecture, *, fixed_scale: bool) -> float:
-    """Backward variance gain of a normalisation, times the token's mean square.
-
-    The Jacobian projects out 2 directions of d (LayerNorm: mean and radius) or 1 (RMSNorm). The token's own
-    scale fluctuates at finite width, and E[1/s^2] exceeds 1/E[s^2]: together (d-2)/(d-3) and (d-1)/(d-2), exact
-    for a normal token; (d-2)/d and (d-1)/d where a norm before has fixed the scale.
-    """
-    d = architecture.d_model
-    left = max(d - (2 if architecture.norm == "layernorm" else 1), 0)
-    return left / (d if fixed_scale else max(left - 1, 1))
 
 
 def _normalise(stream: Gram, eps: float) -> tuple[Gram, Array]:

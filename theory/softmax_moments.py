@@ -13,6 +13,10 @@ logits, so that three numbers say how far real logits are from the first order i
     square  E[S^2]  = square (I - 11'/n)/n^2                 1 as a -> 0, exp(a) as n -> inf
 
 Correlated logits of covariance a ((1-r) I + r 11') are covered with a (1-r): a softmax does not see a common shift.
+
+Soft-capped logits l = c tanh(z/c) of a normal z have the same integrals with e^{kl} for e^{kz}. What reaches z has the
+cap's slope as a factor, and e_k[l'^2] = E[l'^2 e^{kl} exp(-x e^l)] takes it in exactly: `square` is then of D S, for D
+the slopes. Where the slope is, at small logits, the softmax has little weight: the two are not independent.
 """
 
 from __future__ import annotations
@@ -87,37 +91,93 @@ def _row(index: int) -> Array:
     return np.log(np.stack([gain / variance, slope, square]))
 
 
-def exact_moments(counts: Array, variance: float) -> Moments:
-    """The three numbers by quadrature, for an array of counts and one variance."""
-    deviation = math.sqrt(variance)
-    # Trapezoids on an infinite line converge beyond every power for these entire, fast decaying integrands.
-    z = np.linspace(-9.5, 9.5, _NODES)
+class Capped(NamedTuple):
+    """Soft-capped logits as factors on normal logits of the same variance.
+
+    variance: of a capped logit. own_gain, own_square: (n,) of a row, at the counts of the table.
+    between: of two rows, to first order in their covariance. steepness: of one logit's gradient, whatever its weight.
+    """
+
+    variance: float
+    own_gain: Array
+    own_square: Array
+    between: float
+    steepness: float
+
+    def at(self, count: Array) -> tuple[Array, Array]:
+        """own_gain and own_square at these numbers of tokens."""
+        places = _stretched(np.clip(count, _SMALLEST_COUNT, _LARGEST_COUNT))
+        table = np.linspace(_FIRST, _LAST, _COUNTS)
+        return np.interp(places, table, self.own_gain), np.interp(places, table, self.own_square)
+
+
+@lru_cache(maxsize=128)
+def capped_moments(variance: float, cap: float) -> Capped:
+    """What a soft-cap makes of independent logits that have this variance before it."""
+    if variance == 0:
+        return Capped(0.0, np.ones(_COUNTS), np.ones(_COUNTS), 1.0, 1.0)
+    z, weights = _normal(variance, cap)
+    logits, slope = _soft_cap(math.sqrt(variance) * z, cap)
+    capped, counts = float(logits**2 @ weights), np.exp(np.linspace(_FIRST, _LAST, _COUNTS)) + 1 - 0.05
+    with_cap, without = exact_moments(counts, variance, cap), exact_moments(counts, capped)
+    before = variance / capped
+    return Capped(
+        variance=capped,
+        own_gain=with_cap.gain / without.gain,
+        own_square=before * with_cap.square / without.square,
+        between=before * float(slope @ weights) ** 2,
+        steepness=before * float(slope**2 @ weights),
+    )
+
+
+def _normal(variance: float, cap: float) -> tuple[Array, Array]:
+    """Trapezoids for a standard normal: on an infinite line they converge beyond every power for entire integrands.
+
+    A saturated slope is a peak, sigma / c times narrower.
+    """
+    finer = 1 + int(min(4 * math.sqrt(variance) / cap, 100)) if cap else 1
+    z = np.linspace(-9.5, 9.5, finer * (_NODES - 1) + 1)
     weights = np.exp(-z * z / 2)
-    weights /= weights.sum()
+    return z, weights / weights.sum()
+
+
+def _soft_cap(z: Array, cap: float) -> tuple[Array, Array]:
+    """c tanh(z/c) and its slope; z and 1 for c = 0, which is no cap."""
+    if cap == 0:
+        return z, np.ones_like(z)
+    return cap * np.tanh(z / cap), 1 / np.cosh(np.clip(z / cap, -300, 300)) ** 2
+
+
+def exact_moments(counts: Array, variance: float, cap: float = 0.0) -> Moments:
+    """The three numbers by quadrature, for an array of counts and one variance, that before a soft-cap."""
+    deviation = math.sqrt(variance)
+    z, weights = _normal(variance, cap)
+    logs, slopes = _soft_cap(deviation * z, cap)
+    passed = slopes**2
     n = counts[:, None]
     # x S is of order one: S runs from n e^{-deviation} to n e^{a/2} and, for few tokens, to the largest e^z.
     low = -math.log(float(counts[-1])) - max(variance, 9.0 * deviation) - 40.0
     high = math.log(60.0) + 9.0 * deviation
     y = np.linspace(low, high, int((high - low) / _STEP))
     step = y[1] - y[0]
-    logs = deviation * z
     exponent = -np.exp(np.minimum(y[:, None] + logs[None, :], 7.0))
     base = np.exp(exponent) * weights
-    scaled = [base.sum(1)]
-    for k in range(1, 5):  # x^k e_k(x), with the powers of x taken in
-        scaled.append((base * np.exp(np.minimum(k * (y[:, None] + logs[None, :]), 40.0))).sum(1))
-    log_zero = np.log(np.maximum(scaled[0], 1e-300))
+    powers = [np.exp(np.minimum(k * (y[:, None] + logs[None, :]), 40.0)) * base for k in (2, 3, 4)]
+    scaled = [power.sum(1) for power in powers]  # x^k e_k(x), with the powers of x taken in
+    sloped = [power @ passed for power in powers]
+    log_zero = np.log(np.maximum(base.sum(1), 1e-300))
 
     def integral(power: int, integrand: Array) -> Array:
         """Sum over log x of integrand * e_0^(n - power)."""
         tail = np.exp(np.maximum((n - power) * log_zero[None, :], -700.0))
         return step * (integrand[None, :] * tail).sum(1)
 
-    second, third, fourth = (counts * integral(1, scaled[k] / math.factorial(k - 1)) for k in (2, 3, 4))
-    pairs = counts * (counts - 1) * integral(2, scaled[2] ** 2 / 6)
+    plain = counts * integral(1, scaled[0])
+    second, third, fourth = (counts * integral(1, sloped[k] / math.factorial(k + 1)) for k in range(3))
+    pairs = counts * (counts - 1) * integral(2, scaled[0] * sloped[0] / 6)
     rest = 1 - 1 / counts
     return Moments(
-        gain=(counts * second - 1) / rest,
-        slope=(1 - second) / rest,
+        gain=(counts * plain - 1) / rest,
+        slope=(1 - plain) / rest,
         square=(second - 2 * third + fourth + pairs) * counts / rest,
     )

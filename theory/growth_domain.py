@@ -1,0 +1,122 @@
+"""Where the growth recursion is valid: what it takes from infinite width, and how far a configuration is from that.
+
+The limits are conventions of validity. Each is tested just inside it, by a network that is built and measured, and just
+outside it, by the recursion's own answer; no prediction depends on them.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+
+import numpy as np
+from numpy.typing import NDArray
+
+from theory.architecture import Activation, Architecture
+from theory.kernels import activation_function, gauss_hermite
+from theory.words import counted
+
+Array = NDArray[np.float64]
+
+MAX_LOGIT_VARIANCE = 4.0  # beyond, two softmax rows are not independent to first order in their covariance
+MIN_DISTINCT = 16  # tokens that repeat; measured 3 to 5 % high at 16
+MIN_WIDTH = 32  # narrower, fluctuations between tokens and heads are no longer small
+MIN_QK_HEAD = (
+    8  # the inverse square of n normal numbers' length scatters without bound for n < 5; measured 27 % off at 4
+)
+MAX_LAYERS = 96  # docs/accuracy.md measures up to 24, where errors do not grow with depth; beyond this it is a guess
+MAX_REPEATED = 1 / 8  # expected share of random tokens that occurred before; measured 16 % off at 1/2, 8 % at 1/8
+
+# A log-normal's geometric mean lies below its root mean square by the variance of its logarithm, v/4 where that of its
+# square is v: 8 %, the stated accuracy. Measured errors: below 10 % inside; 20 to 180 % at 0.6 to 5.
+MAX_SCATTER = 0.32
+
+
+def scatter(architecture: Architecture, share: Array, feedforward: Array) -> Array:
+    r"""Relative variance of a token's mean square after an update at finite width, of a token whose scale was fixed.
+
+    .. math:: v = \frac{2}{d}\left(1 - (1 - a)^2\right) + a_F^2\, \frac{\kappa - 1}{m}
+
+    Why: |x + f|^2 with branches f of share a has the cross term's 4 a (1 - a)/d and their own 2 a^2/d; the sum over m
+        hidden units in W_2 F adds their kurtosis kappa = E[h^4]/E[h^2]^2. Nearly: f's entries are normal given h.
+
+    Args:
+        share: a, the branches' part of the mean square. feedforward: the feed-forward's alone.
+    """
+    a = architecture
+    units = a.d_ffn * (a.experts_per_token if a.n_experts else 1)
+    kurtosis = hidden_kurtosis(a.activation, a.gated, a.stds.ffn_in**2 * a.d_model)
+    return 2 / a.d_model * (1 - (1 - share) ** 2) + feedforward**2 * (kurtosis - 1) / units
+
+
+@lru_cache(maxsize=64)
+def hidden_kurtosis(activation: Activation, gated: bool, variance: float) -> float:
+    """E[h^4]/E[h^2]^2 of a hidden unit F(z), or F(z) z', of normal z, z' with this variance; 3 for a linear one.
+
+    >>> round(hidden_kurtosis("relu", False, 1.0), 6), round(hidden_kurtosis("relu-squared", True, 1.0), 6)
+    (6.0, 70.0)
+    """
+    nodes, weights = gauss_hermite()
+    square = activation_function(activation, math.sqrt(min(max(variance, 1e-12), 1e6)) * nodes) ** 2
+    mean = float(square @ weights)
+    return (3.0 if gated else 1.0) * (float(square**2 @ weights) / mean**2 if mean > 0 else 3.0)
+
+
+def reasons(
+    architecture: Architecture,
+    n_tokens: int,
+    *,
+    logit_variance: float,
+    scattered: float,
+    head_variance: float,
+    own_logit: float,
+    own_share: float,
+    tokens: NDArray[np.int64] | None,
+) -> tuple[str, ...]:
+    """Why the prediction is outside its domain; empty inside.
+
+    Args:
+        logit_variance: largest of attention. scattered: sum of `scatter` over the updates, as the gradient has it.
+        head_variance: of the output logits. own_logit: of a token itself at a tied head; 0 untied.
+        own_share: the token's embedding in the mean square of the head's input.
+    """
+    a, found = architecture, list[str]()
+    if logit_variance > MAX_LOGIT_VARIANCE:
+        found.append(f"attention logits have variance {logit_variance:.3g}, above {MAX_LOGIT_VARIANCE}")
+    if a.qk_norm == "head" and a.d_head < MIN_QK_HEAD:
+        found.append(f"heads of {a.d_head} are too narrow for QK-norm: below {MIN_QK_HEAD} their scale scatters")
+    if a.d_model < MIN_WIDTH:
+        found.append(f"d_model={a.d_model} is below {MIN_WIDTH}, too narrow for a large-width prediction")
+    if scattered > MAX_SCATTER:
+        found.append(
+            f"networks of d_model={a.d_model}, d_ffn={a.d_ffn} and branches this strong scatter: the square of the "
+            f"growth has relative variance {scattered:.3g}, above {MAX_SCATTER}"
+        )
+    if a.n_layers > MAX_LAYERS:
+        found.append(
+            f"{a.n_layers} layers are more than {MAX_LAYERS}: how the recursion's error adds up over so "
+            "many was never measured"
+        )
+    if head_variance > (limit := max_head_variance(a.vocab_size)):
+        found.append(f"output logits have variance {head_variance:.3g}, above {limit:.3g}: the softmax is sharp")
+    if own_logit > math.log(a.vocab_size) and own_share < 0.5:
+        found.append(
+            f"the tied head knows its own token (logit {own_logit:.3g}), and its gradient runs along the embedding"
+        )
+    if tokens is None and n_tokens > 2 * MAX_REPEATED * a.vocab_size:
+        found.append(
+            f"{n_tokens} random tokens of a vocabulary of {a.vocab_size} repeat, which the prediction assumes they do "
+            "not"
+        )
+    if a.norm_depth_scaling and a.block != "pre-ln":
+        found.append(f"LayerNorm scaling is predicted with pre-ln alone, not with {a.block}")
+    if tokens is not None and (distinct := np.unique(tokens).size) < min(MIN_DISTINCT, tokens.size):
+        # A row that averages few different values does not lose its fluctuations: measured 27 % off at 4 tokens.
+        repeat = counted(distinct, "distinct token repeats", "distinct tokens repeat")
+        found.append(f"{repeat} over the sequence, fewer than {MIN_DISTINCT}")
+    return tuple(found)
+
+
+def max_head_variance(vocabulary: int) -> float:
+    """Of output logits: sums of e^logit over the vocabulary are their mean as far as e^variance is below its size."""
+    return math.log(vocabulary) - 2
