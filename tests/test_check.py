@@ -326,3 +326,31 @@ def test_conditions_without_a_number_are_unknown() -> None:
     words = _reasons(preset("tiny"), growth, (conditions[0], conditions[1]))
     assert "unknown: whether the condition holds: small sub-layers" in words
     assert not any("nan" in line for line in words)
+
+
+def test_where_there_is_no_rigorous_bound_the_reason_is_printed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = {"model_type": "llama", "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(config | {"rms_norm_eps": 0.0}))
+    main(["check", str(path)])
+    assert "none that is rigorous: eps = 0: the residual stream may vanish" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("size", [1e-300, 1e-160, 1e-90])
+def test_weights_whose_squares_underflow_are_answered(
+    size: float, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = {"model_type": "gpt_neox", "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 1}
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(config | {"initializer_range": size, "layer_norm_eps": 1e-5}))
+    assert main(["check", str(path), "--seq-len", "16"]) == 0
+    assert "verdict: stable" in capsys.readouterr().out
+
+
+def test_statements_say_where_they_are_claimed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["statements", "--kind", "sharp", "--json"]) == 0
+    rows = {row["name"]: row for row in json.loads(capsys.readouterr().out)}
+    assert rows["gaussian-opnorm-sharp"]["domain"]["rows"] == [64, None]
+    assert "alibi and qk_norm are whole numbers" in rows["attention-variants-simulated"]["relations"]

@@ -176,3 +176,10 @@ def test_few_units_are_outside_and_none_is_no_width(name: str) -> None:
     for none in ({"d": 0}, {"d_ffn": 0}, {"d": 0, "d_ffn": 0}, {"d": math.nan}):
         with pytest.raises(ValueError, match=r"^d(_ffn)?=(0|nan) is no width; use at least 1$"):
             statement.evaluate(SIZES | none)
+
+
+@pytest.mark.parametrize(("sigma_1", "sigma_3"), [(0.0, 0.0), (0.5, 0.0), (0.0, 0.5), (1e-200, 0.5)])
+def test_a_gated_branch_without_one_of_its_matrices_is_zero(sigma_1: float, sigma_3: float) -> None:
+    values = {"sigma_1": sigma_1, "sigma_2": 0.1, "sigma_3": sigma_3, "d": 256, "d_ffn": 256, "s": 1.0}
+    assert find("ffn-sharp-gated-silu").evaluate(values) == 0
+    assert find("half-layer-sharp-gated-silu").evaluate(values) == 1

@@ -280,3 +280,13 @@ def test_sinusoidal_positions_are_no_longer_than_assumed(d: int) -> None:
     longest = float(table.norm(dim=1).max())
     assert longest <= math.sqrt((d + 1) // 2) * ROUNDING
     assert longest > math.sqrt((d + 1) // 2) * 0.95  # control
+
+
+@pytest.mark.parametrize("changes", [{"eps": 0.0}, {"shortcut_multiplier": 0.0}])
+def test_of_no_branch_the_product_is_the_shortcuts(changes: dict[str, float]) -> None:
+    """1, or of nothing at all 0; no eps is needed where nothing is added."""
+    silent = small(residual_multiplier=0.0, **changes)
+    expected = 0.0 if silent.shortcut_multiplier else -math.inf
+    assert rigorous_bound(silent, TOKENS).log10_product == expected
+    assert rigorous_bound(replace(silent, eps=0.0).with_init("zero-output"), TOKENS).log10_product == expected
+    assert math.isinf(rigorous_bound(small(eps=0.0), TOKENS).log10_product)

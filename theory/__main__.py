@@ -196,7 +196,9 @@ def _verdict_text(verdict: Any) -> str:
     growth = f"{verdict.growth.value:.4g} (sharp{domain})"
     if not math.isfinite(verdict.growth.value):
         growth = f"unknown: {verdict.growth.reasons[-1]}"
-    paper = verdict.paper.log10_product
+    paper, rigorous = verdict.paper.log10_product, f"{verdict.rigorous.log10_product:.4g} (rigorous upper)"
+    if verdict.rigorous.log10_product == math.inf:
+        rigorous = f"none that is rigorous: {'; '.join(verdict.rigorous.assumptions)}"
     lines = [
         f"{a.name}: d_model {a.d_model}, {counted(a.n_layers, 'layer')}, {counted(a.n_heads, 'head')}, "
         f"d_ffn {a.d_ffn}, {a.n_parameters / 1e6:.4g}M parameters, init {a.init.name}, "
@@ -204,7 +206,7 @@ def _verdict_text(verdict: Any) -> str:
         f"verdict: {verdict.outcome}",
         f"gradient growth: {growth}",
         f"log10 of the bound on it: {'unknown' if math.isnan(paper) else f'{paper:.4g}'} (the paper's estimate), "
-        f"{verdict.rigorous.log10_product:.4g} (rigorous upper)",
+        f"{rigorous}",
         *(f"why: {reason}" for reason in verdict.why),
         *(f"next: {step}" for step in verdict.next),
         *(f"assumed: {assumption}" for assumption in verdict.assumed),
@@ -268,6 +270,8 @@ def _statements(arguments: argparse.Namespace) -> int:
             "assumptions": list(s.assumptions),
             "source": str(s.source),
             "target": s.target,
+            "domain": {symbol: [x if math.isfinite(x) else None for x in ends] for symbol, ends in s.domain.items()},
+            "relations": list(s.relations),
         }
         for s in chosen
     ]

@@ -127,4 +127,5 @@ def attention_variants_simulated() -> Statement:
         drawn="independent normal weights and tokens", positions="RoPE or ALiBi, not both",
         draws=VARIANT_DRAWS, largest=LARGEST_VARIANT,
         domain={"rotary": (0.0, 1.0), "alibi": (0.0, 1.0), "qk_norm": (0.0, 2.0)},
+        relations={"alibi and qk_norm are whole numbers": lambda alibi, qk_norm: alibi % 1 == qk_norm % 1 == 0},
     )  # fmt: skip

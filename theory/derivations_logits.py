@@ -152,10 +152,22 @@ def qk_norm() -> Derivation:
         tolerance=0.02,
         accuracy="exact; mean of 40000 draws, four standard errors of at most 0.5 %",
     )
+    backward = line(
+        _KEY_GAIN,
+        "=",
+        (d_head - 1) / (d_head - 2),
+        "inverse chi-square",
+        "N_k takes one of d_h directions of qhat, and a normal key's 1/r_j^2 has mean d_h/(d_h - 2) over that of "
+        "r_j^2. LayerNorm takes two and leaves (d_h - 2)/(d_h - 3) of a logit variance d_h/(d_h - 1).",
+        source=QK,
+        sample=_key_gain,
+        tolerance=0.02,
+        accuracy="exact for d_h > 2; mean of 40000 draws, four standard errors of at most 0.5 %",
+    )
     return Derivation(
         name="qk-norm",
         title="Attention with QK-norm",
-        steps=(norm, jacobian_step, spread, reach, variance),
+        steps=(norm, jacobian_step, spread, reach, variance, backward),
         assumptions=(
             "RMSNorm on queries and keys, unit gain, eps = 0 (the source: length 1 and a learned factor)",
             "no biases, no RoPE (which is a rotation)",
@@ -163,6 +175,7 @@ def qk_norm() -> Derivation:
     )
 
 
+_KEY_GAIN = entry("E|N_k qhat|^2 E[k_i^2]/d_h", r"\mathbb{E}\|N_k \hat q\|^2\, \mathbb{E}[k_i^2]/d_h")
 _MEAN_SQUARE = entry("E[(qhat.khat)^2]/d_h", r"\mathbb{E}[(\hat q \cdot \hat k)^2]/d_h")
 
 
@@ -170,6 +183,14 @@ def _logit_variance(rng: Rng) -> Values:
     size = 8
     query, keys = rms_norm(rng.normal(0, 3, (size, 1))), rms_norm(rng.normal(0, 0.2, (size, 40_000)))
     return {_MEAN_SQUARE: float(np.mean((query.T @ keys) ** 2)) / size}
+
+
+def _key_gain(rng: Rng) -> Values:
+    size, std = 8, 0.2
+    query, keys = rms_norm(rng.normal(0, 1, (size, 40_000))), rng.normal(0, std, (size, 40_000))
+    along = np.mean(query * rms_norm(keys), axis=0)
+    gains = (1 - along**2) / np.mean(keys**2, axis=0)
+    return {_KEY_GAIN: float(np.mean(gains)) * std**2, d_head: size}
 
 
 def _opposite_keys(rng: Rng) -> Values:
@@ -215,12 +236,32 @@ def soft_cap() -> Derivation:
         "A capped logit lies in [-c, c], so e^D <= e^(2c) whatever the weights.",
         tight=_saturated,
     )
+    backward = own(
+        _MEAN_SLOPE**2,
+        "<=",
+        _SQUARE_SLOPE,
+        "Jensen",
+        "What two rows share of a gradient has the left side, to first order in their logits' covariance; what a logit "
+        "passes by itself has the right, which a saturated cap makes the larger without limit.",
+        sample=_slopes,
+        tight=partial(_slopes, largest=1e-3),
+    )
     return Derivation(
         name="soft-cap",
         title="Attention with soft-capped logits",
-        steps=(plain, slope, bounded, jacobian_step, spread),
+        steps=(plain, slope, bounded, jacobian_step, spread, backward),
         assumptions=("c > 0", "no biases, no RoPE"),
     )
+
+
+_MEAN_SLOPE = entry("E[l']", r"\mathbb{E}[\ell']")
+_SQUARE_SLOPE = entry("E[l'^2]", r"\mathbb{E}[\ell'^2]")
+
+
+def _slopes(rng: Rng, *, largest: float = 10.0) -> Values:
+    """Over normal logits of up to this standard deviation over the cap."""
+    slopes = 1 / np.cosh(rng.uniform(0, largest) * rng.normal(0, 1, 4000)) ** 2
+    return {_MEAN_SLOPE: float(np.mean(slopes)), _SQUARE_SLOPE: float(np.mean(slopes**2))}
 
 
 def _small_logit(rng: Rng) -> Values:

@@ -264,6 +264,8 @@ def gated_edge_opnorm(activation: Activation, d: Any, d_ffn: Any, sigma_1: Any, 
     def one(width: Any, hidden: Any, enter: Any, gate: Any) -> float:
         width, hidden = require_sizes(d=width, d_ffn=hidden)
         variances = float(enter**2 * width), float(gate**2 * width)
+        if 0 in variances:
+            return 0.0  # z' = 0 and W_3 = 0, or F(0) = 0 and W_1 = 0
         return gated_edge(activation, hidden / width, *variances, min(int(hidden), MANY_UNITS)).opnorm(width)
 
     return elementwise(f"gated_edge_{activation}", one, d, d_ffn, sigma_1, sigma_3)

@@ -103,9 +103,9 @@ def gated_residual_edge_opnorm(
 
     def one(width: Any, hidden: Any, enter: Any, leave: Any, gate: Any, scale: Any) -> float:
         width, hidden = require_sizes(d=width, d_ffn=hidden)
-        if leave == 0 or enter == gate == 0:
-            return NO_BRANCH.limit
         variances = float(enter**2 * width), float(gate**2 * width)
+        if leave == 0 or 0 in variances:
+            return NO_BRANCH.limit
         squares = gated_squares(activation, *variances, min(int(hidden), MANY_UNITS))
         return residual_edge(*squares, hidden / width, float(leave * math.sqrt(width) / scale)).opnorm(width)
 

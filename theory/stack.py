@@ -72,7 +72,8 @@ def _depth_bound(
     each = np.stack([attention, feedforward], axis=1)
     added = each.sum(axis=1) if a.parallel else each.reshape(-1)
     shortcut = a.shortcut_multiplier
-    logs = np.log1p(added) if shortcut == 1 else np.log(shortcut + added)
+    with np.errstate(divide="ignore"):  # of nothing at all the product is 0, and its logarithm -inf
+        logs = np.log1p(added) if shortcut == 1 else np.log(shortcut + added)
     return DepthBound(
         kind=kind,
         attention=tuple(attention.tolist()),
@@ -187,6 +188,9 @@ def rigorous_bound(architecture: Architecture, n_tokens: int, *, failure: float 
     """
     a, d = architecture, architecture.d_model
     n_tokens, failure = require_tokens(n_tokens, a), require_failure(failure)
+    if _silent(a):
+        nothing = np.zeros(a.n_layers)
+        return _depth_bound("upper", a, nothing, nothing, np.ones(a.n_layers * len(a.updates)), ("no branch",))
     refusal = _refusal(a)
     if refusal:
         infinite = np.full(a.n_layers, math.inf)
@@ -216,6 +220,13 @@ def rigorous_bound(architecture: Architecture, n_tokens: int, *, failure: float 
     attention, feedforward = (np.array(found) for found in branches.values())
     assumptions = (f"with probability at least 1 - {failure:g} over the weights", "unit gains, zero biases")
     return _depth_bound("upper", a, attention, feedforward, np.array(after), assumptions)
+
+
+def _silent(a: Architecture) -> bool:
+    """Whether every branch is zero, whatever its normalised input."""
+    everywhere = (a.layer_stds(layer) for layer in range(a.n_layers))
+    zero = a.residual_multiplier == 0 or all(s.value * s.output == 0 == s.ffn_in * s.ffn_out for s in everywhere)
+    return a.block == "pre-ln" and zero
 
 
 def _refusal(a: Architecture) -> str:
