@@ -29,7 +29,7 @@ from theory.arguments import require_tokens
 from theory.gram_maps import Applied, AttentionMap, AttentionModel, FeedForwardMap, alibi_slopes, rotation_correlation
 from theory.grams import Blocks, Gram, causal
 from theory.growth_domain import scatter
-from theory.head import head_gradient, head_variance
+from theory.head import head_gradient, head_tilt, head_variance
 from theory.logits import attention_logits, lost_directions, norm_gain
 from theory.routing import Routing
 
@@ -155,9 +155,13 @@ def gradient_growth(
 
     final, scale = _normalise(stream, a.eps) if a.final_norm else (stream, np.ones(blocks.sizes.size))
     gradient = head_gradient(a, final, targets).over_outer(scale)
-    norms = [blocks.trace(gradient)]
-    if a.block == "post-ln" and not a.final_norm:
-        gradient = gradient * norm_gain(a.norm, a.d_model, fixed_scale=True)
+    if a.final_norm:
+        norms = [blocks.trace(gradient)]
+    else:
+        tilted = gradient + head_tilt(a, final)
+        norms = [blocks.trace(tilted)]
+        # Post-LN's last norm is the one that takes the tilt out, with the token's direction and the mean.
+        gradient = gradient * norm_gain(a.norm, a.d_model, fixed_scale=True) if a.block == "post-ln" else tilted
     scattered = 0.0
     for update in reversed(updates):
         if update.after is not None:
@@ -183,7 +187,7 @@ def gradient_growth(
         n_tokens,
         logit_variance=logit_variance,
         scattered=scattered,
-        head_variance=head_variance(a) * entering,
+        head_variance=head_variance(a, entering),
         own_logit=a.logit_multiplier * a.stds.head * a.d_model * math.sqrt(own_share * entering) if a.tied else 0.0,
         own_share=own_share,
         tokens=tokens,
