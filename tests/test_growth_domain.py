@@ -257,7 +257,7 @@ def test_a_post_norm_divides_by_scales_that_fluctuate() -> None:
         found, error = measured(a, 16, 12)
         assert abs(math.log(predicted) - found) <= 3 * error + 0.002
         assert found > 0.02
-        # The last norm takes a direction or two out, and the tilt of the softmax, which is 1/d for logits of variance 1.
+        # The last norm takes a direction or two out, and the softmax's tilt, which is 1/d for logits of variance 1.
         bare = replace(a, final_norm=False)
         predicted *= math.sqrt((33 - lost) / 32 / (1 + 1 / 32))
         assert gradient_growth(bare, 16).value == pytest.approx(predicted, rel=1e-3)
