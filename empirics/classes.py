@@ -106,7 +106,7 @@ def row(record: Mapping[str, Any]) -> Row:
         architecture = parse_config(record["spec"]["config"]).architecture
     except UnknownArchitecture as reason:
         return start._replace(reasons=(str(reason),))
-    predicted = gradient_growth(architecture, record["spec"]["seq_len"])
+    predicted = gradient_growth(architecture, record["spec"]["seq_len"], distinct=True)
     ratios = [
         abs(std / said - 1)
         for role, stds in initial_stds(measured, architecture).items()

@@ -50,7 +50,7 @@ def predict(architecture: Architecture, tokens: Tensor) -> Growth:
     rows = tokens.cpu().numpy().astype(np.int64)
     share = min(len(set(row)) / len(row) for row in rows.tolist())
     if share == 1 or rows.shape[1] > LONGEST_EXACT:
-        growth = gradient_growth(architecture, rows.shape[1])
+        growth = gradient_growth(architecture, rows.shape[1], distinct=share == 1)
         if share >= NEARLY_DISTINCT:
             return growth
         repeats = f"tokens repeat, and beyond {LONGEST_EXACT} tokens the prediction takes them as distinct"

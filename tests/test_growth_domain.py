@@ -113,7 +113,7 @@ OUTSIDE: dict[str, tuple[Architecture, str]] = {
     "units": (wide(d_ffn=1, activation="relu-squared", gated=True), "networks of d_model=128, d_ffn=1"),
     "shortcut": (narrow(shortcut_multiplier=0.0, n_layers=12), "networks of d_model=32"),
     "post-ln": (narrow(block="post-ln", init=INITS["xavier"]), "networks of d_model=32"),
-    "vocabulary": (wide(vocab_size=63), "16 random tokens of a vocabulary of 63 repeat"),
+    "vocabulary": (wide(vocab_size=63), "16 tokens of a vocabulary of 63 repeat"),
 }
 
 
@@ -147,8 +147,10 @@ def test_random_tokens_that_repeat_are_outside() -> None:
     """Up to an eighth of them are expected to; those that are handed in are counted instead."""
     a = replace(preset("tiny"), vocab_size=128)
     assert reason(a, 32) == ""
-    assert reason(a, 33) == ("33 random tokens of a vocabulary of 128 repeat, which the prediction assumes they do not")
+    assert reason(a, 33) == ("33 tokens of a vocabulary of 128 repeat, which the prediction assumes they do not")
     assert reason(a, 33, tokens=np.arange(33) % 32) == ""
+    assert reason(a, 128, distinct=True) == ""  # known not to
+    assert "repeat" in reason(a, 129, distinct=True)
 
 
 @pytest.mark.parametrize("size", [0.0, 1e-300, 1e-160, 1e-90, 1e-40])

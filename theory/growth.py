@@ -91,6 +91,7 @@ def gradient_growth(
     targets: NDArray[np.int64] | None = None,
     attention: AttentionModel = "expanded",
     exact: bool = False,
+    distinct: bool = False,
 ) -> Growth:
     """Predict gradient growth at initialisation.
 
@@ -100,6 +101,7 @@ def gradient_growth(
         targets: (T,) ids of the next tokens, for the loss gradient's own correlations. Distinct unless given.
         attention: `expanded` counts the fluctuation of softmax rows around their mean, forwards and backwards;
             `uniform` does not. Both keep the gradient through the logits.
+        distinct: the tokens are known to be distinct, not random ones that few of are expected to repeat.
         exact: one block a position whatever the length (time grows like T^3 N).
 
     Raises:
@@ -191,6 +193,7 @@ def gradient_growth(
         own_logit=a.logit_multiplier * a.stds.head * a.d_model * math.sqrt(own_share * entering) if a.tied else 0.0,
         own_share=own_share,
         tokens=tokens,
+        distinct=distinct,
     )
     if not all(map(math.isfinite, (*profile, *residual_std))):
         reasons = (*reasons, "the recursion breaks down: a mean square overflows or comes out negative")

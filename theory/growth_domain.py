@@ -72,6 +72,7 @@ def reasons(
     own_logit: float,
     own_share: float,
     tokens: NDArray[np.int64] | None,
+    distinct: bool,
 ) -> tuple[str, ...]:
     """Why the prediction is outside its domain; empty inside.
 
@@ -103,16 +104,15 @@ def reasons(
         found.append(
             f"the tied head knows its own token (logit {own_logit:.3g}), and its gradient runs along the embedding"
         )
-    if tokens is None and n_tokens > 2 * MAX_REPEATED * a.vocab_size:
+    if tokens is None and n_tokens > (1 if distinct else 2 * MAX_REPEATED) * a.vocab_size:
         found.append(
-            f"{n_tokens} random tokens of a vocabulary of {a.vocab_size} repeat, which the prediction assumes they do "
-            "not"
+            f"{n_tokens} tokens of a vocabulary of {a.vocab_size} repeat, which the prediction assumes they do not"
         )
     if a.norm_depth_scaling and a.block != "pre-ln":
         found.append(f"LayerNorm scaling is predicted with pre-ln alone, not with {a.block}")
-    if tokens is not None and (distinct := np.unique(tokens).size) < min(MIN_DISTINCT, tokens.size):
+    if tokens is not None and (different := np.unique(tokens).size) < min(MIN_DISTINCT, tokens.size):
         # A row that averages few different values does not lose its fluctuations: measured 27 % off at 4 tokens.
-        repeat = counted(distinct, "distinct token repeats", "distinct tokens repeat")
+        repeat = counted(different, "distinct token repeats", "distinct tokens repeat")
         found.append(f"{repeat} over the sequence, fewer than {MIN_DISTINCT}")
     return tuple(found)
 
