@@ -18,6 +18,7 @@ from theory.architecture import Activation
 from theory.kernels import (
     SERIES_ERROR,
     SERIES_KNEE,
+    SMOOTH_END,
     activation_function,
     activation_kernel,
     activation_slope,
@@ -264,3 +265,22 @@ def test_zero_variance() -> None:
         pair = activation_kernel(activation, np.zeros(1), np.ones(1), np.zeros(1))
         assert pair.kappa[0] == pytest.approx(0, abs=1e-15)
         assert np.isfinite(pair.slope[0])
+
+
+@pytest.mark.parametrize("activation", ["gelu", "gelu-tanh", "silu"])
+def test_beyond_the_last_variance_they_are_homogeneous(activation: Any) -> None:
+    """Of degree 1 as ReLU is, whose kernel they have where both variances are large, but for 1/sqrt(q)."""
+    for large in (1e9, 1e27, 1e60):
+        for rho in (-1.0, -0.3, 0.3, 1.0):
+            found, limit = (
+                activation_kernel(name, np.array(large), np.array(large), np.array(rho * large))
+                for name in (activation, "relu")
+            )
+            assert found.kappa / large == pytest.approx(limit.kappa / large, abs=1e-3)
+            assert found.slope == pytest.approx(limit.slope, abs=1e-3)
+        one, other = (
+            activation_kernel(activation, np.array(q), np.array(0.5), np.array(0.7 * np.sqrt(q * 0.5)))
+            for q in (SMOOTH_END, large)
+        )
+        assert other.kappa == pytest.approx(one.kappa * np.sqrt(large / SMOOTH_END), rel=1e-12)
+        assert other.slope == pytest.approx(one.slope, rel=1e-12)

@@ -52,6 +52,9 @@ class KernelValue(NamedTuple):
 # mean of the diagonal's two entries. They are largest at correlation 1; the tests measure them.
 SERIES_KNEE = 4.0
 SERIES_ERROR = ((1e-8, 1e-6), (2e-6, 2e-4))
+# A variance from which on smooth activations have F(s z) = s F(z), as ReLU has, but for 1/s; their kernels lose their
+# digits beyond it.
+SMOOTH_END = 1e6
 
 
 def activation_kernel(activation: Activation, q: Array, q_other: Array, covariance: Array) -> KernelValue:
@@ -65,10 +68,14 @@ def activation_kernel(activation: Activation, q: Array, q_other: Array, covarian
     rho = np.clip(covariance / np.where(norms > 0, norms, 1.0), -1.0, 1.0)
     if activation == "identity":
         return KernelValue(norms * rho, np.ones_like(rho))
-    if activation == "gelu":
-        return gelu_kernel(q, q_other, norms * rho)
-    if activation in ("gelu-tanh", "silu"):
-        return _series(activation, q, q_other, norms, rho)
+    if activation in ("gelu", "gelu-tanh", "silu"):
+        ends = np.minimum(q, SMOOTH_END), np.minimum(q_other, SMOOTH_END)
+        within = np.sqrt(ends[0] * ends[1])
+        if activation == "gelu":
+            kappa, slope = gelu_kernel(*ends, within * rho)
+        else:
+            kappa, slope = _series(activation, *ends, within, rho)
+        return KernelValue(kappa * np.where(norms > within, norms / np.where(within > 0, within, 1.0), 1.0), slope)
     angle, sine = np.pi - np.arccos(rho), np.sqrt(1 - rho * rho)
     first = (sine + rho * angle) / (2 * np.pi)  # cho2009kernel: the kernel of order 1, for unit variances
     if activation == "relu":
