@@ -18,6 +18,7 @@ from typing import Any
 from figures.selection import Record
 from theory.__main__ import Parser, natural_list, run_command, whole
 from theory.architecture import METHODS, Architecture, method, preset
+from theory.names import unknown
 from theory.records import fingerprint, read_record, read_records, write_json, write_record
 from theory.words import counted
 
@@ -405,9 +406,9 @@ def _run(arguments: argparse.Namespace) -> int:
     steps = every = build(tuple(seeds), device, data)
     if arguments.only:
         known = [step.name for step in steps]
-        unknown = [name for name in arguments.only if name not in known]
-        if unknown:
-            raise ValueError(f"unknown step {unknown[0]!r} at scale {arguments.scale}; use one of {', '.join(known)}")
+        for name in arguments.only:
+            if name not in known:
+                raise ValueError(unknown(f"{arguments.scale} step", name, known))
         steps = [step for step in steps if step.name in arguments.only]
     if arguments.list:
         for step in steps:

@@ -45,7 +45,7 @@ def _classes(arguments: argparse.Namespace) -> int:
 
     only = arguments.only or ""
     if not any(only in label for label in CASES):
-        raise ValueError(f"no class has {only!r} in its name; use one of {', '.join(CASES)}")
+        raise ValueError(f"no class has {only!r} in its name; use one of {'; '.join(CASES)}")
     emit(markdown(records(Path(arguments.out), only=only, seeds=arguments.seeds)), arguments.markdown)
     return 0
 
@@ -126,7 +126,7 @@ def parser() -> argparse.ArgumentParser:
         help="try to break an upper bound",
         description="Try to break an upper bound with random cases, structured ones, and gradient ascent on the "
         "ratio of the true norm (an explicit float64 Jacobian) to the bound, over weights and inputs. Prints the "
-        "worst ratio and the witness that replays it. `attack all` keeps one record a statement and resumes. "
+        "largest ratio and the witness that replays it. `attack all` keeps one record a statement and resumes. "
         "Exit status: 0 no violation, 1 a violation (ratio above 1 by more than rounding), 2 bad input.",
     )
     attack.add_argument("name", nargs="?", metavar="NAME", help="an upper bound (see --list), or all")

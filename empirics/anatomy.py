@@ -260,6 +260,8 @@ def find_blocks(model: nn.Module) -> tuple[nn.Module, ...]:
     Raises:
         ValueError: there is none.
     """
+    if not hasattr(model, "modules"):
+        raise ValueError(f"{model!r} is not a model; give a torch.nn.Module")
     best: tuple[nn.Module, ...] = ()
     for container in model.modules():
         if not isinstance(container, nn.ModuleList | nn.ModuleDict | nn.Sequential):

@@ -158,10 +158,10 @@ def summary(record: Mapping[str, Any]) -> str:
     several = f"; largest with several tokens {_several(record)}" if _several(record) else ""
     cases = counted(tightness["cases"], "random case")
     return (
-        f"{record['name']}: {verdict}; worst ratio {record['worst_ratio']:.9g} of truth to bound in "
+        f"{record['name']}: {verdict}; largest ratio {record['worst_ratio']:.9g} of truth to bound in "
         f"{counted(record['evaluations'], 'evaluation')} (seed {record['seed']}{shrunk})\n"
-        f"  {cases}: median {tightness['median']:.3g}, best {tightness['best']:.3g}, "
-        f"worst {tightness['worst']:.3g}; drawn like an initialisation, median {tightness['plain']:.3g}{several}"
+        f"  {cases}: median {tightness['median']:.3g}, smallest {tightness['worst']:.3g}, "
+        f"largest {tightness['best']:.3g}; drawn like an initialisation, median {tightness['plain']:.3g}{several}"
     )
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
+from theory.names import unknown
 from theory.quantities import Quantity, quantity
 from theory.records import Measurement
 
@@ -110,7 +111,7 @@ def find(name: str) -> Probe:
     """
     known = probes()
     if name not in known:
-        raise ValueError(f"unknown probe {name!r}; use one of {', '.join(known)}")
+        raise ValueError(unknown("probe", name, known))
     return known[name]
 
 

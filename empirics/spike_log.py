@@ -51,6 +51,8 @@ def read_log(path: Path, column: str) -> Log:
         ValueError: it cannot be read, or has no such numbers; the message names the remedy.
     """
     try:
+        if not path.exists():
+            raise ValueError(f"{path} does not exist; name a run's folder or its losses.jsonl")
         path = _inside(path, column) if path.is_dir() else path
         if path.suffix == ".json":
             return _log(path, column, *_of_record(path, column))

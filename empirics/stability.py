@@ -119,6 +119,9 @@ def series(records: Sequence[StabilityRecord]) -> dict[str, Any]:
 Found = tuple[dict[str, Reading], dict[str, str]]
 
 
+NO_BACKWARD = "no gradient arrived; run backward() in the probed step"
+
+
 def require_steps(every: int) -> None:
     """Refuse an interval that is none.
 
@@ -219,6 +222,10 @@ class StabilityMonitor:
         places = watched.place_statistics
         passes = [probe for probe in self._due if not (probe.in_training or of_weights(probe))]
         found, missing = measured(watched, passes)
+        if not watched.had_backward:
+            empty = {name for name, it in found.items() if all(map(math.isnan, it.values))}
+            found = {name: it for name, it in found.items() if name not in empty}
+            missing |= dict.fromkeys(sorted(empty | {"place_gradient", "token_gradient"}), NO_BACKWARD)
         record = StabilityRecord(
             step=len(self.records) if step is None else step,
             places=tuple(watched.place_labels),

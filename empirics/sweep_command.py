@@ -15,8 +15,9 @@ from empirics.plan import STATE_BYTES
 from empirics.run import Record, checkpoints_of, record_path
 from empirics.run_spec import RunSpec
 from empirics.train_command import add_run_options, specification
-from theory.__main__ import add_architecture_options, chosen, emit, natural_list, whole
+from theory.__main__ import add_architecture_options, chosen, emit, listed, natural_list, whole
 from theory.architecture import METHODS, method
+from theory.names import unknown
 from theory.records import read_record, slug
 from theory.words import counted
 
@@ -56,15 +57,15 @@ def add_command(commands: Any) -> argparse.ArgumentParser:
 
 
 def _methods(text: str) -> list[str]:
-    names = [slug(part) for part in text.split(",")]
+    names = listed(text, slug)
     for name in names:
         if name not in (*NAMES, AS_GIVEN):
-            raise argparse.ArgumentTypeError(f"unknown method {name!r}; use {', '.join(NAMES)} or {AS_GIVEN}")
+            raise argparse.ArgumentTypeError(unknown("method", name, (*NAMES, AS_GIVEN)))
     return names
 
 
 def _rates(text: str) -> list[float]:
-    return [positive(part) for part in text.split(",")]
+    return listed(text, positive)
 
 
 def command(arguments: argparse.Namespace) -> int:

@@ -86,7 +86,8 @@ def _run(arguments: argparse.Namespace) -> int:
 
 
 def _tokenised(arguments: argparse.Namespace) -> dict[str, Any]:
-    with tqdm(total=arguments.limit, desc="text", unit="B", unit_scale=True) as bar:
+    # Not drawn at once: what is refused stays one line.
+    with tqdm(total=arguments.limit, desc="text", unit="B", unit_scale=True, delay=0.1) as bar:
 
         def on_group(size: int, tokens: int) -> None:
             if bar.n == 0:

@@ -22,6 +22,7 @@ from theory.records import write_bytes
 from theory.words import counted
 
 EXPERIMENT = "train"
+WARMUP = 20
 
 
 def add_command(commands: Any) -> argparse.ArgumentParser:
@@ -50,7 +51,8 @@ def add_command(commands: Any) -> argparse.ArgumentParser:
     )
     train.add_argument(
         "--plan", metavar="GPU",
-        help=f"train nothing: print parameters, FLOPs, memory and hours on {', '.join(DEVICES)}",
+        help=f"train nothing: print parameters, FLOPs, memory and hours on {', '.join(DEVICES)}; status 0 also "
+        "where it does not fit",
     )  # fmt: skip
     train.add_argument(
         "--devices", type=whole, default=1, metavar="K", help="over which --plan shares the run (default 1)"
@@ -93,7 +95,10 @@ def _add_optimization(train: argparse.ArgumentParser) -> None:
         "AdamW. Weight decay acts on the matrices inside the layers and on the head, never on gains and biases, and "
         "on token and position tables only with --decay-embeddings; a tied head is the token table.",
     )
-    group.add_argument("--warmup", type=natural, default=20, metavar="N", help="steps of linear warm-up (default 20)")
+    group.add_argument(
+        "--warmup", type=natural, metavar="N",
+        help=f"steps of linear warm-up (default {WARMUP}, or all of fewer --steps)",
+    )  # fmt: skip
     group.add_argument(
         "--schedule", choices=SCHEDULES, default="cosine",
         help="after the warm-up: cosine (default) falls to a tenth, linear to 0, wsd is constant and then falls to 0",
@@ -221,6 +226,11 @@ def specification(arguments: argparse.Namespace, architecture: Architecture, seq
     """
     if arguments.tokenizer and is_shards(arguments.data):
         raise ValueError(f"{arguments.data} brings its own tokenizer; leave --tokenizer out")
+    warmup = min(WARMUP, arguments.steps) if arguments.warmup is None else arguments.warmup
+    if warmup > arguments.steps:
+        raise ValueError(
+            f"warmup={warmup} never reaches the peak rate in steps={arguments.steps}; use fewer, or more steps in all"
+        )
     wsd = {} if arguments.decay_fraction is None else {"decay_fraction": arguments.decay_fraction}
     fields = {"label": architecture.name, "experiment": EXPERIMENT, **changes}
     return RunSpec(
@@ -228,7 +238,7 @@ def specification(arguments: argparse.Namespace, architecture: Architecture, seq
         steps=arguments.steps,
         batch_size=arguments.batch,
         seq_len=seq_len,
-        warmup=min(arguments.warmup, arguments.steps),
+        warmup=warmup,
         schedule=arguments.schedule,
         clip=arguments.clip,
         beta_1=arguments.beta1,

@@ -220,6 +220,11 @@ class Watched(Shared):
         return {name: list(values) for name, values in zip(names, columns, strict=True)}
 
     @property
+    def had_backward(self) -> bool:
+        """Whether a gradient has arrived at any place."""
+        return any(sums.lengths for sums in self._sums)
+
+    @property
     def streams(self) -> list[Tensor]:
         """The first sequence of the stream at every place."""
         return [sums.first for sums in self._sums if sums.first is not None]

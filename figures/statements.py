@@ -92,7 +92,7 @@ def _sharps(axes: Axes, names: Sequence[str], right: Mapping[str, Sequence[Mappi
     axes.set_xscale("symlog", linthresh=5)
     axes.set_xticks([-30, -5, -2, 0, 2, 5], ["-30", "-5", "-2", "0", "2", "5"])
     axes.set_xlabel(
-        "predicted against measured, %: filled inside the\ndomain; shaded, the target; bars, a standard error"
+        "predicted against measured, %: filled inside\nthe domain; shaded, the target;\nbars, a standard error"
     )
     axes.set_title("sharp")
     _lines(axes, names, right)

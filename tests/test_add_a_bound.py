@@ -9,12 +9,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 import theory
 from empirics import norm_samples
 from empirics.attack import attack
 from figures import statements as plot
 from theory.__main__ import main
+from theory.records import write_record
 from theory.statements import _REGISTRY, catalogue, find
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "add-a-bound.md"
@@ -83,6 +85,21 @@ def test_it_has_a_line_in_the_plot() -> None:
 
 
 def test_plot_is_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["statements", "--plot", str(tmp_path / "all.png"), "--records", str(tmp_path)]) == 0
+    command = ["statements", "--plot", str(tmp_path / "all.png"), "--records", str(tmp_path)]
+    assert main(command) == 2
+    assert "attack all" in capsys.readouterr().err
+    found = {"worst_ratio": 1.0, "tightness": {"median": 0.5, "plain": 0.2}}
+    write_record(tmp_path / "attacks.json", kind="attacks", body={"attacks": {"ffn-upper": found}})
+    assert main(command) == 0
     assert (tmp_path / "all.png").read_bytes().startswith(b"\x89PNG")
-    assert "wrote" in capsys.readouterr().out
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err.startswith("wrote")
+
+
+def test_nothing_of_the_plot_is_cut_off() -> None:
+    figure = plot.draw({statement.name: statement.kind for statement in catalogue().values()}, {}, {})
+    FigureCanvasAgg(figure).draw()
+    for axes in figure.axes:
+        label = axes.xaxis.label.get_window_extent()
+        assert figure.bbox.x0 <= label.x0 < label.x1 <= figure.bbox.x1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -121,6 +122,7 @@ def test_one_attack_replayed_and_shrunk(tmp_path: Path, capsys: pytest.CaptureFi
     assert status == 1
     assert "VIOLATED" in out
     assert "witness" in out
+    assert re.search(r"largest ratio .*\n.*: median \S+, smallest \S+, largest \S+;", out)
     assert run(capsys, "--replay", path)[0] == 1  # with the shrink that was saved
 
 

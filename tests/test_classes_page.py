@@ -63,6 +63,14 @@ def test_printed_predictions_are_what_is_predicted_now(label: str) -> None:
         assert any(line.startswith(f"- {label}: ") for line in lines())
 
 
+def test_an_unknown_class_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    from empirics.__main__ import main
+
+    assert main(["classes", "--only", "nothingsuch"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.endswith("; ".join(class_configs.CASES))
+
+
 def test_the_page_is_made_resumed_and_a_damaged_record_made_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

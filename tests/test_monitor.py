@@ -231,19 +231,20 @@ class Renamed(nn.Module):
     ("model", "words"),
     [
         (Shortcutless(), "has no residual stream"),
+        (3, "3 is not a model"),
         (nn.Linear(4, 4), "no list of equal blocks"),
         (nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), "no nn.Embedding"),
         (nn.Sequential(nn.Embedding(50, 4), nn.Linear(4, 4)), "no list of equal blocks"),
         (Renamed(table=nn.Embedding(50, 4), layers=nn.ModuleList([nn.Linear(4, 4)])), "does not run"),
     ],
 )
-def test_what_is_no_decoder_is_refused(model: nn.Module, words: str) -> None:
+def test_what_is_no_decoder_is_refused(model: Any, words: str) -> None:
     for refuses in (StabilityMonitor, describe, check):
         with pytest.raises(ValueError, match=words) as error:
             refuses(model)
         assert "\n" not in str(error.value)
         assert "; " in str(error.value)
-    assert n_hooks(model) == 0
+    assert isinstance(model, int) or n_hooks(model) == 0
 
 
 def test_a_period_of_no_steps_is_refused() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import math
 from typing import Any
 
 import pytest
@@ -276,6 +277,17 @@ def test_series_are_those_of_a_training_record() -> None:
     assert first["head.weight"] == pytest.approx(norms[0], rel=1e-5)  # before the step
 
 
+def test_a_step_without_a_backward_pass_says_so() -> None:
+    model = Titan()
+    monitor = StabilityMonitor(model)
+    with monitor.probe():
+        loss_of(model, some_batch())
+    record = monitor.records[-1]
+    assert {"place_gradient", "token_gradient"} <= record.left_out.keys()
+    assert "backward()" in record.left_out["place_gradient"]
+    assert not any(math.isnan(value) for found in record.probes.values() for value in found.values)
+
+
 def test_none_and_names_that_are_none() -> None:
     model = Titan()
     record = trained(model, StabilityMonitor(model, probes="none"))
@@ -283,5 +295,5 @@ def test_none_and_names_that_are_none() -> None:
     assert record.residual_std
     record = trained(model, StabilityMonitor(model, probes="stack_jacobian,bound_ratio"))
     assert record.left_out.keys() == {"stack_jacobian", "bound_ratio"}
-    with pytest.raises(ValueError, match="unknown probe 'entropy'; use one of"):
+    with pytest.raises(ValueError, match=r"unknown probe 'entropy'; did you mean head_entropy\? use one of"):
         StabilityMonitor(model, probes="entropy")

@@ -264,7 +264,7 @@ def test_a_damaged_model_is_one_line(damage: str, capsys: pytest.CaptureFixture[
     ("argv", "words"),
     [
         ([], "nothing to measure; name a preset"),
-        (["tiny", "--only", "residual_sd"], "unknown probe 'residual_sd'; use one of"),
+        (["tiny", "--only", "residual_sd"], "unknown probe 'residual_sd'; did you mean residual_std or "),
         (["tiny", "--only", "update_norm", "--layers", "1"], "train --probes"),
         (["tiny", "--layers", "2", "--stack", "1:2"], "use layers 0 to 1"),
         (["tiny", "--stack", "2"], "write for example 0:3"),

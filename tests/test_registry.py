@@ -153,7 +153,7 @@ def test_schedule() -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("residual_sd", "unknown probe 'residual_sd'; use one of "),
+        ("residual_sd", "unknown probe 'residual_sd'; did you mean residual_std or "),
         ("", "unknown probe ''; use one of"),
         ("default,none", "none goes with no other probe"),
         ("stack_jacobian@0", "write for example stack_jacobian@100"),

@@ -135,6 +135,7 @@ def test_the_full_scale_is_larger_and_says_its_hours(capsys: pytest.CaptureFixtu
     ("arguments", "remedy"),
     [
         (["--only", "nothing"], "use one of"),
+        (["--only", "swep"], "did you mean sweep? use one of"),
         (["--draw-only", "--out", "nowhere"], "run without --draw-only"),
         (["--scale", "350m", "--device", "cuda"], "--scale cpu"),
         (["--scale", "cpu", "--out", "/proc/none"], "choose a writable folder"),

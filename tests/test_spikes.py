@@ -573,8 +573,9 @@ def test_steps_are_the_logs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [
-        ("missing.jsonl", None, "cannot read"),
-        ("missing.json", None, "cannot read"),
+        ("missing.jsonl", None, "does not exist"),
+        ("missing.json", None, "does not exist"),
+        ("missing", None, "does not exist"),
         ("log.txt", "1", "is not a log"),
         ("a.jsonl", "", "has no entries"),
         ("a.jsonl", "[1]", "line 1 of"),

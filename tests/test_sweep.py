@@ -81,8 +81,13 @@ def test_the_configuration_as_it_is_given(text: Path, tmp_path: Path, capsys: py
 @pytest.mark.parametrize(
     ("more", "words"),
     [
-        (["--methods", "vanila"], "unknown method 'vanila'; use vanilla, embed-detach"),
+        (["--methods", "vanila"], "unknown method 'vanila'; did you mean vanilla? use one of vanilla, embed-detach"),
+        (["--methods", "vanilla,Vanilla"], "Vanilla is there twice"),
         (["--lr", "1e-3,zero"], "'zero' is not a number"),
+        (["--lr", "1e-2,"], "'1e-2,' has an empty place"),
+        (["--lr", "1e-3,0.001"], "0.001 is there twice"),
+        (["--seed", "0,1,0"], "0 is there twice"),
+        (["--warmup", "50"], "--warmup 50 never reaches the peak rate in --steps 3"),
         (["--embedding", "embed-ln"], "add --methods config"),
         (["--slurm", "hours"], "--slurm hours is not NAME=VALUE"),
         (["--slurm"], "srun"),

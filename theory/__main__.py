@@ -8,16 +8,18 @@ import math
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 from theory.architecture import EMBEDDINGS, INITS, PRESETS, Architecture, preset
 from theory.hf_config import Config, UnknownArchitecture, read_config
 from theory.names import meant, unknown
 from theory.quantities import QUANTITIES
 from theory.words import as_typed, counted, table
+
+T = TypeVar("T")
 
 EXIT_STABLE, EXIT_AT_RISK, EXIT_BAD_INPUT, EXIT_UNKNOWN = 0, 1, 2, 3
 DEFAULT_SEQ_LEN = 2048
@@ -74,7 +76,19 @@ def whole(text: str) -> int:
 
 def natural_list(text: str) -> list[int]:
     """Whole numbers from 0, separated by commas, for argparse."""
-    return [natural(part) for part in text.split(",")]
+    return listed(text, natural)
+
+
+def listed(text: str, value: Callable[[str], T]) -> list[T]:
+    """Values separated by commas for argparse; twice the same one would count as two."""
+    parts = text.split(",")
+    if not all(part.strip() for part in parts):
+        raise argparse.ArgumentTypeError(f"{text!r} has an empty place; write values with single commas between them")
+    values = [value(part) for part in parts]
+    for place, part in enumerate(parts):
+        if values[place] in values[:place]:
+            raise argparse.ArgumentTypeError(f"{part.strip()} is there twice; name each once")
+    return values
 
 
 def natural(text: str) -> int:
@@ -244,6 +258,8 @@ def _statements(arguments: argparse.Namespace) -> int:
         known = sorted({s.quantity.name for s in catalogue().values() if arguments.kind in (None, s.kind)})
         raise ValueError(f"no {arguments.kind or ''} statement is of that quantity; use one of {', '.join(known)}")
     if arguments.plot is not None:
+        if arguments.json or arguments.out is not None:
+            raise ValueError("--plot names the file of a figure; drop --json and --out, or use them without it")
         from figures import statements as plot
         from figures.style import render
         from theory.records import write_bytes
@@ -251,14 +267,16 @@ def _statements(arguments: argparse.Namespace) -> int:
         path, records = Path(arguments.plot), Path(arguments.records)
         if path.suffix not in (".png", ".svg", ".pdf"):
             raise ValueError(f"cannot draw {path.name}; name a file ending in .png, .svg or .pdf")
-        if not records.is_dir():
-            raise ValueError(f"there is no folder {records}; run `python -m empirics attack all`, or give --records")
         kinds = {statement.name: statement.kind for statement in chosen}
-        write_bytes(
-            path,
-            render(plot.draw(kinds, plot.tightness(records), plot.accuracy(records)), path.suffix.removeprefix(".")),
-        )
-        print(f"wrote {arguments.plot}")
+        tight, right = plot.tightness(records), plot.accuracy(records)
+        if not kinds.keys() & (tight.keys() | right.keys()):
+            raise ValueError(
+                f"{records} has no record of these statements; run `python -m empirics attack all --budget 10000` "
+                "(upper bounds, a quarter of an hour) or `python -m empirics accuracy` (sharp ones, some twenty "
+                "minutes), or give --records"
+            )
+        write_bytes(path, render(plot.draw(kinds, tight, right), path.suffix.removeprefix(".")))
+        print(f"wrote {arguments.plot}", file=sys.stderr)
         return EXIT_STABLE
     rows = [
         {
@@ -284,7 +302,7 @@ def _statements(arguments: argparse.Namespace) -> int:
 
 
 def _sizes(text: str) -> list[int]:
-    return [whole(part) for part in text.split(",")]
+    return listed(text, whole)
 
 
 def _sweep(arguments: argparse.Namespace) -> int:
