@@ -254,6 +254,29 @@ def test_without_a_remedy_it_says_what_to_change() -> None:
             assert "make the sub-layers smaller" in verdict.next[0]
 
 
+def test_outside_the_domain_the_obstacle_is_what_to_change() -> None:
+    sound = replace(preset("wide"), context=4096).with_embedding("scaled-embed")
+    many = check(replace(sound, vocab_size=1024), 512)
+    assert many.outcome == "unknown"
+    assert many.next == ("--seq-len 256: so few tokens of the vocabulary seldom repeat; the verdict is then stable",)
+    assert check(many.architecture, 256).outcome == "stable"
+    sharp = check(replace(sound, attention_scale=4.0), 64)
+    assert (sharp.outcome, all(condition.holds for condition in sharp.conditions)) == ("unknown", True)
+    assert len(sharp.next) == 1
+    assert "smaller standard deviation of the query and key matrices" in sharp.next[0]
+    deep = check(replace(sound, n_layers=97), 8)
+    assert deep.outcome == "unknown"
+    assert "no change can be judged" in deep.next[0]
+
+
+def test_an_initialisation_that_is_chosen_is_not_assumed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({"model_type": "gpt2", "n_embd": 64, "n_head": 4, "n_layer": 2}))
+    words = "initialised as the gpt2 class does"
+    assert words in checked(capsys, str(path), "--seq-len", "8")[1]["assumed"]
+    assert words not in checked(capsys, str(path), "--seq-len", "8", "--init", "xavier")[1]["assumed"]
+
+
 def test_stable_asks_for_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     status, answer = checked(capsys, "small", "--embedding", "scaled-embed", "--seq-len", "16")
     assert status == 0

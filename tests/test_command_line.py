@@ -323,6 +323,20 @@ def test_bad_command(argv: list[str], monkeypatch: pytest.MonkeyPatch, capsys: p
     assert_refused(call(theory.__main__.main, argv, capsys))
 
 
+@pytest.mark.parametrize(
+    ("main", "argv", "command"),
+    [
+        (theory.__main__.main, ["check", "tiny", "--foo"], "spikecheck check"),
+        (empirics.__main__.main, ["attack", "ffn-upper", "--foo"], "python -m empirics attack"),
+        (paper_repro.main, ["--foo"], "paper_repro.py"),
+    ],
+)
+def test_an_unknown_option_points_to_its_commands_help(
+    main: Main, argv: list[str], command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert_refused(call(main, argv, capsys), f"{command}: unrecognized arguments: --foo; see {command} --help")
+
+
 MEANT: dict[str, tuple[list[str], str]] = {
     "preset": (["check", "tinny"], "did you mean tiny?"),
     "preset in capitals": (["check", "350M"], "did you mean 350m?"),

@@ -192,8 +192,11 @@ def test_the_command_prints_a_page(name: str, capsys: pytest.CaptureFixture[str]
 
 def test_the_command_lists_and_refuses(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert theory.__main__.main(["derive"]) == 0
-    listed = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
+    lines = capsys.readouterr().out.splitlines()
+    place = lines.index(theory.__main__.ALONE)
+    listed = [line.split()[0] for line in lines if line != theory.__main__.ALONE]
     assert listed == list(titles())
+    assert set(listed[:place]) == {*DERIVATIONS, "asymptotics"}
     assert {*DERIVATIONS, *STATEMENTS, "asymptotics"} == set(listed)
     assert theory.__main__.main(["derive", "ffn", "--all"]) == 2
     assert "leave out one of them" in capsys.readouterr().err

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 from theory.architecture import EMBEDDINGS, INITS, PRESETS, Architecture, preset
-from theory.hf_config import Config, UnknownArchitecture, read_config
+from theory.hf_config import AS_CLASS, Config, UnknownArchitecture, read_config
 from theory.names import meant, unknown
 from theory.quantities import QUANTITIES
 from theory.words import as_typed, counted, table
@@ -25,6 +25,7 @@ EXIT_STABLE, EXIT_AT_RISK, EXIT_BAD_INPUT, EXIT_UNKNOWN = 0, 1, 2, 3
 DEFAULT_SEQ_LEN = 2048
 LARGEST_SEQ_LEN = 2**17  # the averaging norm is found in about a second at this length
 LARGEST_DEPTH = 4096  # the recursion keeps every half-layer's Gram: about 2 GB at this depth
+ALONE = "--- statements without a chain of their own name ---"
 # Options by what a message of the code calls what they set.
 OPTIONS = {
     "batch_size": "--batch",
@@ -166,6 +167,7 @@ def chosen(arguments: argparse.Namespace) -> tuple[Architecture, int, tuple[str,
         architecture = architecture.with_embedding(arguments.embedding)
     if arguments.init:
         architecture = architecture.with_init(arguments.init)
+        assumed = tuple(line for line in assumed if not line.startswith(AS_CLASS))
     seq_len = arguments.seq_len or min(architecture.context, DEFAULT_SEQ_LEN)
     if architecture.n_layers > LARGEST_DEPTH:
         raise ValueError(f"{architecture.n_layers} layers are out of range; use at most {LARGEST_DEPTH}")
@@ -229,7 +231,7 @@ def _verdict_text(verdict: Any) -> str:
 
 
 def _derive(arguments: argparse.Namespace) -> int:
-    from theory.documentation import document, page, titles
+    from theory.documentation import DERIVATIONS, LIMITS, document, page, titles
 
     if arguments.all and arguments.name is not None:
         raise ValueError(
@@ -241,7 +243,9 @@ def _derive(arguments: argparse.Namespace) -> int:
         written = page(arguments.name, arguments.format)
     else:
         width = max(map(len, titles()))
-        written = "\n".join(f"{name:{width}} {title}" for name, title in titles().items())
+        lines = [f"{name:{width}} {title}" for name, title in titles().items()]
+        chains = sum(name in DERIVATIONS or name == LIMITS for name in titles())  # they come first
+        written = "\n".join([*lines[:chains], ALONE, *lines[chains:]])
     emit(written.rstrip("\n"), arguments.out)
     return EXIT_STABLE
 
@@ -395,7 +399,11 @@ def run_command(top: argparse.ArgumentParser, argv: Sequence[str] | None) -> int
 
     What an interruption says of itself is printed.
     """
-    arguments = top.parse_args(argv)
+    arguments, unrecognised = top.parse_known_args(argv)
+    if unrecognised:
+        command = " ".join(filter(None, (top.prog, getattr(arguments, "command", None))))
+        print(f"{command}: unrecognized arguments: {' '.join(unrecognised)}; see {command} --help", file=sys.stderr)
+        return EXIT_BAD_INPUT
     try:
         return int(arguments.run(arguments))
     except ValueError as error:

@@ -19,6 +19,7 @@ from theory.words import counted
 Array = NDArray[np.float64]
 
 MAX_LOGIT_VARIANCE = 4.0  # beyond, two softmax rows are not independent to first order in their covariance
+SHARP_LOGITS = "attention logits have variance"  # so begins the reason; `theory.verdict` has its remedy
 MIN_DISTINCT = 16  # tokens that repeat; measured 3 to 5 % high at 16
 MIN_WIDTH = 32  # narrower, fluctuations between tokens and heads are no longer small
 MIN_QK_HEAD = (
@@ -83,7 +84,7 @@ def reasons(
     """
     a, found = architecture, list[str]()
     if logit_variance > MAX_LOGIT_VARIANCE:
-        found.append(f"attention logits have variance {logit_variance:.3g}, above {MAX_LOGIT_VARIANCE}")
+        found.append(f"{SHARP_LOGITS} {logit_variance:.3g}, above {MAX_LOGIT_VARIANCE}")
     if a.qk_norm == "head" and a.d_head < MIN_QK_HEAD:
         found.append(f"heads of {a.d_head} are too narrow for QK-norm: below {MIN_QK_HEAD} their scale scatters")
     if a.d_model < MIN_WIDTH:

@@ -33,6 +33,7 @@ class Config(NamedTuple):
 
 CLASSES = GPT_CLASSES | LLAMA_CLASSES | EXPERT_CLASSES
 ALIASES = hf_gpt.ALIASES | hf_experts.ALIASES
+AS_CLASS = "initialised as"  # so begins what is assumed of the initialisation
 KNOWN = ", ".join(sorted(CLASSES))
 SLIP = 0.8  # names of classes are alike
 KEYS = {  # what a file may call what a message is about
@@ -70,7 +71,7 @@ def parse_config(data: Any) -> Config:
         architecture = CLASSES[kind](reader)
     except ValueError as error:
         raise ValueError(as_typed(str(error), _keys(data))) from None
-    return Config(architecture, (*reader.assumed, f"initialised as the {kind} class does"))
+    return Config(architecture, (*reader.assumed, f"{AS_CLASS} the {kind} class does"))
 
 
 def read_config(path: Path) -> Config:

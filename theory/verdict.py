@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from theory.architecture import Architecture
 from theory.growth import Growth, gradient_growth
+from theory.growth_domain import MAX_LOGIT_VARIANCE, MAX_REPEATED, SHARP_LOGITS
 from theory.records import plain
 from theory.sources import Source
 from theory.stack import DepthBound, input_scales, paper_bound, rigorous_bound
@@ -234,9 +235,31 @@ def _remedies(architecture: Architecture, seq_len: int, outcome: Outcome, growth
                 )
         if lines:
             break
+    if not lines and outcome == "unknown":
+        lines.extend(_into_the_domain(architecture, seq_len, growth))
     if not lines:
         lines.append(
             "no single change of the embedding or the initialisation makes this stable; make the sub-layers smaller "
             "(output matrices times 1/sqrt(2 n_layers)) and the embeddings' std about 1"
+        )
+    return tuple(lines)
+
+
+def _into_the_domain(architecture: Architecture, seq_len: int, growth: Growth) -> tuple[str, ...]:
+    """What takes away that which puts a verdict outside the domain, where no change can be judged."""
+    lines: list[str] = []
+    fewer = max(int(2 * MAX_REPEATED * architecture.vocab_size), 1)
+    if seq_len > fewer:
+        after = gradient_growth(architecture, fewer)
+        outcome = _outcome(after, _conditions(architecture, after, paper_bound(architecture, fewer, after)))
+        lines.append(f"--seq-len {fewer}: so few tokens of the vocabulary seldom repeat; the verdict is then {outcome}")
+    if any(reason.startswith(SHARP_LOGITS) for reason in growth.reasons):
+        with_norm = architecture.qk_norm != "none"
+        what = "attention scale" if with_norm else "standard deviation of the query and key matrices"
+        lines.append(f"use a smaller {what}: the prediction needs logits of variance {MAX_LOGIT_VARIANCE:g} at most")
+    if not lines:
+        lines.append(
+            "no change can be judged outside the prediction's domain; change what `why` names, or measure: "
+            "python -m empirics measure"
         )
     return tuple(lines)
