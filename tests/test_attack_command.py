@@ -17,6 +17,7 @@ import pytest
 from helpers.catalogue import QUANTITIES, TIGHT, UPPER
 
 import empirics.__main__
+import theory.__main__
 from empirics import falsify
 from empirics.benches import find_bench
 from theory import statements
@@ -88,6 +89,61 @@ def test_what_is_missing_is_said_in_one_line(
 ) -> None:
     add("ffn-new-upper", formula, **fields)
     status, out, err = run(capsys, "ffn-new-upper", "--budget", "40")
+    assert (status, out, err.count("\n")) == (2, "", 1), err
+    assert all(word in err for word in words), err
+
+
+@pytest.mark.usefixtures("registry")
+def test_a_formula_that_raises_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    add("ffn-raising-upper", lambda opnorm_1: opnorm_1 * (1 / 0), tight=False)
+    status, out, err = run(capsys, "ffn-raising-upper", "--budget", "4")
+    assert (status, out) == (2, "")
+    assert "formula of ffn-raising-upper in test_attack_command.py raises ZeroDivisionError" in err.splitlines()[-1]
+
+
+OWN = """
+from dataclasses import replace
+from theory.statements import _REGISTRY, register
+
+@register
+def {function}():
+    return replace(_REGISTRY["softmax-jacobian"](), name="{name}")
+"""
+
+
+@pytest.mark.usefixtures("registry")
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("def (", ("cannot load theory/bounds_own.py: SyntaxError",)),
+        ("1 / 0", ("cannot load theory/bounds_own.py: ZeroDivisionError",)),
+        (OWN.format(function="ffn_upper", name="ffn-upper"), ("'ffn-upper', in theory/feedforward.py and in", "_own")),
+        (
+            OWN.format(function="ffn_new_upper", name="ffn-upper"),
+            (
+                "ffn_new_upper in theory/bounds_own.py",
+                "'ffn-upper', a name that theory/feedforward.py has",
+                "function's",
+            ),
+        ),
+        (OWN.format(function="ffn_new_upper", name="ffn-other-upper"), ("bounds_own.py states 'ffn-other-upper';",)),
+    ],
+    ids=["syntax", "import", "two functions", "two names", "another name"],
+)
+def test_a_file_of_ones_own_that_is_wrong_is_named(
+    text: str,
+    words: Sequence[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "bounds_own.py").write_text(text)
+    monkeypatch.setattr(theory, "__path__", [*theory.__path__, str(tmp_path)])
+    try:
+        status, out, err = run(capsys, "ffn-upper", "--budget", "4")
+        assert theory.__main__.main(["statements"]) == 2
+    finally:
+        sys.modules.pop("theory.bounds_own", None)
     assert (status, out, err.count("\n")) == (2, "", 1), err
     assert all(word in err for word in words), err
 

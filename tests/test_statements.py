@@ -264,13 +264,17 @@ def test_errors_parameterthe_remedy() -> None:
     fields = {field: getattr(find("ffn-upper"), field) for field in Statement.__dataclass_fields__}
     with pytest.raises(ValueError, match="set target="):
         Statement(**(fields | {"kind": "sharp", "tight": False}))
+    with pytest.raises(ValueError, match="unknown kind 'uper'; use one of estimate, upper, sharp"):
+        Statement(**(fields | {"kind": "uper"}))
     with pytest.raises(ValueError, match="drop tight=True"):
         Statement(**(fields | {"kind": "estimate"}))
 
     def ffn_upper() -> Statement:
         return find("ffn-upper")
 
-    with pytest.raises(ValueError, match="two statements are called 'ffn-upper'"):
+    with pytest.raises(
+        ValueError, match=r"two statements are called 'ffn-upper', in theory/feedforward.py and in \S+\.py"
+    ):
         register(ffn_upper)
     assert find("ffn-upper") is ALL["ffn-upper"]
 

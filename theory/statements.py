@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from importlib import import_module
 from pkgutil import iter_modules
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 
@@ -34,6 +34,9 @@ STATEMENT_MODULES = (
     "normalisation", "embedding", "random_matrix", "feedforward", "experts", "attention", "attention_variants",
     "attention_simulation", "attention_ensembles", "attention_outliers", "attention_unmasked",
 )  # fmt: skip
+
+# What a mistake in somebody's formula or file raises; a ValueError has its remedy already.
+FAULTS = (ArithmeticError, AttributeError, ImportError, LookupError, NameError, RecursionError, SyntaxError, TypeError)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,6 +82,8 @@ class Statement:
     relations: Mapping[str, Callable[..., bool]] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
+        if self.kind not in get_args(Kind):
+            raise ValueError(f"{self.name}: unknown kind {self.kind!r}; use one of {', '.join(get_args(Kind))}")
         if (self.kind == "sharp") != (self.target is not None):
             raise ValueError(f"{self.name}: a sharp statement, and no other, states its target error; set target=")
         if self.tight and self.kind != "upper":
@@ -96,18 +101,25 @@ class Statement:
 
         from theory.symbols import symbol
 
-        return sp.sympify(self.formula(**{name: symbol(name) for name in self.parameters}))
+        return sp.sympify(self._formula({name: symbol(name) for name in self.parameters}))
 
     def evaluate(self, values: Mapping[str, Any]) -> Any:
         """The formula at numbers or arrays that broadcast.
 
         Raises:
-            ValueError: a symbol has no value.
+            ValueError: a symbol has no value, or the formula raises an error.
         """
         missing = [name for name in self.parameters if name not in values]
         if missing:
             raise ValueError(f"{self.name} needs a value for {', '.join(missing)}")
-        return self.formula(**{name: values[name] for name in self.parameters})
+        return self._formula({name: values[name] for name in self.parameters})
+
+    def _formula(self, values: Mapping[str, Any]) -> Any:
+        try:
+            return self.formula(**values)
+        except (*FAULTS, ValueError) as error:
+            place = f"the formula of {self.name} in {_file(self.formula)}"
+            raise ValueError(f"{place} raises {_fault(error)}; fix the file") from error
 
     def outside(self, values: Mapping[str, Any]) -> tuple[str, ...]:
         """Why it does not claim its target at these numbers; empty where it does.
@@ -210,18 +222,53 @@ def register(build: Callable[[], Statement]) -> Callable[[], Statement]:
     """Add a statement to the catalogue; the name is the function's, with dashes."""
     name = build.__name__.replace("_", "-")
     if name in _REGISTRY and _REGISTRY[name].__module__ != build.__module__:
-        raise ValueError(f"two statements are called {name!r}; rename one of them")
+        places = f"in {_file(_REGISTRY[name])} and in {_file(build)}"
+        raise ValueError(f"two statements are called {name!r}, {places}; rename one of them")
     cached = lru_cache(maxsize=1)(build)
     _REGISTRY[name] = cached
     return cached
 
 
 def catalogue() -> dict[str, Statement]:
-    """Every registered statement by name."""
+    """Every registered statement by name.
+
+    Raises:
+        ValueError: a file theory/bounds_NAME.py cannot be loaded, or a statement's name is not its function's.
+    """
     found = sorted(module.name for module in iter_modules(theory.__path__) if module.name.startswith("bounds_"))
-    for module in (*STATEMENT_MODULES, *found):
+    for module in STATEMENT_MODULES:
         import_module(f"theory.{module}")
-    return {name: build() for name, build in _REGISTRY.items()}
+    for module in found:
+        try:
+            import_module(f"theory.{module}")
+        except FAULTS as error:
+            raise ValueError(f"cannot load theory/{module}.py: {_fault(error)}; fix the file") from error
+    return {name: _built(name) for name in _REGISTRY}
+
+
+def _built(name: str) -> Statement:
+    """The statement that a function of the registry makes, which has the function's name."""
+    build = _REGISTRY[name]
+    try:
+        statement = build()
+    except FAULTS as error:
+        raise ValueError(f"{build.__name__} in {_file(build)} raises {_fault(error)}; fix the file") from error
+    if statement.name != name:
+        taken = _REGISTRY.get(statement.name)
+        also = f", a name that {_file(taken)} has already" if taken else ""
+        raise ValueError(
+            f"{build.__name__} in {_file(build)} states {statement.name!r}{also}; "
+            f"give the statement its function's name, {name!r}"
+        )
+    return statement
+
+
+def _file(function: Callable[..., Any]) -> str:
+    return f"{function.__module__.replace('.', '/')}.py"
+
+
+def _fault(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}"
 
 
 def find(name: str) -> Statement:
