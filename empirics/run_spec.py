@@ -17,7 +17,11 @@ Precision = Literal["float32", "bfloat16", "float64"]
 COSINE_FLOOR = 0.1
 # Fields younger than the first records: left out of the fingerprint where they are not used, so that those stay valid.
 LATER = ("decay_fraction", "decay_embeddings", "z_loss", "deterministic", "order", "attention", "probes")
-LATER_OF_ARCHITECTURE = ("n_experts", "experts_per_token", "gates_renormalised")
+# Those of an architecture by the first of each group, which at its default leaves the others without use.
+LATER_OF_ARCHITECTURE = {
+    "n_experts": ("n_experts", "experts_per_token", "gates_renormalised"),
+    "rope_stretch": ("rope_stretch", "rope_original", "rope_low", "rope_high"),
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -142,9 +146,10 @@ class RunSpec:
         for name in LATER:
             if parts[name] == _default(name):
                 del parts[name]
-        if not self.architecture.n_experts:
-            for name in LATER_OF_ARCHITECTURE:
-                del parts["architecture"][name]
+        for first, group in LATER_OF_ARCHITECTURE.items():
+            if getattr(self.architecture, first) == Architecture.__dataclass_fields__[first].default:
+                for name in group:
+                    del parts["architecture"][name]
         return f"{self.experiment}-{slug(self.label)}-lr{self.learning_rate:g}-seed{self.seed}-{fingerprint(parts)}"
 
     @property

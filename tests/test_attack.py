@@ -123,7 +123,7 @@ def test_climb_ascends() -> None:
     """Its last ratio is above its first, from most starts; and it moves the weights and the input."""
     gains, statement = [], UPPER["attention-upper-aposteriori"]
     for seed in range(8):
-        start = find_bench("attention_jacobian").draw(Random(seed), "plain")
+        start = find_bench("attention_jacobian").draw(Random(seed), "plain", statement.covers)
         steps = list(climb(statement, start, Random(seed)))
         ratios = [observation.ratio(bound) for _, observation, bound in steps]
         gains.append(max(ratios) / ratios[0])

@@ -58,8 +58,9 @@ def test_fields_that_are_not_used_leave_the_identity(text: Path) -> None:
     fields = plain(spec)
     for name in LATER:
         del fields[name]
-    for name in LATER_OF_ARCHITECTURE:
-        del fields["architecture"][name]
+    for group in LATER_OF_ARCHITECTURE.values():
+        for name in group:
+            del fields["architecture"][name]
     fields["tokens_format"] = TOKENS_FORMAT  # what an unchanged text gives
     assert spec.identity == f"test-vanilla-lr0.003-seed0-{fingerprint(fields)}"
     assert spec.identity == "test-vanilla-lr0.003-seed0-7fe2875708a6"
@@ -69,8 +70,9 @@ def test_fields_that_are_not_used_leave_the_identity(text: Path) -> None:
     base = replace(spec, schedule="wsd", weight_decay=0.1)
     changed = {replace(base, **{name: value}).identity for name, value in used.items()}
     routed = {replace(base.architecture, n_experts=4, experts_per_token=k) for k in (1, 2)}
-    changed |= {replace(base, architecture=architecture).identity for architecture in routed}
-    assert len(changed | {base.identity}) == 3 + len(used)
+    stretched = {replace(base.architecture, rope_stretch=8.0, rope_original=k) for k in (0, 8192)}
+    changed |= {replace(base, architecture=architecture).identity for architecture in routed | stretched}
+    assert len(changed | {base.identity}) == 5 + len(used)
 
 
 def test_clipping_bounds_the_gradient_that_is_used(text: Path, tmp_path: Path) -> None:

@@ -388,9 +388,12 @@ def test_the_product_without_one_of_its_factors_fails(
 )
 def test_the_spread_of_logits_is_attained(changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """What the bound on attention is told, where the queries and keys of two opposite tokens are aligned."""
-    network = Network(
-        weights={"0.attention.query": outer(2, F1, X), "0.attention.key": outer(3, F1, X)}, changes=changes
-    )
+    aligned = {"0.attention.query": outer(2, F1, X), "0.attention.key": outer(3, F1, X)}
+    heard = {
+        "0.attention.value": outer(1, F1, X),
+        "0.attention.output": outer(1, V, F1),
+    }  # a silent branch is not asked
+    network = Network(weights=aligned | heard, changes=changes)
     model = network.model()
     told: list[float] = []
 
