@@ -25,6 +25,7 @@ import io
 import json
 import sys
 from collections.abc import Callable, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,7 @@ from theory.words import counted
 
 FORMAT = 1  # of the folder: raise it when an older reader would misread it.
 MANIFEST = "manifest.json"
+OURS = ("[0-9]*.bin", "[0-9]*.documents.npy", ".[0-9]*.*", f".{MANIFEST}.*")  # shards, and writes that were cut short
 SHARD_TOKENS = 50_000_000  # 100 MB of uint16; what a kill can cost.
 GROUP = 1 << 22  # characters read at a time; shards end between groups.
 # A text of so many characters holds out nothing of the first two million, on which a BPE is trained.
@@ -275,7 +277,7 @@ def _finish(out: Path, manifest: dict[str, Any], cut: int, size: int) -> dict[st
     }  # fmt: skip
     write_json(out / MANIFEST, manifest)
     names = {entry["file"] for shard in manifest["shards"] for entry in (shard, shard["index"])}
-    for path in [*out.glob("[0-9]*.bin"), *out.glob("[0-9]*.documents.npy"), *out.glob(".[0-9]*.*")]:
+    for path in chain.from_iterable(out.glob(each) for each in OURS):
         if path.name not in names:  # of a killed writer, or of an earlier tokenising that made more
             path.unlink(missing_ok=True)
     return manifest

@@ -17,7 +17,7 @@ MODULES = [path for package in PACKAGES for path in sorted((ROOT / package).rglo
 
 # A probe may share types with the theory it tests, never a formula.
 TYPES = {"theory.architecture", "theory.initialisation", "theory.records", "theory.quantities", "theory.sources"}
-TYPES |= {"theory.words"}  # how a number and its noun are written
+TYPES |= {"theory.words", "theory.names"}  # how a number and its noun are written, and what a slip meant
 # The doors: these put a prediction, or a bound, beside a measurement.
 DOORS = {"empirics.__main__", "empirics.initialisation", "empirics.run", "empirics.comparison"}
 DOORS |= {"empirics.tokenise_command", "empirics.perplexity_command"}  # the options and output of every command

@@ -217,6 +217,18 @@ def test_resuming_reads_on_from_the_last_shard(
     assert len(encoded) == 60 + 80 - done
 
 
+def test_what_a_cut_write_left_behind_goes(text: Path, tmp_path: Path) -> None:
+    """A kill between a temporary file and its name leaves the file; the next run to the end takes it away."""
+    make(text, tmp_path / "whole")
+    killed = tmp_path / "killed"
+    killed.mkdir()
+    for name in (".manifest.json.1jkkhs_t", ".00001.bin.abcdefgh"):
+        (killed / name).write_bytes(b"half")
+    (killed / ".hidden").write_bytes(b"another's")
+    make(text, killed)
+    assert contents(killed) == contents(tmp_path / "whole") | {".hidden": b"another's"}
+
+
 def test_killed_for_real(tmp_path: Path) -> None:
     """SIGKILL while shards appear, three times; then it goes on to the end."""
     text = tmp_path / "text.jsonl"

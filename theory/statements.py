@@ -117,7 +117,7 @@ class Statement:
     def _formula(self, values: Mapping[str, Any]) -> Any:
         try:
             return self.formula(**values)
-        except (*FAULTS, ValueError) as error:
+        except FAULTS as error:  # a ValueError is about the values, and says so itself
             place = f"the formula of {self.name} in {_file(self.formula)}"
             raise ValueError(f"{place} raises {_fault(error)}; fix the file") from error
 
