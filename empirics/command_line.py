@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 import os
+from pathlib import Path
 
 import torch
 
@@ -41,6 +42,16 @@ def device_name(text: str) -> str:
     except RuntimeError:
         raise argparse.ArgumentTypeError(f"{text!r} is no device; use cpu, cuda or, of several, cuda:1") from None
     return text
+
+
+def add_text_options(command: argparse.ArgumentParser) -> None:
+    """Let a measurement be on a text in place of random ids: --data and --cache."""
+    command.add_argument(
+        "--data", metavar="TEXT",
+        help="text to measure on (sympy, a file, hf:NAME), by the tokenizer.json of a folder that has one; default "
+        "random ids",
+    )  # fmt: skip
+    command.add_argument("--cache", type=Path, metavar="DIR", help="folder that keeps tokenised text")
 
 
 def check_device(device: str) -> str:

@@ -7,14 +7,13 @@ import json
 import math
 from collections.abc import Sequence
 from contextlib import ExitStack
-from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
 from empirics.anatomy import anatomy
 from empirics.block_norms import block_norms
-from empirics.command_line import check_device, require_memory
+from empirics.command_line import add_text_options, check_device, require_memory
 from empirics.comparison import (
     ACCURACY,
     DRAWS,
@@ -70,12 +69,7 @@ def add_command(commands: Any) -> argparse.ArgumentParser:
         "--seeds", type=whole, default=3, metavar="K", help="seeds 0..K-1 of weights and tokens (default 3)"
     )
     measure.add_argument("--norms", action="store_true", help="Jacobian norms of every layer, on one sequence")
-    measure.add_argument(
-        "--data", metavar="TEXT",
-        help="text to measure on (sympy, a file, hf:NAME), by the tokenizer.json of a folder that has one; "
-        "default random ids",
-    )  # fmt: skip
-    measure.add_argument("--cache", type=Path, metavar="DIR", help="folder that keeps tokenised text")
+    add_text_options(measure)
     measure.add_argument("--json", action="store_true", help="print JSON")
     measure.add_argument("--out", metavar="FILE", help="write to a file instead of standard output")
     measure.set_defaults(run=run)

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 
 from empirics.bounds import BOUNDED, a_posteriori_bounds, over_random
-from empirics.command_line import check_device, check_memory, positive
+from empirics.command_line import add_text_options, check_device, check_memory, positive
 from empirics.data import Batch, batch, load_corpus, random_tokens
 from empirics.kept import REMEDY, architecture_of, load_model, model_folder
 from empirics.measure_tokens import tokenizer_of
@@ -51,12 +51,7 @@ def add_command(commands: Any) -> argparse.ArgumentParser:
     )  # fmt: skip
     command.add_argument("--batch", type=whole, default=4, metavar="B", help="sequences (default 4)")
     command.add_argument("--seed", type=natural, default=0, help="of the weights and of the tokens (default 0)")
-    command.add_argument(
-        "--data", metavar="TEXT",
-        help="text to measure on (sympy, a file, hf:NAME), by the tokenizer.json of a folder that has one; default "
-        "random ids",
-    )  # fmt: skip
-    command.add_argument("--cache", type=Path, metavar="DIR", help="folder that keeps tokenised text")
+    add_text_options(command)
     command.add_argument("--json", action="store_true", help="print JSON")
     command.add_argument("--out", metavar="FILE", help="write to a file instead of standard output")
     command.set_defaults(run=run)

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,7 @@ from empirics.residual_stream import length_sums, n_tokens, variance_sum
 from empirics.running import first_tensor
 from empirics.subject import Shared
 
+T = TypeVar("T")
 UNSEEN = "its class calls neither scaled_dot_product_attention nor a softmax over tokens by tokens"
 
 
@@ -153,8 +154,7 @@ class Steps:
         for name, parameter in named.items():
             self._before[name] = parameter, parameter.detach().clone()
             if parameter.grad is not None:
-                norms = matrix_norms(parameter.grad)
-                self.gradients |= zip([label for label, _ in labels(name, parameter)], norms, strict=True)
+                self.gradients |= _each(name, parameter, matrix_norms(parameter.grad))
 
     @torch.no_grad()
     def _end(self, optimizer: Optimizer) -> None:
@@ -163,10 +163,15 @@ class Steps:
         for name, (parameter, before) in self._before.items():
             sizes = matrix_norms(before)
             norms = zip(matrix_norms(before.sub_(parameter.detach())), sizes, strict=True)
-            self.changes |= zip([label for label, _ in labels(name, parameter)], norms, strict=True)
+            self.changes |= _each(name, parameter, norms)
         self._before = {}
         if self.then is not None:
             self.then()
+
+
+def _each(name: str, parameter: Tensor, values: Iterable[T]) -> dict[str, T]:
+    """One value a matrix of a parameter, by the matrices' names."""
+    return {label: value for (label, _), value in zip(labels(name, parameter), values, strict=True)}
 
 
 def _remove(handles: list[Any]) -> None:

@@ -22,9 +22,7 @@ MAX_LOGIT_VARIANCE = 4.0  # beyond, two softmax rows are not independent to firs
 SHARP_LOGITS = "attention logits have variance"  # so begins the reason; `theory.verdict` has its remedy
 MIN_DISTINCT = 16  # tokens that repeat; measured 3 to 5 % high at 16
 MIN_WIDTH = 32  # narrower, fluctuations between tokens and heads are no longer small
-MIN_QK_HEAD = (
-    8  # the inverse square of n normal numbers' length scatters without bound for n < 5; measured 27 % off at 4
-)
+MIN_QK_HEAD = 8  # n normal numbers' inverse square length scatters without bound for n < 5; measured 27 % off at 4
 MAX_LAYERS = 96  # docs/accuracy.md measures up to 24, where errors do not grow with depth; beyond this it is a guess
 MAX_REPEATED = 1 / 8  # expected share of random tokens that occurred before; measured 16 % off at 1/2, 8 % at 1/8
 
