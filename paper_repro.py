@@ -237,7 +237,8 @@ def gpu_smoke(seeds: Sequence[int], device: str, data: str) -> list[Step]:
         "initialisation": ("gradient growth, residual stream, Jacobian norms", 0.4, 0.7),
         "trainings": ("float32, bfloat16, compiled, deterministic twice", 0.4, 1.0),
         "speed": ("tokens a second, MFU, peak memory", 0.2, 1.2),
-        "growth": ("growth of the largest network beside theory alone", 0.1, 0.5),
+        "growth": ("growth of the paper's networks beside theory alone", 0.1, 0.5),
+        "norms": ("norms of their attention beside theory alone", 0.1, 1.0),
     }
     on_cpu = device.startswith("cpu")
 

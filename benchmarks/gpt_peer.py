@@ -4,8 +4,9 @@ It corresponds to nanoGPT's `model.py` and `train.py` in what they compute and i
 has one product for queries, keys and values, `scaled_dot_product_attention` with `is_causal`, learned positions, exact
 GELU, a head tied to the token table, and by default LayerNorms and linear layers without biases and no dropout. The
 loop has AdamW over two groups (everything with two axes decays), linear warm-up and a cosine to a tenth, gradients
-clipped to norm 1 by `clip_grad_norm_`, autocast for bfloat16, the next batch fetched between forward and backward pass,
-and the loss read after every step. nanoGPT asks for the fused form of AdamW on CUDA alone; `fused` does anywhere.
+clipped to norm 1 by `clip_grad_norm_`, autocast for bfloat16, the next batch fetched between forward and backward
+pass, and the loss read after every step. On CUDA a batch goes through pinned memory while the device works. nanoGPT
+asks for the fused form of AdamW on CUDA alone; `fused` does anywhere.
 """
 
 from __future__ import annotations
@@ -92,11 +93,13 @@ class Loop:
     """
 
     def __init__(
-        self, config: Config, corpus: np.ndarray, *, precision: str, steps: int, fused: bool, compiled: bool = False
-    ) -> None:
+        self, config: Config, corpus: np.ndarray, *, precision: str, steps: int, fused: bool, compiled: bool = False,
+        device: str = "cpu",
+    ) -> None:  # fmt: skip
         torch.manual_seed(0)
         self.config, self.corpus, self.steps, self.done = config, corpus, steps, 0
-        self.model = GPT(config)
+        self.device = device
+        self.model = GPT(config).to(device)
         self.parameters = list(self.model.parameters())
         groups = [
             {"params": [p for p in self.parameters if p.ndim >= 2], "weight_decay": 0.1},
@@ -114,7 +117,9 @@ class Loop:
             torch.stack([torch.from_numpy(self.corpus[s + k : s + k + length].astype(np.int64)) for s in starts])
             for k in (0, 1)
         )
-        return tokens, targets
+        if self.device == "cpu":
+            return tokens, targets
+        return tuple(part.pin_memory().to(self.device, non_blocking=True) for part in (tokens, targets))
 
     def rate(self) -> float:
         warmup = max(1, self.steps // 10)
@@ -129,7 +134,7 @@ class Loop:
         for _ in range(steps):
             for group in self.optimizer.param_groups:
                 group["lr"] = self.rate()
-            with torch.autocast("cpu", torch.bfloat16, enabled=self.precision == "bfloat16"):
+            with torch.autocast(self.device, torch.bfloat16, enabled=self.precision == "bfloat16"):
                 loss = self.call(*self.next_batch)
             self.next_batch = self.batch()
             loss.backward()

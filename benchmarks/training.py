@@ -7,6 +7,7 @@ many steps each as lie between two probes, so that whatever else the machine doe
 turn. Checkpoints and evaluations, which both have, are left out of both.
 
     python benchmarks/training.py [--scale full] [--threads 1] [--out results/benchmarks/training.json]
+    python benchmarks/training.py --scale gpu --device cuda [--compile]
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ from empirics.train import train  # noqa: E402
 from theory.architecture import Architecture, preset  # noqa: E402
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-PEERS = {"peer": False, "peer, fused AdamW": True}
+PEERS = {"cpu": {"peer": False, "peer, fused AdamW": True}, "cuda": {"peer": True}}  # nanoGPT's is fused on CUDA
 WARM = 5  # steps before the first turn
 
 
@@ -79,6 +80,7 @@ class Scale:
         attention: (batch, heads, tokens, head width) of the attention that is timed by itself.
         side: of the square matrices whose product is the machine's peak.
         data_bytes: of text.
+        tokenizer: None for a BPE of the vocabulary's size.
     """
 
     sizes: tuple[Size, ...]
@@ -87,6 +89,8 @@ class Scale:
     attention: tuple[tuple[int, int, int, int], ...]
     side: int
     data_bytes: int | None
+    precisions: tuple[str, ...] = tuple(PRECISIONS)
+    tokenizer: str | None = None
 
 
 SCALES = {
@@ -104,17 +108,35 @@ SCALES = {
         sizes=(Size(name="tiny", d_model=16, n_layers=2, n_heads=2, vocab_size=300, tokens=8, batch=2),),
         block=2, rounds=2, attention=((1, 2, 8, 8),), side=32, data_bytes=50_000,
     ),
+    "gpu": Scale(  # GPT-2's own sizes; which tokens are read does not matter here
+        sizes=(
+            Size(name="124m", d_model=768, n_layers=12, n_heads=12, vocab_size=50304, tokens=1024, batch=16),
+            Size(name="350m", d_model=1024, n_layers=24, n_heads=16, vocab_size=50304, tokens=1024, batch=8),
+        ),
+        block=20, rounds=3, side=8192, data_bytes=2_000_000, precisions=("bfloat16",), tokenizer="bytes",
+        attention=((64, 12, 256, 64), (16, 12, 1024, 64), (8, 16, 2048, 64), (4, 40, 2048, 128)),
+    ),
 }  # fmt: skip
 
 
-def clock(threads: int) -> Callable[[], float]:
-    """Seconds of the processor for one thread, which other processes do not lengthen; of the wall for more."""
+def clock(threads: int, device: str = "cpu") -> Callable[[], float]:
+    """Seconds of the processor for one thread, which other processes do not lengthen; of the wall for more.
+
+    Of a GPU on the wall, when all that was asked of it is done.
+    """
+    if device != "cpu":
+
+        def settled() -> float:
+            torch.cuda.synchronize(device)
+            return time.perf_counter()
+
+        return settled
     return time.process_time if threads == 1 else time.perf_counter
 
 
-def seconds(run: Callable[[], object], threads: int, repeats: int) -> float:
+def seconds(run: Callable[[], object], threads: int, repeats: int, device: str = "cpu") -> float:
     """The best of some repetitions, after one that loads what the first call loads."""
-    now, best = clock(threads), math.inf
+    now, best = clock(threads, device), math.inf
     for repeat in range(repeats + 1):
         start = now()
         run()
@@ -122,10 +144,13 @@ def seconds(run: Callable[[], object], threads: int, repeats: int) -> float:
     return best
 
 
-def matmul_peak(side: int, dtype: torch.dtype, threads: int) -> float:
+def matmul_peak(side: int, dtype: torch.dtype, threads: int, device: str = "cpu") -> float:
     """FLOPs a second of a square matrix product."""
-    left, right = (torch.randn(side, side, generator=torch.Generator().manual_seed(k)).to(dtype) for k in (0, 1))
-    return 2 * side**3 / seconds(lambda: left @ right, threads, repeats=10)
+    left, right = (
+        torch.randn(side, side, device=device, generator=torch.Generator(device).manual_seed(k)).to(dtype)
+        for k in (0, 1)
+    )
+    return 2 * side**3 / seconds(lambda: left @ right, threads, 10, device)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -149,19 +174,24 @@ class Row:
     attention: str
 
 
-def compare(scale: Scale, size: Size, precision: str, threads: int, folder: Path) -> Row:
+def compare(
+    scale: Scale, size: Size, precision: str, threads: int, folder: Path, device: str = "cpu", compiled: bool = False
+) -> Row:
     """Train both, turn by turn: whenever ours has taken a turn, each peer takes one before the next step begins."""
-    steps, now = WARM + scale.block * scale.rounds, clock(threads)
+    steps, now = WARM + scale.block * scale.rounds, clock(threads, device)
     spec = RunSpec(
         architecture=size.architecture(), label="ours", experiment="benchmark", seed=0, steps=steps,
         batch_size=size.batch, seq_len=size.tokens, learning_rate=1e-3, warmup=WARM, schedule="cosine",
         weight_decay=0.1, decay_embeddings=True, precision="bfloat16" if precision == "bfloat16" else "float32",
-        data_bytes=scale.data_bytes,
+        data_bytes=scale.data_bytes, device=device, compile=compiled,
+        **({} if scale.tokenizer is None else {"tokenizer": scale.tokenizer}),
     )  # fmt: skip
     corpus = corpus_of(spec, folder)
     loops = {
-        name: Loop(size.config(), corpus.train, precision=precision, steps=steps, fused=fused)
-        for name, fused in PEERS.items()
+        name: Loop(
+            size.config(), corpus.train, precision=precision, steps=steps, fused=fused, compiled=compiled, device=device
+        )
+        for name, fused in PEERS[device].items()
     }
     for loop in loops.values():
         loop.run(WARM)
@@ -207,33 +237,33 @@ class AttentionRow:
     table: Kernel
 
 
-def attention_rows(scale: Scale, threads: int) -> list[AttentionRow]:
+def attention_rows(scale: Scale, threads: int, device: str = "cpu") -> list[AttentionRow]:
     found: list[AttentionRow] = []
     for batch, heads, tokens, width in scale.attention:
         size = Size(
             name="", d_model=heads * width, n_layers=1, n_heads=heads, vocab_size=2, tokens=tokens, batch=batch
         )  # fmt: skip
-        attention = Attention(size.architecture())
+        attention = Attention(size.architecture()).to(device)
         for precision, dtype in PRECISIONS.items():
             times = {}
             for kernel in ("fused", "plain"):
                 attention.kernel = kernel
-                times[kernel] = seconds(_forward_and_backward(attention, size, dtype), threads, repeats=5)
+                times[kernel] = seconds(_forward_and_backward(attention, size, dtype, device), threads, 5, device)
             row = AttentionRow(
                 batch=batch, heads=heads, tokens=tokens, head_width=width, precision=precision,
-                table=faster_attention("cpu", dtype, tokens), **times,
+                table=faster_attention(device, dtype, tokens), **times,
             )  # fmt: skip
             found.append(row)
     return found
 
 
-def _forward_and_backward(attention: Attention, size: Size, dtype: torch.dtype) -> Callable[[], object]:
+def _forward_and_backward(attention: Attention, size: Size, dtype: torch.dtype, device: str) -> Callable[[], object]:
     """`attention.mix` of random queries, keys and values that lie as its matrices leave them."""
     generator = torch.Generator().manual_seed(0)
 
     def drawn() -> Tensor:
         shape = size.batch, size.tokens, size.d_model
-        return torch.randn(shape, generator=generator).to(dtype).requires_grad_()
+        return torch.randn(shape, generator=generator).to(device, dtype).requires_grad_()
 
     leaves, cotangent = [drawn() for _ in range(3)], drawn().detach()
 
@@ -248,12 +278,15 @@ def tables(rows: list[Row], attentions: list[AttentionRow], peaks: dict[str, flo
     def spread(ratios: list[float]) -> str:
         return f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
 
+    beside = list(rows[0].peers)
     lines = [
-        "| size | precision | tokens a second | of the peak | peer | ours / peer | peer, fused AdamW | ours / it |",
-        "|---|---|---|---|---|---|---|---|",
+        "| size | precision | tokens a second | of the peak | "
+        + " | ".join(f"{name} | ours / {'it' if k else 'peer'}" for k, name in enumerate(beside))
+        + " |",
+        "|---" * (4 + 2 * len(beside)) + "|",
         *(
             f"| {r.size} | {r.precision} | {r.tokens_per_second:.0f} | {r.of_peak:.0%} | "
-            + " | ".join(f"{r.peers[name]:.0f} | {spread(r.ratios[name])}" for name in PEERS)
+            + " | ".join(f"{r.peers[name]:.0f} | {spread(r.ratios[name])}" for name in beside)
             + " |"
             for r in rows
         ),
@@ -280,6 +313,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--threads", type=int, default=1, help="of torch (default 1)")
     parser.add_argument("--sizes", help="names of sizes, by commas (default all)")
     parser.add_argument("--rounds", type=int, help="turns that each one has (default 3)")
+    parser.add_argument("--device", choices=tuple(PEERS), default="cpu", help="default cpu; cuda for --scale gpu")
+    parser.add_argument("--compile", action="store_true", help="both by torch.compile")
     parser.add_argument("--out", type=Path, help="file to write the numbers to, as JSON")
     options = parser.parse_args(arguments)
 
@@ -287,24 +322,28 @@ def main(arguments: list[str] | None = None) -> int:
         for option in ("threads", "rounds"):
             if getattr(options, option) is not None and getattr(options, option) < 1:
                 raise ValueError(f"--{option} {getattr(options, option)} is not positive; use 1 or more")
-        scale = SCALES[options.scale]
+        if options.device == "cuda" and not torch.cuda.is_available():
+            raise ValueError("--device cuda finds no CUDA device; use --device cpu")
+        device, scale = options.device, SCALES[options.scale]
         scale = replace(scale, rounds=options.rounds or scale.rounds)
         known = {size.name: size for size in scale.sizes}
         names = list(known) if options.sizes is None else options.sizes.split(",")
         if set(names) - set(known):
             raise ValueError(f"--sizes {options.sizes} is not known; use some of {', '.join(known)}")
         torch.set_num_threads(options.threads)
-        attentions = attention_rows(scale, options.threads)
-        peaks, rows = dict.fromkeys(PRECISIONS, 0.0), list[Row]()
-        with tempfile.TemporaryDirectory() as folder, tqdm(total=len(names) * len(PRECISIONS), unit="row") as bar:
+        attentions = attention_rows(scale, options.threads, device)
+        peaks, rows = dict.fromkeys(scale.precisions, 0.0), list[Row]()
+        with tempfile.TemporaryDirectory() as folder, tqdm(total=len(names) * len(peaks), unit="row") as bar:
             for size in (known[name] for name in names):
-                for precision, dtype in PRECISIONS.items():
-                    peaks[precision] = max(peaks[precision], matmul_peak(scale.side, dtype, options.threads))
-                    rows.append(compare(scale, size, precision, options.threads, Path(folder)))
+                for precision in scale.precisions:
+                    peak = matmul_peak(scale.side, PRECISIONS[precision], options.threads, device)
+                    peaks[precision] = max(peaks[precision], peak)
+                    rows.append(compare(scale, size, precision, options.threads, Path(folder), device, options.compile))
                     bar.update()
         rows = [replace(row, of_peak=row.flops_per_second / peaks[row.precision]) for row in rows]
         return tables(rows, attentions, peaks), {
-            "threads": options.threads, "torch": torch.__version__, "peaks": peaks,
+            "threads": options.threads, "torch": torch.__version__, "peaks": peaks, "compiled": options.compile,
+            "device": torch.cuda.get_device_name() if device == "cuda" else device,
             "rows": [asdict(row) for row in rows], "attention": [asdict(row) for row in attentions],
         }  # fmt: skip
 

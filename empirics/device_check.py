@@ -21,9 +21,10 @@ from tqdm import tqdm
 from empirics.command_line import check_device
 from empirics.data import random_tokens
 from empirics.data_sheets import DEVICES
-from empirics.device_specs import CheckSpec, ProbeSpec, SpeedSpec
+from empirics.device_specs import CheckSpec, NormSpec, ProbeSpec, SpeedSpec
 from empirics.initialisation import InitialisationSpec
 from empirics.model import build
+from empirics.norm_samples import Heads, half_layer, measure, sub_layer
 from empirics.plan import flops_per_token, memory
 from empirics.probes import gradient_profile, layer_norms
 from empirics.run import corpus_of, run
@@ -32,6 +33,7 @@ from empirics.surroundings import environment, true_float32
 from empirics.sweep import run_all
 from empirics.train import train
 from theory.records import plain, read_record, write_record
+from theory.statements import find
 
 NORM_TOLERANCE = 1e-4
 SETTLED = 8  # steps before the clock is read: compilation, the first probe, the allocator
@@ -100,6 +102,21 @@ def speed(spec: SpeedSpec, out: Path) -> dict[str, Any]:
     }
 
 
+@true_float32()
+def norms(spec: NormSpec) -> dict[str, Any]:
+    """The record's body: a sharp statement's prediction, and the mean norm over draws with its standard error."""
+    a = spec.architecture
+    heads = Heads(a.n_heads, a.d_head)
+    asked: dict[str, Any] = {"heads": heads, "seeds": spec.seeds, "device": spec.device}
+    if spec.strength is None:
+        name, setting = "attention-sharp", sub_layer(a.d_model, spec.seq_len, spec.logit_variance, **asked)
+    else:
+        name = "attention-half-layer-sharp"
+        setting = half_layer(a.d_model, spec.seq_len, spec.logit_variance, spec.strength, **asked)
+    row = measure(find(name), setting)
+    return {"id": spec.identity, "spec": plain(spec), "environment": environment(spec.device), **row}
+
+
 def _at_once(run: RunSpec) -> int:
     """Tokens that go through the network together."""
     return (run.micro_batch or run.batch_size) * run.seq_len
@@ -144,8 +161,14 @@ def make(spec: CheckSpec, out: Path) -> None:
     if isinstance(spec, RunSpec | InitialisationSpec):
         run(spec, out)
     elif read_record(path) is None:
-        body = probe(spec) if isinstance(spec, ProbeSpec) else speed(spec, out)
-        write_record(path, kind="probe" if isinstance(spec, ProbeSpec) else "speed", body=body)
+        kind, body = _measured(spec, out)
+        write_record(path, kind=kind, body=body)
+
+
+def _measured(spec: ProbeSpec | SpeedSpec | NormSpec, out: Path) -> tuple[str, dict[str, Any]]:
+    if isinstance(spec, ProbeSpec):
+        return "probe", probe(spec)
+    return ("norm", norms(spec)) if isinstance(spec, NormSpec) else ("speed", speed(spec, out))
 
 
 def _path(spec: CheckSpec, out: Path) -> Path:

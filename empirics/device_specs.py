@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+import torch
+
 from empirics.initialisation import InitialisationSpec
 from empirics.run import Spec
 from empirics.run_spec import RunSpec
@@ -66,7 +68,31 @@ class SpeedSpec:
         return f"speed-{self.run.identity}"
 
 
-CheckSpec = Spec | ProbeSpec | SpeedSpec
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NormSpec:
+    """Attention of a network's widths by itself, on normal tokens, for the sharp values of its Jacobian's norm.
+
+    Attributes:
+        logit_variance: of its logits; the paper's initialisation has (2/5)^2.
+        strength: of the half-layer beside its identity, as `norm_samples.half_layer` has it; None for the sub-layer.
+        seeds: how many weights and inputs are drawn.
+    """
+
+    architecture: Architecture
+    seq_len: int
+    logit_variance: float
+    strength: float | None
+    seeds: int
+    device: str = "cpu"
+
+    @property
+    def identity(self) -> str:
+        """Name of the record."""
+        what = "attention" if self.strength is None else "half-layer"
+        return f"norm-{what}-{self.architecture.name}-{fingerprint(self)}"
+
+
+CheckSpec = Spec | ProbeSpec | SpeedSpec | NormSpec
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,7 +103,8 @@ class Sizes:
         probed: at initialisation, every method.
         trained, shallow: trained for `steps`; the second `compiled` too, which takes as long as a network is deep.
         fast: whose speed is measured, `batch` sequences of `seq_len` tokens in bfloat16, `fast_compiled` or not.
-        grown: held against theory alone, at `seq_len`.
+        grown: held against theory alone, at `seq_len`, over `growth_seeds` seeds; and the norm of their attention, at
+            each of `norm_lengths`, of the half-layer at `half_length`.
     """
 
     probed: tuple[Architecture, ...]
@@ -89,7 +116,26 @@ class Sizes:
     fast_compiled: bool
     batch: int
     seq_len: int
-    grown: Architecture
+    grown: tuple[Architecture, ...]
+    growth_seeds: int
+    norm_lengths: tuple[int, ...]
+    half_length: int
+
+
+LARGE = ("350m", "1.7b", "13b")
+PAPER_LOGITS = 0.16  # variance of attention's logits where queries and keys are drawn with std sqrt(2/(5 d))
+
+
+def holds(device: str, architecture: Architecture, seq_len: int) -> bool:
+    """Whether a device has room for a forward and backward pass of one sequence; assumed of one that is not here.
+
+    Counted generously: the weights, and a layer's activations at forty numbers a coordinate of a token.
+    """
+    if not torch.cuda.is_available():
+        return True
+    a = architecture
+    needed = 4 * (a.n_parameters + seq_len * (40 * a.d_model * a.n_layers + 4 * a.vocab_size))
+    return needed <= 0.95 * torch.cuda.get_device_properties(device).total_memory
 
 
 def sizes(device: str) -> Sizes:
@@ -104,8 +150,15 @@ def sizes(device: str) -> Sizes:
         "compiled": True,
     }
     if device.startswith("cpu"):
-        return Sizes(**common, fast=tiny, fast_compiled=False, batch=8, seq_len=64, grown=preset("wide"))
-    return Sizes(**common, fast=preset("350m"), fast_compiled=True, batch=8, seq_len=1024, grown=preset("350m"))
+        return Sizes(
+            **common, fast=tiny, fast_compiled=False, batch=8, seq_len=64, grown=(preset("wide"),), growth_seeds=1,
+            norm_lengths=(16,), half_length=16,
+        )  # fmt: skip
+    return Sizes(
+        **common, fast=preset("350m"), fast_compiled=True, batch=8, seq_len=2048, growth_seeds=4,
+        norm_lengths=(128, 2048), half_length=64,
+        grown=tuple(a for a in map(preset, LARGE) if holds(device, a, 2048)),
+    )  # fmt: skip
 
 
 def specifications(size: Sizes, *, device: str, seeds: Sequence[int], data: str) -> dict[str, list[CheckSpec]]:
@@ -152,11 +205,17 @@ def specifications(size: Sizes, *, device: str, seeds: Sequence[int], data: str)
     )  # fmt: skip
     grown = [
         InitialisationSpec(
-            architecture=method(size.grown, label), label=label, preset=size.grown.name, seeds=tuple(seeds),
-            seq_len=size.seq_len, batch_size=2, tokens="random", jacobian_tokens=0, device=device,
+            architecture=method(a, label), label=label, preset=a.name, seeds=tuple(range(size.growth_seeds)),
+            seq_len=size.seq_len, batch_size=1, tokens="random", jacobian_tokens=0, device=device,
         )
+        for a in size.grown
         for label in ("Vanilla", "Scaled Embed", "Embed LN")
     ]  # fmt: skip
+    norms = [
+        NormSpec(architecture=a, seq_len=length, logit_variance=PAPER_LOGITS, strength=strength, seeds=4, device=device)
+        for a in size.grown
+        for length, strength in (*((length, None) for length in size.norm_lengths), (size.half_length, 0.5))
+    ]
     return {
         "references": [*references, *probes("reference", "cpu"), *probes("reference", "cpu", "float64")],
         "initialisation": [
@@ -177,6 +236,7 @@ def specifications(size: Sizes, *, device: str, seeds: Sequence[int], data: str)
         ],
         "speed": [SpeedSpec(run=fast)],
         "growth": list[CheckSpec](grown),
+        "norms": list[CheckSpec](norms),
     }
 
 

@@ -505,8 +505,8 @@ class Transformer(nn.Module):
         a = self.architecture
 
         def draw(parameter: Tensor, std: float, *, padding_row: bool = False) -> None:
-            # Drawn on the CPU, one at a time: the same numbers for every device, precision and way to shard.
-            matrix = torch.empty(parameter.shape)
+            # One at a time, on the generator's device: the same numbers for every precision and way to shard.
+            matrix = torch.empty(parameter.shape, device=generator.device)
             _draw(matrix, std, a.init, generator)
             if padding_row:
                 matrix[0].zero_()
@@ -551,11 +551,20 @@ def cross_entropy(logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:
 
 
 def build(
-    architecture: Architecture, *, seed: int, device: str = "cpu", dtype: torch.dtype = torch.float32
+    architecture: Architecture,
+    *,
+    seed: int,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    drawn_on: str = "cpu",
 ) -> Transformer:
-    """A model initialised from `seed`; the numbers are drawn on the CPU in float32, the same for every device."""
-    model = Transformer(architecture)
-    model.initialise(torch.Generator().manual_seed(seed))
+    """A model initialised from `seed`, the numbers drawn in float32.
+
+    Drawn on the CPU they are the same for every device, at some ten seconds per 10^9 of them; drawn on a GPU, others.
+    """
+    with torch.device(drawn_on):
+        model = Transformer(architecture)
+    model.initialise(torch.Generator(drawn_on).manual_seed(seed))
     return model.to(device=device, dtype=dtype)
 
 

@@ -181,17 +181,25 @@ def attention_symbols(d: int, length: int, heads: Heads, logit_variance: float, 
 
 
 def half_layer(
-    d: int, length: int, a: float, strength: float, heads: Heads, seeds: int, *, causal: bool = True
+    d: int,
+    length: int,
+    a: float,
+    strength: float,
+    heads: Heads,
+    seeds: int,
+    *,
+    causal: bool = True,
+    device: str = "cpu",
 ) -> Setting:
     """|I + J| of a pre-norm attention half-layer over a sequence of normal tokens of one std."""
     s, c_V = 0.3, 0.9
     c_VO = (strength * s) ** 2
     module, sigmas = attention(d, a, c_V, c_VO / c_V, heads, causal=causal)
-    norm = make_norm(small_architecture({"d_model": d, "eps": 1e-12})).requires_grad_(False)
+    norm = make_norm(small_architecture({"d_model": d, "eps": 1e-12})).requires_grad_(False).to(device)
 
     def draw(seed: int) -> float:
-        fill(module, sigmas, torch.Generator().manual_seed(seed))
-        x = (s * torch.nn.functional.layer_norm(normal(seed + 1000, 1, length, d), (d,))).float()
+        fill(module.to(device), sigmas, torch.Generator(device).manual_seed(seed))
+        x = (s * torch.nn.functional.layer_norm(normal(seed + 1000, 1, length, d), (d,))).float().to(device)
         branch = PlainAttention(module)
         return lanczos_opnorm(lambda x: x + branch(norm(x)), x, tolerance=PRECISE, limit=100).value
 
@@ -282,14 +290,16 @@ def attention_kinds() -> Iterator[Setting]:
         yield Setting(label=f"{kind}, logit variance {a:g}", values=values, draw=draw, seeds=256)
 
 
-def sub_layer(d: int, length: int, a: float, heads: Heads, seeds: int, *, causal: bool = True) -> Setting:
+def sub_layer(
+    d: int, length: int, a: float, heads: Heads, seeds: int, *, causal: bool = True, device: str = "cpu"
+) -> Setting:
     """|J_u| of attention without positions."""
     c_V, c_O = 0.9, 0.8
     module, sigmas = attention(d, a, c_V, c_O, heads, causal=causal)
 
     def draw(seed: int) -> float:
-        fill(module, sigmas, torch.Generator().manual_seed(seed))
-        u = torch.nn.functional.layer_norm(normal(seed + 1000, 1, length, d), (d,)).float()
+        fill(module.to(device), sigmas, torch.Generator(device).manual_seed(seed))
+        u = torch.nn.functional.layer_norm(normal(seed + 1000, 1, length, d), (d,)).float().to(device)
         return lanczos_opnorm(PlainAttention(module), u, tolerance=PRECISE, limit=100).value
 
     values = attention_symbols(d, length, heads.at(d), a, c_V * c_O)

@@ -117,7 +117,8 @@ def measure_growth(
     """Gradient growth, gradient profile and residual profile at initialisation, in float32.
 
     The growth is the geometric mean over seeds of the gradient norm at the first place (after embedding scale,
-    positions and norm) over that at the last, where the last layer leaves the residual stream.
+    positions and norm) over that at the last, where the last layer leaves the residual stream. Weights are drawn on
+    the device, and no gradients of theirs are taken, so that a network fits that could not be trained there.
 
     Args:
         batches: (tokens, targets) of a seed.
@@ -128,9 +129,12 @@ def measure_growth(
     logs: list[list[float]] = []
     deviations: list[list[float]] = []
     for seed in seeds:
-        model = build(architecture, seed=seed, device=device)
+        model = build(architecture, seed=seed, device=device, drawn_on=device)
         tokens, targets = (torch.from_numpy(part).to(device) for part in batches(seed))
+        model.requires_grad_(False)
+        model.tokens.requires_grad_(True)  # so that the residual stream has one
         deviation, gradient = gradient_profile(model, tokens, targets)
+        del model  # before the next one is built
         if 0.0 in (*gradient, *deviation):
             raise ValueError(
                 f"{architecture.name}: the residual stream or its gradient is zero somewhere; "

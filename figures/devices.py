@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 from figures.criteria import ACCURACY
 from figures.selection import METHODS, Record, Records
+from theory.words import counted
 
 MARGIN = 10.0
 FLOAT32 = 2.0**-23  # no float32 number is known better than this, relatively
@@ -254,14 +255,41 @@ def _theory(records: Records) -> Iterator[Row]:
             for each in record["predictions"]
             if (each["quantity"], each["kind"]) == ("gradient_growth", "sharp")
         )
-        measured = next(m["values"][0] for m in record["measurements"] if m["quantity"] == "gradient_growth")
-        pair = Pair(f"{record['seq_len']} random tokens", predicted, measured, ACCURACY[record["label"]])
+        growth = next(m for m in record["measurements"] if m["quantity"] == "gradient_growth")
+        measured, seeds = growth["values"][0], len(growth["seeds"])
+        where = f"{record['seq_len']} random tokens, {counted(seeds, 'seed')}"
+        if seeds > 1:
+            where += f", standard error {growth['log_sd'][0] / math.sqrt(seeds):.1%}"
+        pair = Pair(where, predicted, measured, ACCURACY[record["label"]])
         yield _row(
             f"gradient growth beside theory, {record['preset']}, {record['label']}",
             [pair],
             reference="theory",
             basis="the target that the prediction is judged by",
         )
+    for record in records:
+        if record["kind"] == "norm":
+            yield _sub_layer_norm(record)
+
+
+def _sub_layer_norm(record: Record) -> Row:
+    """A norm beside the sharp statement of it; where the statement claims nothing, both numbers and no verdict."""
+    spec, predicted, measured = record["spec"], record["predicted"], record["measured"]
+    error = record["standard_error"]
+    where = f"{counted(spec['seq_len'], 'normal token')}, logit variance {spec['logit_variance']:g}; "
+    where += f"{counted(record['seeds'], 'draw')}, standard error {error:.1%}"
+    quantity = f"{record['statement']} beside theory, {spec['architecture']['name']}"
+    if record["in_domain"]:
+        allowed = record["target"] + 2 * error
+        pair = Pair(where, predicted, measured, allowed)
+        basis = f"the statement's target, {record['target']:.1%}, and two standard errors"
+        return _row(quantity, [pair], reference="theory", basis=basis)
+    row = _measured(quantity, measured, where, "outside the statement's domain; no target")
+    return row | {
+        "reference": predicted,
+        "reference_is": "theory, outside its domain",
+        "difference": distance(predicted, measured),
+    }
 
 
 def _speeds(records: Records) -> Iterator[Row]:

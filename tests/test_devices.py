@@ -45,7 +45,7 @@ def miniature(_: str) -> Sizes:
     m = mini()
     return Sizes(
         probed=(m,), trained=m, shallow=replace(m, name="mini-1", n_layers=1), steps=12, compiled=False, fast=m,
-        fast_compiled=False, batch=8, seq_len=16, grown=m,
+        fast_compiled=False, batch=8, seq_len=16, grown=(m,), growth_seeds=1, norm_lengths=(4,), half_length=4,
     )  # fmt: skip
 
 
@@ -93,8 +93,8 @@ def test_the_list_says_what_is_estimated(capsys: pytest.CaptureFixture[str]) -> 
     for device in ("cpu", "cuda"):
         assert paper_repro.main(["--scale", "gpu-smoke", "--device", device, "--list"]) == 0
         listed[device] = capsys.readouterr().out.splitlines()
-    assert [("estimated" in line) for line in listed["cpu"]] == [False] * 5
-    assert [("estimated" in line) for line in listed["cuda"]] == [False] + [True] * 4
+    assert [("estimated" in line) for line in listed["cpu"]] == [False] * 6
+    assert [("estimated" in line) for line in listed["cuda"]] == [False] + [True] * 5
     assert listed["cpu"][0] == listed["cuda"][0]  # the CPU's own part, measured
 
 
@@ -492,7 +492,7 @@ def test_what_is_compared_is_smooth() -> None:
     for device in ("cpu", "cuda"):
         size = device_specs.sizes(device)
         assert {a.activation for a in (*size.probed, size.trained, size.shallow)} == {"gelu"}
-        assert len({a.name for a in (*size.probed, size.shallow, size.grown)}) == 4
+        assert len({a.name for a in (*size.probed, size.shallow, *size.grown)}) == 3 + len(size.grown)
 
 
 # --- on a GPU --------------------------------------------------------------------------------------------------------
