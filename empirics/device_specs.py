@@ -151,7 +151,7 @@ def sizes(device: str) -> Sizes:
     }
     if device.startswith("cpu"):
         return Sizes(
-            **common, fast=tiny, fast_compiled=False, batch=8, seq_len=64, grown=(preset("wide"),), growth_seeds=1,
+            **common, fast=tiny, fast_compiled=False, batch=8, seq_len=64, grown=(preset("wide"),), growth_seeds=4,
             norm_lengths=(16,), half_length=16,
         )  # fmt: skip
     return Sizes(
