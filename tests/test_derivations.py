@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import math
-import re
 import subprocess
 import sys
 from dataclasses import replace
 
-import matplotlib as mpl
 import numpy as np
 import pytest
 import sympy as sp
 
 from theory.activations import lipschitz
 from theory.architecture import preset
-from theory.asymptotics import ASYMPTOTICS, render_asymptotics
 from theory.derivation import (
     DERIVATIONS,
     Derivation,
@@ -26,12 +23,10 @@ from theory.derivation import (
     equal,
     line,
     register_derivation,
-    render,
     substitution,
 )
 from theory.derivations_bounds import layer_norm_proof
 from theory.derivations_expressions import Norm, Transposed, array, entry, evaluate
-from theory.derivations_rendering import formula, latex, text
 from theory.growth import gradient_growth, growth_closed_form
 from theory.random_matrix import feedforward_edge
 from theory.sources import Source
@@ -57,10 +52,7 @@ KINDS = {
 UNATTAINED = 100
 STEPS = [(name, place) for name in NAMES for place in range(len(derivation(name).steps))]
 
-d, N, T = symbol("d"), symbol("n_layers"), symbol("n_tokens")
-sigma_e, b, b_back = symbol("sigma_e"), symbol("branch_variance"), entry("b'")
-M, b_0, b_0_back = entry("M"), entry("b_0"), entry("b_0'")
-H = sp.harmonic(T)
+d = symbol("d")
 
 
 def numbered(name: str, place: int) -> Step:
@@ -257,84 +249,6 @@ def test_two_derivations_cannot_share_a_name() -> None:
         register_derivation(softmax)
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_rendering(name: str) -> None:
-    chain = derivation(name)
-    written = {style: render(chain, style) for style in ("text", "markdown", "latex")}
-    for rendered in written.values():
-        assert chain.title in rendered
-        assert chain.kind in rendered
-        assert not chain.statement or chain.statement in rendered
-        assert "Norm(" not in rendered
-        assert "Transposed(" not in rendered
-    assert written["text"].isascii()
-    assert all(f"({number})" in written["text"] for number in range(1, len(chain.steps) + 1))
-    assert written["markdown"].count("```math\n") == len(chain.steps) == written["markdown"].count("\n```\n")
-    latex = written["latex"]
-    displays = sum(latex.count(rf"\begin{{{kind}}}") for kind in ("align", "equation"))
-    assert 1 <= displays == sum(latex.count(rf"\end{{{kind}}}") for kind in ("align", "equation"))
-    assert latex.count(r"\item") == len(chain.steps)
-    assert latex.count("{") == latex.count("}")
-    assert len(re.findall(r"\\left\b", latex)) == len(re.findall(r"\\right\b", latex))
-    with pytest.raises(ValueError, match="unknown format 'html'; use one of text, markdown, latex"):
-        render(chain, "html")  # type: ignore[arg-type]
-
-
-CLOSING = {"(": ")", "[": "]", "{": "}"}
-
-
-def balanced(printed: str) -> bool:
-    """Whether every bracket is closed by its own kind, in the order they were opened."""
-    expected: list[str] = []
-    for letter in printed:
-        if letter in CLOSING:
-            expected.append(CLOSING[letter])
-        elif letter in CLOSING.values() and (not expected or expected.pop() != letter):
-            return False
-    return not expected
-
-
-def loose_words(printed: str) -> list[str]:
-    """Words that LaTeX would set as a product of letters: neither a command, nor upright, nor a subscript."""
-    bare = re.sub(r"\\(mathrm|operatorname|text)\{[^{}]*\}", "", printed)
-    return re.findall(r"[A-Za-z]{3,}", re.sub(r"_\{[^{}]*\}", "", re.sub(r"\\[A-Za-z]+", "", bare)))
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_brackets_of_every_line_are_closed_by_their_kind(name: str) -> None:
-    for step in derivation(name).steps:
-        for printed in (formula(step), *(form(side) for form in (text, latex) for side in (step.left, step.right))):
-            assert balanced(printed), printed
-        assert not loose_words(formula(step)), formula(step)
-
-
-@pytest.mark.parametrize("garbled", ["elasticity(sigma_{k)}", "(", "a]", "{(})", "[0, 1)"])
-def test_mixed_brackets_are_noticed(garbled: str) -> None:
-    assert not balanced(garbled)
-    assert balanced(r"\left( \sigma_{k} [a + (b)] \right)^{2}")
-
-
-def test_loose_words_are_noticed() -> None:
-    assert loose_words(r"elasticity \left( \sigma_k \right)") == ["elasticity"]
-    assert not loose_words(r"\mathrm{elasticity}(\sigma_{knee})")
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_mathtext_draws_every_formula(name: str) -> None:
-    mpl.use("agg")
-    from matplotlib.mathtext import MathTextParser
-
-    for step in derivation(name).steps:
-        drawn = MathTextParser("agg").parse(f"${formula(step)}$")
-        assert drawn.width > 0
-
-
-def test_rendered_equation() -> None:
-    text = render(derivation("ffn"))
-    assert "|dy/dx'| <~ 1 + sigma_1 sigma_2 (sqrt(d) + sqrt(d_ffn))^2/sigma_x'" in text
-    assert "substitution of 5, 6, 7, 8, 9, 10, 11" in text
-
-
 def test_a_sharp_line_makes_the_composition_sharp_or_an_estimate() -> None:
     x, y = entry("x_test"), entry("y_test")
 
@@ -427,52 +341,3 @@ def test_conserved_growth_is_the_recursion_s() -> None:
     assert recursion > 1.03
     average = evaluate(numbered("growth-conservation", 9).right, values)
     assert found <= average
-
-
-LIMITS = {
-    "vanilla-growth": (sp.sqrt(d), sp.sqrt(sp.Rational(2, 5) + H / (5 * T))),
-    "scaled-embed-growth": (1, sp.sqrt(sp.Rational(7, 5) + H / (5 * T))),
-    "embed-ln-growth": (1, sp.sqrt(sp.Rational(29, 25) + 2 * H / (25 * T))),
-    "vanilla-excess": (sp.sqrt(d / N), 9 / sp.sqrt(5)),
-    "vanilla-excess-attended": (1, 9 * sp.sqrt(T / H)),
-    "scaled-embed-excess": (1 / sp.sqrt(N), 9 / sp.sqrt(5)),
-    "embed-ln-excess": (1 / sp.sqrt(N), 9 * sp.sqrt(2) / 5),
-    "scaled-embed-product": (sp.sqrt(N), 9 / sp.sqrt(5)),
-    "large-shortcut-growth": (1, sp.Integer(1)),
-    "large-shortcut-share": (1 / sigma_e**2, N * b),
-    "small-shortcut-growth": (1 / sigma_e, sp.sqrt(N * b)),
-    "small-shortcut-share": (1, sp.Integer(1)),
-    "pre-ln-last-gradient": (1 / sp.sqrt(N), sp.sqrt((1 + b) / b)),
-    "pre-ln-imbalance": (sp.log(N), b_back / b),
-    "post-ln-imbalance": (N, sp.log((1 + b_back) / (1 + b)) / 2),
-    "deepnorm-imbalance": (1 / sp.sqrt(M), (b_0_back - b_0) / (4 * sp.sqrt(2))),
-}
-
-
-@pytest.mark.parametrize("name", ASYMPTOTICS)
-def test_asymptotics(name: str) -> None:
-    found = ASYMPTOTICS[name]()
-    over, limit = LIMITS[name]
-    assert sp.simplify(found.over - over) == 0
-    assert sp.simplify(sp.expand_log(found.limit**2 - limit**2, force=True)) == 0
-    values = {d: 10**12, N: 24, T: 1024, sigma_e: 0.7, b: 0.02, b_back: 0.03, b_0: 0.02, b_0_back: 0.03}
-    # Against the logarithm of the depth a constant fades slowly; everything else is there at 10^12.
-    logarithmic = found.over == sp.log(N)
-    values[found.variable] = 10.0 ** (300 if logarithmic else 12 if found.end == sp.oo else -12)
-    ratio = evaluate(found.expression / found.over, values) / evaluate(found.limit, values)
-    assert ratio == pytest.approx(1, abs=0.01 if logarithmic else 1e-5)
-    assert found.statement in render_asymptotics()
-
-
-def test_growth_does_not_depend_on_depth() -> None:
-    for name in ("vanilla-growth", "scaled-embed-growth", "embed-ln-growth"):
-        found = ASYMPTOTICS[name]()
-        assert N not in found.expression.free_symbols
-        assert N not in found.limit.free_symbols
-
-
-def test_first_layer_excess_at_350m() -> None:
-    sizes = {d: 1024, N: 24}
-    names = ("vanilla-excess", "scaled-embed-excess", "embed-ln-excess")
-    found = [float(ASYMPTOTICS[name]().expression.subs(sizes)) for name in names]
-    assert found == pytest.approx([26.3, 0.82, 0.52], rel=0.01)
