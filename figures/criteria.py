@@ -354,14 +354,14 @@ def detach(records: Records) -> Finding:
     gaps: list[float] = []
     factor_gaps: list[float] = []
     for pair in whole:
-        vanilla, detach = (numbers(pair[label]["series"]["place_gradient"][0]) for label in WEAK)
-        gaps.append(float(np.max(np.abs(detach / vanilla - 1))))
+        vanilla, detached = (numbers(pair[label]["series"]["place_gradient"][0]) for label in WEAK)
+        gaps.append(float(np.max(np.abs(detached / vanilla - 1))))
         before, after = (numbers(pair[label]["series"]["embedding_gradient"][:1]) for label in WEAK)
+        # The embedding norm of a factor-g gradient is g times Vanilla's only if nothing else changed.
         factor = pair["Embed Detach"]["spec"]["architecture"]["embedding_gradient"]
         factor_gaps.append(float(np.max(np.abs(after / before / factor - 1))))
     gap, factor_gap = float(np.max(gaps)), float(np.max(factor_gaps))  # not a number if one of them is not
     tolerance = 1e-5  # float32: sums of some ten thousand rounded terms
-    # The embedding norm of a factor-g gradient is g times Vanilla's only if nothing else changed.
     return Finding(
         holds=gap <= tolerance and factor_gap <= tolerance,
         observed=f"activation gradients differ by {gap:.1e}, the embedding gradient's factor by {factor_gap:.1e}, "

@@ -11,6 +11,7 @@ from figures import selection, style, wording
 from figures.selection import Record, Records
 
 WORDS = {"estimate": "the paper's product (estimate)", "upper": "product of rigorous bounds (upper)"}
+SHORT = {"estimate": "paper's", "upper": "rigorous"}
 
 
 def draw(records: Records) -> Figure:
@@ -65,18 +66,16 @@ def gaps(record: Record) -> dict[str, float]:
 
 
 def _note(axes: Axes, record: Record) -> None:
-    words = {"upper": "rigorous", "estimate": "paper's"}
-    lines = [f"{words[kind]}: $\\times 10^{{{gap:.1f}}}$" for kind, gap in gaps(record).items()]
+    lines = [f"{SHORT[kind]}: $\\times 10^{{{gap:.1f}}}$" for kind, gap in gaps(record).items()]
     axes.text(1, 0.99, "\n".join(lines), transform=axes.transAxes, ha="right", va="top", fontsize=6.5)
 
 
 def caption(records: Records) -> str:
     """What is shown and how far apart the curves are at the first place."""
     shown = selection.shown_network(selection.initialisations(records))
-    words = {"upper": "rigorous", "estimate": "paper's"}
     ordered = [run for label in selection.labels_of(shown.records) for run in selection.of_label(shown.records, label)]
     texts = [
-        f"{selection.label_of(record)} {', '.join(f'{gap:.1f} ({words[kind]})' for kind, gap in gaps(record).items())}"
+        f"{selection.label_of(record)} {', '.join(f'{gap:.1f} ({SHORT[kind]})' for kind, gap in gaps(record).items())}"
         for record in ordered
         if gaps(record)
     ]

@@ -37,7 +37,7 @@ def draw(records: Records, experiment: str | None = None, spikes: Spikes | None 
         figure, grid = style.panels(len(panels), len(labels), height=1.55, sharey="row", sharex="row")
         for row, panel in zip(grid, panels):
             for axes, label in zip(row, labels):
-                _panel(axes, panel, label, spikes or {})
+                _panel(axes, panel, label, spikes)
             row[0].set_ylabel(f"{fill(panel.title, 24)}\ngradient norm")
             style.whole_numbers(row[0])
             style.log_axis(row[0].yaxis)
@@ -48,7 +48,7 @@ def draw(records: Records, experiment: str | None = None, spikes: Spikes | None 
         handles = style.named_handles(PARTS)
         if any(spikes.get(record["id"]) for record in found):
             handles.append(style.marker_handle("|", "event", colour=style.EVENT))
-        if any(record["final"]["diverged_at"] is not None for record in found):
+        if any(map(selection.has_diverged, found)):
             handles.append(style.marker_handle("x", "diverged"))
         style.legend(figure, handles)
     return figure
@@ -86,9 +86,8 @@ def _panel(axes: Axes, panel: Panel, label: str, spikes: Spikes) -> None:
             style.band(axes, steps, over_seeds.low, over_seeds.high, mark.colour)
         style.curve(axes, steps, over_seeds.mean, mark, name, linewidth=0.9)
         for run, values in zip(runs, series):
-            known = np.flatnonzero(np.isfinite(values))
-            if run["final"]["diverged_at"] is not None and known.size and name == "all parameters":
-                style.cross(axes, int(known[-1]), float(values[known[-1]]), mark)
+            if selection.has_diverged(run) and name == "all parameters":
+                style.cross_at_end(axes, np.arange(values.size), values, mark)
     events = sorted(step for run in runs for step in spikes.get(run["id"], ()))
     if events:
         style.ticks_along_top(axes, events)

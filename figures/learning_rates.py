@@ -25,7 +25,7 @@ def draw(records: Records, experiment: str | None = None) -> Figure:
             axes.set_title(fill(title, max(14, 72 // len(panels))))
         grid[0, 0].set_ylabel("final held-out loss (nats per token)")
         handles = style.method_handles(labels)
-        if any(record["final"]["diverged_at"] is not None for record in found):
+        if any(map(selection.has_diverged, found)):
             handles.append(style.marker_handle("x", "diverged, of the seeds"))
         style.legend(figure, handles, columns=None if len(panels) > 1 else 2)
     return figure

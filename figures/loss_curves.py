@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from figures import selection, style, wording
-from figures.selection import Array, Panel, Record, Records
+from figures.selection import Array, Panel, Records
 
 COLUMNS = 3
 SMOOTHED = 30  # a curve keeps about this many independent values
@@ -47,7 +47,7 @@ def draw(records: Records, experiment: str | None = None) -> Figure:
         for row in grid:
             row[0].set_ylabel("training loss (nats per token)")
         handles = style.method_handles(labels)
-        if any(record["final"]["diverged_at"] is not None for record in found):
+        if any(map(selection.has_diverged, found)):
             handles.append(style.marker_handle("x", "diverged"))
         style.legend(figure, handles)
     return figure
@@ -66,7 +66,8 @@ def _panel(axes: Axes, panel: Panel, labels: list[str]) -> None:
             style.band(axes, steps, over_seeds.low, over_seeds.high, mark.colour)
         style.curve(axes, steps, over_seeds.mean, mark, label, place=labels.index(label))
         for run, loss in zip(runs, losses):
-            _cross(axes, run, loss, mark)
+            if selection.has_diverged(run):
+                style.cross_at_end(axes, np.arange(loss.size), loss, mark)
         late = over_seeds.high[steps >= 0.06 * steps.size]
         highest.extend(late[np.isfinite(late)])
     lowest = axes.dataLim.y0
@@ -74,12 +75,6 @@ def _panel(axes: Axes, panel: Panel, labels: list[str]) -> None:
         axes.set_ylim(lowest - 0.05 * (max(highest) - lowest), max(highest) + 0.08 * (max(highest) - lowest) + 1e-9)
     axes.set_title(fill(panel.title, 34))
     axes.set_xlabel("step" if width == 1 else f"step (mean over {width})")
-
-
-def _cross(axes: Axes, run: Record, loss: Array, mark: style.Mark) -> None:
-    known = np.flatnonzero(np.isfinite(loss))
-    if run["final"]["diverged_at"] is not None and known.size:
-        style.cross(axes, int(known[-1]), float(loss[known[-1]]), mark)
 
 
 def caption(records: Records, experiment: str | None = None) -> str:

@@ -11,14 +11,15 @@ from pathlib import Path
 from typing import Any
 
 from figures import report_device
+from figures.claims import NOT_REPRODUCED, NOT_TESTED, REPRODUCED
 from figures.report_style import CSS
 from theory.records import write_bytes
 
 # verdict: class name, symbol. The word, the symbol and the colour say the same.
 VERDICTS = {
-    "reproduced": ("yes", "&#10003;"),
-    "not reproduced": ("no", "&#10007;"),
-    "not tested at this scale": ("open", "&#9675;"),
+    REPRODUCED: ("yes", "&#10003;"),
+    NOT_REPRODUCED: ("no", "&#10007;"),
+    NOT_TESTED: ("open", "&#9675;"),
 }
 COLUMNS = ("verdict", "claim", "criterion", "observed", "predicted", "error", "seeds")
 SCREEN, PRINTED = 920, 1440  # width of a full figure: on the screen, and in its file (7.2 inches at 200 dpi)

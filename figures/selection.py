@@ -80,6 +80,11 @@ def of_label(records: Iterable[Record], label: str) -> list[Record]:
     return [record for record in records if label_of(record) == label]
 
 
+def has_diverged(run: Record) -> bool:
+    """Whether a training's loss stopped being finite."""
+    return run["final"]["diverged_at"] is not None
+
+
 def numbers(values: Any) -> Array:
     """Numbers as an array, null as not a number."""
     if values is None:
@@ -135,13 +140,14 @@ def measurement(record: Record, quantity: str) -> tuple[Array, Array] | None:
     return None
 
 
-_SHAPE: tuple[tuple[str, Callable[[Record], Any], str], ...] = (
-    ("d_model", lambda spec: spec["architecture"]["d_model"], "d {}"),
-    ("n_layers", lambda spec: spec["architecture"]["n_layers"], "{} layers"),
-    ("seq_len", lambda spec: spec["seq_len"], "T {}"),
-    ("batch_size", lambda spec: spec["batch_size"], "batch {}"),
-    ("steps", lambda spec: spec["steps"], "{:,} steps"),
-    ("schedule", lambda spec: spec["schedule"], "{}"),
+# What tells settings of one experiment apart, and in which words.
+_SHAPE: tuple[tuple[Callable[[Record], Any], str], ...] = (
+    (lambda spec: spec["architecture"]["d_model"], "d {}"),
+    (lambda spec: spec["architecture"]["n_layers"], "{} layers"),
+    (lambda spec: spec["seq_len"], "T {}"),
+    (lambda spec: spec["batch_size"], "batch {}"),
+    (lambda spec: spec["steps"], "{:,} steps"),
+    (lambda spec: spec["schedule"], "{}"),
 )
 
 
@@ -154,14 +160,14 @@ def by_setting(records: Records) -> list[Panel]:
     runs: dict[str, list[Record]] = {}
     for record in records:
         spec = record["spec"]
-        groups.setdefault((spec["experiment"], *(read(spec) for _, read, _ in _SHAPE)), []).append(record)
+        groups.setdefault((spec["experiment"], *(read(spec) for read, _ in _SHAPE)), []).append(record)
         runs.setdefault(spec["experiment"], []).append(record)
     ordered = sorted(groups, key=lambda key: (-len(runs[key[0]]), *(str(part).zfill(9) for part in key)))
     panels: list[Panel] = []
     for key in ordered:
         words = [key[0]] if len(runs) > 1 else []
         same = [other for other in groups if other[0] == key[0]]
-        for place, (_, _, text) in enumerate(_SHAPE, start=1):
+        for place, (_, text) in enumerate(_SHAPE, start=1):
             if len({other[place] for other in same}) > 1:
                 words.append(text.format(key[place]))
         panels.append(Panel(", ".join(words), groups[key]))

@@ -41,6 +41,8 @@ def draw(
 
     Args:
         kinds: kind of every statement by name; one without a record keeps its line, empty.
+        tight: of bounds, as `tightness` finds them.
+        right: of sharp values, as `accuracy` finds them.
     """
     uppers = [name for name, kind in kinds.items() if kind == "upper"]
     sharps = [name for name, kind in kinds.items() if kind == "sharp"]

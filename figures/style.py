@@ -24,6 +24,7 @@ WIDTH = 7.2  # inches: a page's text width
 DPI = 200
 INK = "#222222"
 GREY = "#666666"
+HANDLE = "#333333"  # of a legend entry that stands for every method
 EVENT = "#009E73"
 
 
@@ -156,6 +157,13 @@ def cross(axes: Axes, x: float, y: float, look: Mark, **options: Any) -> None:
     )  # fmt: skip
 
 
+def cross_at_end(axes: Axes, x: Any, y: Any, look: Mark) -> None:
+    """Where a series that is cut short has its last number; nothing where it has none."""
+    known = np.flatnonzero(np.isfinite(y))
+    if known.size:
+        cross(axes, float(x[known[-1]]), float(y[known[-1]]), look)
+
+
 def reference(axes: Axes, x: Any, y: Any, **options: Any) -> None:
     """A level to compare with; neither measured nor predicted."""
     axes.plot(x, y, color=GREY, linewidth=3.0, alpha=0.35, zorder=1, label="reference", **options)
@@ -169,14 +177,14 @@ def ticks_along_top(axes: Axes, x: Any) -> None:
     )  # fmt: skip
 
 
-def kind_handles(kinds: Iterable[str], *, colour: str = "#333333", **words: str) -> list[Line2D]:
+def kind_handles(kinds: Iterable[str], **words: str) -> list[Line2D]:
     """Legend entries of the kinds in use; `words` replaces what an entry says."""
     handles: list[Line2D] = []
     for kind in kinds:
         if kind == "measured":
-            handle = Line2D([], [], linestyle="none", marker="o", color=colour, markerfacecolor="white")
+            handle = Line2D([], [], linestyle="none", marker="o", color=HANDLE, markerfacecolor="white")
         else:
-            handle = Line2D([], [], linestyle=KINDS[kind][0], color=colour)
+            handle = Line2D([], [], linestyle=KINDS[kind][0], color=HANDLE)
         handle.set_label(words.get(kind, KINDS.get(kind, ("", "measured"))[1]))
         handles.append(handle)
     return handles
@@ -198,7 +206,7 @@ def method_handles(labels: list[str], *, linestyle: Any = "-") -> list[Line2D]:
     return named_handles({label: mark(label, labels) for label in labels}, linestyle=linestyle)
 
 
-def marker_handle(marker: str, label: str, *, colour: str = "#333333", filled: bool = False) -> Line2D:
+def marker_handle(marker: str, label: str, *, colour: str = HANDLE, filled: bool = False) -> Line2D:
     """Legend entry of a marker."""
     fill = colour if filled else "white"
     return Line2D([], [], linestyle="none", marker=marker, color=colour, markerfacecolor=fill, label=label)
@@ -217,9 +225,9 @@ def legend(figure: Figure, handles: list[Any], *, columns: int | None = None) ->
     figure.legend(handles=handles, loc="outside lower center", ncols=columns, columnspacing=1.4)
 
 
-def whole_numbers(axes: Axes, most: int = 4) -> None:
+def whole_numbers(axes: Axes) -> None:
     """Ticks of the x axis at a few whole numbers."""
-    axes.xaxis.set_major_locator(MaxNLocator(nbins=most, integer=True, min_n_ticks=2, steps=[1, 2, 4, 5, 10]))
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=4, integer=True, min_n_ticks=2, steps=[1, 2, 4, 5, 10]))
 
 
 def title(label: str) -> str:

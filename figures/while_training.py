@@ -65,7 +65,7 @@ def draw(records: Records, experiment: str | None = None) -> Figure:
             else:
                 axes.set_ylim(0, 1.03)
         handles = style.method_handles(labels)
-        if any(record["final"]["diverged_at"] is not None for record in found):
+        if any(map(selection.has_diverged, found)):
             handles.append(style.marker_handle("x", "diverged"))
         style.legend(figure, handles)
     return figure
@@ -104,10 +104,8 @@ def _panel(axes: Axes, panel: Panel, row: Row, labels: list[str]) -> None:
             style.band(axes, steps, over_seeds.low, over_seeds.high, mark.colour)
         style.curve(axes, steps, over_seeds.mean, mark, label, place=place)
         for run in runs:
-            values = series(run, row)
-            known = np.flatnonzero(np.isfinite(values))
-            if run["final"]["diverged_at"] is not None and known.size:
-                style.cross(axes, float(_steps(run, row)[known[-1]]), float(values[known[-1]]), mark)
+            if selection.has_diverged(run):
+                style.cross_at_end(axes, _steps(run, row), series(run, row), mark)
 
 
 def caption(records: Records, experiment: str | None = None) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from figures.selection import Record, Records, by_setting, labels_of
+from figures.selection import Record, Records, by_setting, has_diverged, labels_of
 from theory.words import counted
 
 KINDS_IN_WORDS = {
@@ -84,7 +84,7 @@ def initialisation_settings(records: Records) -> str:
 
 def diverged(records: Iterable[Record]) -> str:
     """How many runs diverged, as a sentence; empty if none."""
-    lost = [record for record in records if record["final"]["diverged_at"] is not None]
+    lost = [record for record in records if has_diverged(record)]
     if not lost:
         return ""
     return f" A cross marks a run that diverged ({len(lost)} here); means and bands are over the runs still alive."
