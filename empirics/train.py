@@ -113,21 +113,18 @@ def train(
             )
         step, series = (0, Series()) if found is None else (found[0], Series(**found[1]))
 
-        # By parts: layers of one form share one graph, and what gathers a sharded layer stays outside of it.
-        if spec.compile and ranks.size == 1:
-            for layer in model.layers:
-                layer.compile()
-        losses = torch.compile(losses_of) if spec.compile else losses_of
+        def plain_objective(tokens: Tensor, targets: Tensor, places: list[Tensor] | None = None) -> Any:
+            return objective(model, spec.z_loss, tokens, targets, places)
 
-        def objective(tokens: Tensor, targets: Tensor, places: list[Tensor] | None = None) -> tuple[Tensor, Tensor]:
-            return losses(model(tokens, places), targets, spec.z_loss)
-
+        # Several ranks compile layer by layer: what gathers a layer stays outside of the graph.
+        fast = torch.compile(plain_objective) if spec.compile and ranks.size == 1 else plain_objective
         stepper = Stepper(model, optimizer, ranks)
         probes = TrainingProbes(spec.probes, spec.probe_every, spec.micro_batch, ranks)
         while step < spec.steps and series.diverged_at is None:
             # A probed step runs the same arithmetic uncompiled, since a compiled graph has no places to keep.
-            with _compiling(spec, uncompiled=probes.due(step)):
-                _train_step(spec, corpus, model, objective, stepper, series, step, probes, ranks)
+            loss_function = plain_objective if probes.due(step) else fast
+            with _uncompiled(spec.compile and probes.due(step)):
+                _train_step(spec, corpus, model, loss_function, stepper, series, step, probes, ranks)
             on_step(step, series.latest())
             step += 1
             stopping = ranks.any(stop())
@@ -138,13 +135,12 @@ def train(
                 raise Stopped(f"stopped{saved} after {step} of {counted(spec.steps, 'step')}")
         final = math.nan
         if series.diverged_at is None:
-            with _compiling(spec, uncompiled=True):
-                evaluated = _evaluated(spec, model, ranks)
-                final = _heldout_loss(spec, corpus, evaluated, ranks)
-                if probes.on:
-                    first_batch = _to_tensors(batch(corpus, seed=spec.seed, step=0, **_shape(spec)), spec.device)
-                    series.distributions["end"] = distributions(evaluated, first_batch[0][: spec.micro_batch], ranks)
-                    probes.after_all(series.probes, step, model, lambda: first_batch)
+            evaluated = _evaluated(spec, model, ranks)
+            final = _heldout_loss(spec, corpus, evaluated, ranks)
+            if probes.on:
+                first_batch = _to_tensors(batch(corpus, seed=spec.seed, step=0, **_shape(spec)), spec.device)
+                series.distributions["end"] = distributions(evaluated, first_batch[0][: spec.micro_batch], ranks)
+                probes.after_all(series.probes, step, model, lambda: first_batch)
         if keep is not None:
             keep_model(keep, model, tokenizer=corpus.tokenizer, run=plain(spec), ranks=ranks)
     return {
@@ -159,7 +155,9 @@ def train(
     }
 
 
-def losses_of(logits: Tensor, targets_BT: Tensor, z_loss: float) -> tuple[Tensor, Tensor]:
+def objective(
+    model: Transformer, z_loss: float, tokens_BT: Tensor, targets_BT: Tensor, places: list[Tensor] | None = None
+) -> tuple[Tensor, Tensor]:
     """What is minimised, and the cross entropy in it, in nats a token.
 
     With Z the normalisation of a token's softmax, z_loss * (log Z)^2 is added, averaged over tokens: logits that drift
@@ -168,8 +166,9 @@ def losses_of(logits: Tensor, targets_BT: Tensor, z_loss: float) -> tuple[Tensor
     Source: Chowdhery et al. 2022 (PaLM), section 5.
     """
     if not z_loss:
-        loss = cross_entropy(logits, targets_BT)
+        loss = model.loss(tokens_BT, targets_BT, places)
         return loss, loss
+    logits = model(tokens_BT, places)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     loss = cross_entropy(logits, targets_BT)
     return loss + z_loss * logits.logsumexp(-1).square().mean(), loss
@@ -323,13 +322,9 @@ def check_shares(spec: RunSpec, ranks: Ranks) -> None:
         )
 
 
-def _compiling(spec: RunSpec, *, uncompiled: bool) -> AbstractContextManager[Any]:
-    """If compiled layers are to run as they are written, that; else a graph for every layer, should they all differ."""
-    if not spec.compile:
-        return nullcontext()
-    if uncompiled:
-        return torch.compiler.set_stance("force_eager")
-    return torch._dynamo.config.patch(recompile_limit=max(8, spec.architecture.n_layers + 1))
+def _uncompiled(wanted: bool) -> AbstractContextManager[Any]:
+    """If wanted, compiled layers run as they are written."""
+    return torch.compiler.set_stance("force_eager") if wanted else nullcontext()
 
 
 @contextmanager

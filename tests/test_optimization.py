@@ -21,7 +21,7 @@ from empirics.optimization import Stepper, adamw
 from empirics.run import corpus_of, model_path, run
 from empirics.run_spec import LATER, LATER_OF_ARCHITECTURE
 from empirics.tensorboard import TensorBoard
-from empirics.train import losses_of, train
+from empirics.train import objective, train
 from theory.records import fingerprint, plain
 
 
@@ -189,7 +189,7 @@ def test_z_loss_by_hand() -> None:
     with torch.no_grad():
         model.head.weight.mul_(20)  # a softmax that is not uniform
     tokens, targets = torch.arange(12).reshape(2, 6) % 11, torch.arange(3, 15).reshape(2, 6) % 11
-    total, entropy = losses_of(model(tokens), targets, 0.3)
+    total, entropy = objective(model, 0.3, tokens, targets)
     logits = model(tokens).detach().float()
     probability, log_z = logits.softmax(-1), logits.exp().sum(-1, keepdim=True).log()
     assert float((total - entropy).detach()) == pytest.approx(0.3 * float(log_z.square().mean()), rel=1e-5)
@@ -198,11 +198,11 @@ def test_z_loss_by_hand() -> None:
     by_hand = (probability - hot + 0.3 * 2 * log_z * probability) / 12
     hidden: list[torch.Tensor] = []
     handle = model.head.register_forward_hook(lambda _, __, output: hidden.append(output) or output.retain_grad())
-    losses_of(model(tokens), targets, 0.3)[0].backward()
+    objective(model, 0.3, tokens, targets)[0].backward()
     handle.remove()
     assert hidden[0].grad is not None
     torch.testing.assert_close(hidden[0].grad.float(), by_hand.float(), rtol=1e-5, atol=1e-7)
-    assert losses_of(model(tokens), targets, 0.0)[0].equal(model.loss(tokens, targets))
+    assert objective(model, 0.0, tokens, targets)[0].equal(model.loss(tokens, targets))
 
 
 def test_z_loss_is_recorded_apart(text: Path, tmp_path: Path) -> None:

@@ -178,7 +178,6 @@ def test_bfloat16_runs_on_the_cpu(text: Path, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch warns of TorchScript in its own compiler
-@pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")  # which torch hides, but from an error filter
 def test_compiled_run(text: Path, tmp_path: Path) -> None:
     """The same numbers to float32 rounding; needs a C++ compiler."""
     plain, compiled = (run(specification(text, compile=flag), tmp_path)["series"] for flag in (False, True))
