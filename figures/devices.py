@@ -247,6 +247,7 @@ def _repeats(records: Records) -> Iterator[Row]:
 
 def _theory(records: Records) -> Iterator[Row]:
     """The growth of a network that is too large for the CPU, beside its prediction."""
+    records = sorted(records, key=lambda record: _width(record))
     for record in records:
         if record["kind"] != "initialisation" or record["label"] not in ACCURACY:
             continue
@@ -271,6 +272,11 @@ def _theory(records: Records) -> Iterator[Row]:
     for record in records:
         if record["kind"] == "norm":
             yield _sub_layer_norm(record)
+
+
+def _width(record: Record) -> int:
+    """Of the network that a record is of, to have them by size; 0 where it says none."""
+    return record.get("architecture", record.get("spec", {}).get("architecture", {})).get("d_model", 0)
 
 
 def _sub_layer_norm(record: Record) -> Row:

@@ -65,7 +65,7 @@ def section(record: Mapping[str, Any] | None) -> str:
     if record is None:
         return (
             "<p>No record of a check on a GPU was found: nothing here shows how a GPU's numbers compare with a CPU's. "
-            f"Where there is a CUDA device, <code>{COMMAND}</code> makes one in about five minutes (an estimate).</p>"
+            f"Where there is a CUDA device, <code>{COMMAND}</code> makes one in about five minutes.</p>"
         )
     head = "".join(f'<th scope="col">{column}</th>' for column in COLUMNS)
     body = "".join(_row(row) for row in record["rows"])

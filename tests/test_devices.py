@@ -25,10 +25,12 @@ from empirics.run import corpus_of
 from empirics.run_spec import RunSpec
 from empirics.surroundings import environment
 from empirics.train import train
+from figures.criteria import ACCURACY
 from figures.device_records import check_path, latest_check, read_check, write_check
 from figures.devices import AGREES, DIFFERS, MARGIN, MEASURED, compare
 from figures.report_device import NOT_A_GPU, counted, section, text_table
-from theory.architecture import METHODS, Architecture, preset
+from theory.architecture import METHODS, Architecture, method, preset
+from theory.growth import gradient_growth
 from theory.records import read_records, write_record
 
 Records = list[dict[str, Any]]
@@ -88,14 +90,14 @@ def test_the_check_of_a_cpu_says_that_it_is_one(checked: Path) -> None:
     assert str(record["date"]) in page
 
 
-def test_the_list_says_what_is_estimated(capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_step_is_listed(capsys: pytest.CaptureFixture[str]) -> None:
     listed: dict[str, list[str]] = {}
     for device in ("cpu", "cuda"):
         assert paper_repro.main(["--scale", "gpu-smoke", "--device", device, "--list"]) == 0
         listed[device] = capsys.readouterr().out.splitlines()
-    assert [("estimated" in line) for line in listed["cpu"]] == [False] * 6
-    assert [("estimated" in line) for line in listed["cuda"]] == [False] + [True] * 5
-    assert listed["cpu"][0] == listed["cuda"][0]  # the CPU's own part, measured
+    assert len(listed["cpu"]) == len(listed["cuda"]) == 6
+    assert listed["cpu"][0] == listed["cuda"][0]  # the CPU's own part
+    assert all("estimated" not in line for lines in listed.values() for line in lines)  # all were run
 
 
 def test_every_comparison_is_made_and_agrees(records: Records) -> None:
@@ -495,6 +497,25 @@ def test_what_is_compared_is_smooth() -> None:
         assert len({a.name for a in (*size.probed, size.shallow, *size.grown)}) == 3 + len(size.grown)
 
 
+def test_the_record_that_comes_with_the_code_is_of_a_gpu_and_current() -> None:
+    """It is what a report shows, its predictions are today's, and the README quotes it."""
+    record = latest_check([paper_repro.CHECKED])
+    assert record is not None
+    assert record["gpu"]
+    assert record["missing"] == []
+    assert DIFFERS not in {row["verdict"] for row in record["rows"]}
+    rows = {row["quantity"]: row for row in record["rows"]}
+    readme = (paper_repro.CHECKED.parents[1] / "README.md").read_text()
+    for size in device_specs.LARGE:
+        for label in ACCURACY:
+            row = rows[f"gradient growth beside theory, {size}, {label}"]
+            growth = gradient_growth(method(preset(size), label), 2048)
+            assert growth.in_domain
+            assert growth.value == pytest.approx(row["reference"], rel=1e-6)
+            digits = 2 if label == "Vanilla" else 4
+            assert f"{row['reference']:.{digits}f} / {row['device']:.{digits}f}" in readme
+
+
 # --- on a GPU --------------------------------------------------------------------------------------------------------
 
 
@@ -502,7 +523,6 @@ def test_what_is_compared_is_smooth() -> None:
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("full", [False, True])
 def test_a_gpu_agrees_with_the_cpu(full: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Not run yet: no GPU was at hand when it was written."""
     if not full:
         monkeypatch.setattr(device_specs, "sizes", miniature)
     out = tmp_path / "gpu-smoke"
