@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import sympy as sp
 
+from theory import derivations_softmax
 from theory.activations import lipschitz
 from theory.architecture import preset
 from theory.derivation import (
@@ -28,7 +29,13 @@ from theory.derivation import (
 from theory.derivations_bounds import layer_norm_proof
 from theory.derivations_expressions import Norm, Transposed, array, entry, evaluate
 from theory.growth import gradient_growth, growth_closed_form
+from theory.grams import Gram
+from theory.growth import _post_norm, gradient_growth, growth_closed_form
+from theory.growth_domain import scatter
+from theory.head import head_gradient, head_tilt, head_variance
+from theory.logits import attention_logits
 from theory.random_matrix import feedforward_edge
+from theory.softmax_moments import exact_moments
 from theory.sources import Source
 from theory.symbols import symbol
 
@@ -46,7 +53,8 @@ KINDS = {
     "gaussian-opnorm-sharp": "sharp",
     **dict.fromkeys(("gaussian-opnorm-estimate", "norm-jacobian-estimate"), "estimate"),
     **dict.fromkeys(("rmsnorm-jacobian-estimate", "ffn-gated-estimate"), "estimate"),
-    "norm-backward-gain": "exact",
+    **dict.fromkeys(("update-scatter", "post-norm-gain", "head-gradient"), "sharp"),
+    **dict.fromkeys(("norm-backward-gain", "softmax-moments"), "exact"),
 }
 # Tails and a product of maxima that nothing attains: how far below the bound their checks may stay.
 UNATTAINED = 100
@@ -341,3 +349,132 @@ def test_conserved_growth_is_the_recursion_s() -> None:
     assert recursion > 1.03
     average = evaluate(numbered("growth-conservation", 9).right, values)
     assert found <= average
+
+
+SHARE, WIDE = 0.3, 4096
+
+
+def test_softmax_moments_are_the_evaluated_ones() -> None:
+    """`theory.softmax_moments` against the chain's lines, whose sides are integrated over a grid of three logits."""
+    values = derivations_softmax._row(np.random.default_rng(0))
+    rng = np.random.default_rng(0)
+    std, cap = float(rng.uniform(0.5, 1.5)), float(rng.uniform(1, 3))
+    found = exact_moments(np.array([3.0]), std**2, cap)
+    size = np.eye(3) - 1 / 3
+    steps = {step.rule: step for step in derivation("softmax-moments").steps}
+    expected = {"exchangeability": size / 9 * found.gain[0], "exchangeability, 1'S = 0": size / 3 * found.slope[0]}
+    for rule, right in expected.items():
+        side = evaluate(steps[rule].right, values) - (1 / 9 if rule == "exchangeability" else 0)
+        np.testing.assert_allclose(side, right, rtol=1e-9, atol=1e-12)
+    assert evaluate(steps["sum over entries"].right, values) == pytest.approx(2 / 9 * found.square[0], rel=1e-9)
+
+
+def test_slopes_outside_of_the_mean() -> None:
+    """The two ratios that softmax-moments quotes, for logits of variance 4 under a cap of 2."""
+    for count, ratio in ((4, 0.98), (32, 1.23)):
+        z = 2 * np.random.default_rng(0).standard_normal((100_000, count))
+        p, slope = np.exp(2 * np.tanh(z / 2)), 1 / np.cosh(z / 2) ** 2
+        p /= p.sum(1, keepdims=True)
+        outside = slope.mean() * np.mean(p * (1 - p)) / np.mean(slope * p * (1 - p))
+        assert outside == pytest.approx(ratio, abs=0.01)
+
+
+@pytest.mark.parametrize("norm", ["layernorm", "rmsnorm"])
+def test_what_scatters_is_the_evaluated_one(norm: str) -> None:
+    a = replace(preset("tiny"), norm=norm, block="post-ln")
+    values = {
+        entry("a"): SHARE,
+        entry("a_F"): SHARE / 2,
+        entry("kappa_4"): 6,
+        symbol("d"): a.d_model,
+        symbol("d_ffn"): a.d_ffn,
+    }
+    share, fed = np.array([SHARE]), np.array([SHARE / 2])
+    v = evaluate(numbered("update-scatter", 5).right, values)
+    assert scatter(a, share, fed)[0] == pytest.approx(v, rel=1e-12)
+    gain, kept = _post_norm(a, share, fed, first=False)
+    lines = [evaluate(numbered("post-norm-gain", place).right, values | {entry("v"): v}) for place in (1, 3, 5)]
+    assert gain[0] - 1 == pytest.approx(lines[norm == "layernorm"], rel=1e-12)
+    assert 1 - kept == pytest.approx(lines[2], rel=1e-12)
+    first, _ = _post_norm(a, share, fed, first=True)
+    # Of d degrees instead of d - 1 there is one more; over the whole mean square LayerNorm's is d/(d - 1) more.
+    width, of_variance = a.d_model, numbered("post-norm-gain", 0).right
+    over = evaluate(of_variance, {d: width}) * width / (width - 1)
+    assert first[0] == pytest.approx(over if norm == "layernorm" else width / (width - 2), rel=1e-12)
+
+
+def test_the_head_s_gradient_is_the_evaluated_one() -> None:
+    """Off the diagonal to the table's 1 % at the covariance, which the chain's e^c has."""
+    a = replace(preset("tiny"), vocab_size=2**20, d_model=WIDE, d_head=WIDE // preset("tiny").n_heads)
+    variance = head_variance(a)
+    for c in (-0.8 * variance, 0.5 * variance):
+        final = Gram(np.ones(2), np.array([[1.0, c / variance], [c / variance, 1.0]]))
+        values = {entry("c", signed=True): c, entry("V"): a.vocab_size, entry("delta_yy'"): 0.0}
+        shared = evaluate(numbered("head-gradient", 4).right, values) + 2 / a.vocab_size
+        found = head_gradient(a, final, None).off[0, 1] + 2 / a.vocab_size
+        assert found == pytest.approx(shared, rel=0.01)
+        # Of (m sigma^2)^2 x.x'/d in units of sigma^2, a large vocabulary.
+        values = {entry("m"): a.logit_multiplier, symbol("sigma"): a.stds.head, entry("E|p|^2"): 0.0, array("x"): 1.0}
+        along = evaluate(numbered("head-gradient", 6).right, values) / a.stds.head
+        assert head_tilt(a, final).off[0, 1] == pytest.approx(along**2 * c / variance, rel=1e-12)
+
+
+@pytest.mark.parametrize("norm", ["layernorm", "rmsnorm"])
+def test_normalised_logits_are_the_evaluated_ones(norm: str) -> None:
+    for kind in ("head", "full"):
+        a = replace(preset("tiny"), norm=norm, qk_norm=kind, attention_scale=None)
+        width = a.d_head if kind == "head" else a.d_head * a.n_heads
+        values = {symbol("d_head"): a.d_head if norm == "layernorm" else width, entry("w"): width}
+        places = (6, 7) if norm == "layernorm" else (4, 5)
+        variance, gain = (evaluate(numbered("qk-norm", place).right, values) for place in places)
+        found = attention_logits(a)
+        assert (found.variance, found.gradient) == pytest.approx((variance, gain), rel=1e-12)
+
+
+LIMITS = {
+    "vanilla-growth": (sp.sqrt(d), sp.sqrt(sp.Rational(2, 5) + H / (5 * T))),
+    "scaled-embed-growth": (1, sp.sqrt(sp.Rational(7, 5) + H / (5 * T))),
+    "embed-ln-growth": (1, sp.sqrt(sp.Rational(29, 25) + 2 * H / (25 * T))),
+    "vanilla-excess": (sp.sqrt(d / N), 9 / sp.sqrt(5)),
+    "vanilla-excess-attended": (1, 9 * sp.sqrt(T / H)),
+    "scaled-embed-excess": (1 / sp.sqrt(N), 9 / sp.sqrt(5)),
+    "embed-ln-excess": (1 / sp.sqrt(N), 9 * sp.sqrt(2) / 5),
+    "scaled-embed-product": (sp.sqrt(N), 9 / sp.sqrt(5)),
+    "large-shortcut-growth": (1, sp.Integer(1)),
+    "large-shortcut-share": (1 / sigma_e**2, N * b),
+    "small-shortcut-growth": (1 / sigma_e, sp.sqrt(N * b)),
+    "small-shortcut-share": (1, sp.Integer(1)),
+    "pre-ln-last-gradient": (1 / sp.sqrt(N), sp.sqrt((1 + b) / b)),
+    "pre-ln-imbalance": (sp.log(N), b_back / b),
+    "post-ln-imbalance": (N, sp.log((1 + b_back) / (1 + b)) / 2),
+    "deepnorm-imbalance": (1 / sp.sqrt(M), (b_0_back - b_0) / (4 * sp.sqrt(2))),
+}
+
+
+@pytest.mark.parametrize("name", ASYMPTOTICS)
+def test_asymptotics(name: str) -> None:
+    found = ASYMPTOTICS[name]()
+    over, limit = LIMITS[name]
+    assert sp.simplify(found.over - over) == 0
+    assert sp.simplify(sp.expand_log(found.limit**2 - limit**2, force=True)) == 0
+    values = {d: 10**12, N: 24, T: 1024, sigma_e: 0.7, b: 0.02, b_back: 0.03, b_0: 0.02, b_0_back: 0.03}
+    # Against the logarithm of the depth a constant fades slowly; everything else is there at 10^12.
+    logarithmic = found.over == sp.log(N)
+    values[found.variable] = 10.0 ** (300 if logarithmic else 12 if found.end == sp.oo else -12)
+    ratio = evaluate(found.expression / found.over, values) / evaluate(found.limit, values)
+    assert ratio == pytest.approx(1, abs=0.01 if logarithmic else 1e-5)
+    assert found.statement in render_asymptotics()
+
+
+def test_growth_does_not_depend_on_depth() -> None:
+    for name in ("vanilla-growth", "scaled-embed-growth", "embed-ln-growth"):
+        found = ASYMPTOTICS[name]()
+        assert N not in found.expression.free_symbols
+        assert N not in found.limit.free_symbols
+
+
+def test_first_layer_excess_at_350m() -> None:
+    sizes = {d: 1024, N: 24}
+    names = ("vanilla-excess", "scaled-embed-excess", "embed-ln-excess")
+    found = [float(ASYMPTOTICS[name]().expression.subs(sizes)) for name in names]
+    assert found == pytest.approx([26.3, 0.82, 0.52], rel=0.01)

@@ -168,7 +168,7 @@ def test_weights_of_any_size_have_an_answer(size: float) -> None:
 
 @pytest.mark.parametrize("cap", [0.5, 2.0])
 def test_capped_moments_against_sampling(cap: float) -> None:
-    """gain and square of n soft-capped logits to four standard errors; a gradient through the mean slope is not."""
+    """The moments of n soft-capped logits to four standard errors; a square with the mean slope is not."""
     generator, draws, variance = np.random.default_rng(1), 40_000, 9.0
     for n in (2, 8, 64):
         z = math.sqrt(variance) * generator.standard_normal((draws, n))
@@ -176,17 +176,40 @@ def test_capped_moments_against_sampling(cap: float) -> None:
         p /= p.sum(1, keepdims=True)
         two, rest = np.sum(p**2, axis=1), 1 - 1 / n
         squares = np.sum(slope**2 * p**2 * (1 - 2 * p + two[:, None]), axis=1) * n / rest
+        firsts = np.sum(slope * p * (1 - p), axis=1) / rest
         exact = exact_moments(np.array([float(n)]), variance, cap)
-        for drawn, integral in ((squares, exact.square), ((n * two - 1) / rest, exact.gain)):
+        for drawn, integral in ((squares, exact.square), (firsts, exact.slope), ((n * two - 1) / rest, exact.gain)):
             assert abs(drawn.mean() - integral[0]) <= 4 * drawn.std() / math.sqrt(draws)
-        without = exact_moments(np.array([float(n)]), capped_moments(variance, cap).variance).square[0]
-        assert abs(squares.mean() - without * slope.mean() ** 2) > 4 * squares.std() / math.sqrt(draws)
+        without = exact_moments(np.array([float(n)]), capped_moments(variance, cap).variance)
+        assert abs(squares.mean() - without.square[0] * slope.mean() ** 2) > 4 * squares.std() / math.sqrt(draws)
+        assert capped_moments(variance, cap).at(np.array([float(n)])).slope[0] == pytest.approx(
+            exact.slope[0] / without.slope[0] * math.sqrt(variance / capped_moments(variance, cap).variance), rel=0.01
+        )  # the table's stated 1 %
+
+
+@pytest.mark.parametrize(("variance", "cap"), [(4.0, 2.0), (16.0, 1.0)])
+def test_two_capped_rows_share_the_slopes_where_the_softmax_weighs(variance: float, cap: float) -> None:
+    """Covariance of two rows whose logits correlate, against the square of E[S D] and of E[l'] E[S]."""
+    generator, draws, n, share = np.random.default_rng(2), 400_000, 16, 0.2
+    common, *own = (generator.standard_normal((draws, n)) for _ in range(3))
+    rows = [math.sqrt(variance) * (math.sqrt(share) * common + math.sqrt(1 - share) * z) for z in own]
+    weights = [np.exp(cap * np.tanh(z / cap)) for z in rows]
+    first, second = (w / w.sum(1, keepdims=True) for w in weights)
+    products = np.sum(first * second, axis=1) - 1 / n
+    found, error = products.mean(), products.std() / math.sqrt(draws)
+    of_one = exact_moments(np.array([float(n)]), variance, cap).slope[0]
+    slope = 1 / np.cosh(rows[0] / cap) ** 2
+    apart = exact_moments(np.array([float(n)]), capped_moments(variance, cap).variance).slope[0] * slope.mean()
+    predicted, without = (share * variance * x**2 * (n - 1) / n**2 for x in (of_one, apart))
+    # The third order in the covariance is a share^2 of the first, in odd powers alone as the cap's series has them.
+    assert abs(found - predicted) <= 4 * error + share**2 * predicted
+    assert abs(found - without) > 4 * error + share**2 * predicted
 
 
 def test_a_cap_far_above_the_logits_changes_nothing() -> None:
     capped = capped_moments(1.0, 1e4)
-    assert (capped.variance, capped.between, capped.steepness) == pytest.approx((1, 1, 1), abs=1e-6)
-    np.testing.assert_allclose([capped.own_gain, capped.own_square], 1, atol=1e-6)
+    assert (capped.variance, capped.steepness) == pytest.approx((1, 1), abs=1e-6)
+    np.testing.assert_allclose([capped.gain, capped.slope, capped.square], 1, atol=1e-6)
     assert capped_moments(0.0, 1.0).variance == 0
 
 

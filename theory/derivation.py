@@ -45,6 +45,7 @@ DERIVATION_MODULES = (
     "derivations_embedding",
     "derivations_routing",
     "derivations_logits",
+    "derivations_softmax",
     "derivations_masks",
     "derivations_constants",
     "derivations_gaussian",
@@ -61,6 +62,8 @@ DERIVATION_MODULES = (
     "derivations_conservation",
     "derivations_layouts",
     "derivations_postnorm",
+    "derivations_scatter",
+    "derivations_head",
     "derivations_shortcut",
 )
 

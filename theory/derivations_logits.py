@@ -14,7 +14,7 @@ import sympy as sp  # pyright: ignore[reportMissingTypeStubs]
 
 from theory.derivation import Derivation, Step, line, register_derivation
 from theory.derivations_expressions import Norm, SumOver, Transposed, Values, array, entry
-from theory.derivations_numeric import STEP, Array, Rng, column_jacobian, jacobian, rms_norm, softmax
+from theory.derivations_numeric import STEP, Array, Rng, column_jacobian, jacobian, layer_norm, rms_norm, softmax
 from theory.sources import Source
 from theory.symbols import symbol
 
@@ -158,18 +158,44 @@ def qk_norm() -> Derivation:
         (d_head - 1) / (d_head - 2),
         "inverse chi-square",
         "N_k takes one of d_h directions of qhat, and a normal key's 1/r_j^2 has mean d_h/(d_h - 2) over that of "
-        "r_j^2. LayerNorm takes two and leaves (d_h - 2)/(d_h - 3) of a logit variance d_h/(d_h - 1).",
+        "r_j^2 (see norm-backward-gain).",
         source=QK,
         sample=_key_gain,
         tolerance=0.02,
         accuracy="exact for d_h > 2; mean of 40000 draws, four standard errors of at most 0.5 %",
     )
+    centred = line(
+        _MEAN_SQUARE_LN,
+        "=",
+        1 + (d_head - 1) / (w - 1) ** 2,
+        "isotropy orthogonal to 1",
+        "LayerNorm over w coordinates, a head's or all heads' at once: E[qhat_i qhat_j] is w/(w - 1) times (1 at i = "
+        "j) - 1/w, its sum of squares over a head's coordinates is this times d_h.",
+        source=QK,
+        sample=_logit_variance_ln,
+        tolerance=0.02,
+        accuracy="exact; mean of 200000 draws, four standard errors of at most 0.5 %",
+    )
+    backward_centred = line(
+        _KEY_GAIN_LN,
+        "=",
+        (w - 2) / (w - 3),
+        "inverse chi-square",
+        "For w = d_h: N_k takes two directions, 1 being no part of qhat, so that 1 - 1/(w - 1) of |qhat|^2 is left; "
+        "and a normal key's 1/s_j^2 has mean w/(w - 3). For all heads' at once it is this but for terms of order "
+        "d_h/w^2.",
+        source=QK,
+        sample=_key_gain_ln,
+        tolerance=0.02,
+        accuracy="exact for w = d_h > 3; mean of 200000 draws, four standard errors of at most 0.5 %",
+    )
     return Derivation(
         name="qk-norm",
         title="Attention with QK-norm",
-        steps=(norm, jacobian_step, spread, reach, variance, backward),
+        steps=(norm, jacobian_step, spread, reach, variance, backward, centred, backward_centred),
         assumptions=(
-            "RMSNorm on queries and keys, unit gain, eps = 0 (the source: length 1 and a learned factor)",
+            "RMSNorm (the last two lines: LayerNorm) on queries and keys, unit gain, eps = 0 (the source: length 1 "
+            "and a learned factor)",
             "no biases, no RoPE (which is a rotation)",
         ),
     )
@@ -177,6 +203,12 @@ def qk_norm() -> Derivation:
 
 _KEY_GAIN = entry("E|N_k qhat|^2 E[k_i^2]/d_h", r"\mathbb{E}\|N_k \hat q\|^2\, \mathbb{E}[k_i^2]/d_h")
 _MEAN_SQUARE = entry("E[(qhat.khat)^2]/d_h", r"\mathbb{E}[(\hat q \cdot \hat k)^2]/d_h")
+w = entry("w")
+_KEY_GAIN_LN = entry(
+    "E|N_k qhat|^2 E[k_i^2]/E[(qhat.khat)^2]_LN",
+    r"\frac{\mathbb{E}\|N_k \hat q\|^2\, \mathbb{E}[k_i^2]}{\mathbb{E}[(\hat q \cdot \hat k)^2]_{LN}}",
+)
+_MEAN_SQUARE_LN = entry("E[(qhat.khat)^2]_LN/d_h", r"\mathbb{E}[(\hat q \cdot \hat k)^2]_{LN}/d_h")
 
 
 def _logit_variance(rng: Rng) -> Values:
@@ -191,6 +223,22 @@ def _key_gain(rng: Rng) -> Values:
     along = np.mean(query * rms_norm(keys), axis=0)
     gains = (1 - along**2) / np.mean(keys**2, axis=0)
     return {_KEY_GAIN: float(np.mean(gains)) * std**2, d_head: size}
+
+
+def _logit_variance_ln(rng: Rng) -> Values:
+    """Heads of 4 out of 8 coordinates that are normalised together."""
+    width, size = 8, 4
+    query, key = (layer_norm(rng.normal(0, std, (width, 200_000)))[:size] for std in (3, 0.2))
+    return {_MEAN_SQUARE_LN: float(np.mean(np.sum(query * key, axis=0) ** 2)) / size, d_head: size, w: width}
+
+
+def _key_gain_ln(rng: Rng) -> Values:
+    size, std = 8, 0.2
+    query, keys = layer_norm(rng.normal(0, 1, (size, 200_000))), rng.normal(0, std, (size, 200_000))
+    # The Jacobian is symmetric at unit gain: its product with qhat is a directional derivative.
+    passed = np.imag(layer_norm(keys + 1j * STEP * query)) / STEP
+    products = float(np.mean(np.sum(query * layer_norm(keys), axis=0) ** 2))
+    return {_KEY_GAIN_LN: float(np.mean(np.sum(passed**2, axis=0))) * std**2 / products, w: size}
 
 
 def _opposite_keys(rng: Rng) -> Values:
@@ -241,8 +289,9 @@ def soft_cap() -> Derivation:
         "<=",
         _SQUARE_SLOPE,
         "Jensen",
-        "What two rows share of a gradient has the left side, to first order in their logits' covariance; what a logit "
-        "passes by itself has the right, which a saturated cap makes the larger without limit.",
+        "What two rows share of a gradient has the mean slope twice, to first order in their logits' covariance; what "
+        "a logit passes by itself has the square's mean, which a saturated cap makes the larger without limit. "
+        "softmax-moments has both where the softmax has its weight.",
         sample=_slopes,
         tight=partial(_slopes, largest=1e-3),
     )

@@ -128,10 +128,10 @@ class AttentionMap:
 class _Rows:
     """Moments of the softmax rows, as factors on their first order in the logits.
 
-    variance: (B,) of a row's logits around their mean. first: (B,) E[S_t] over its value at equal logits.
+    variance: (B,) of a row's logits around their mean. first: (B,) E[S_t] over its value at equal logits, a soft-cap's
+        slopes in it.
     itself: (B,) factor on E[p_t p_t'] - mean of a row with itself. second: Gram of factors on E[S_t K S_t'].
     shift: (T, T) change of the mean row by unequal tokens (blocks of one token alone).
-    between: factor on the covariance of two rows' logits.
     """
 
     variance: Array
@@ -140,7 +140,6 @@ class _Rows:
     second: Gram
     shift: Array
     logits: float
-    between: float
 
     @staticmethod
     def of(p: Averaging, covariance: Gram, logits: float, capped: Capped | None) -> _Rows:
@@ -162,27 +161,18 @@ class _Rows:
         moments = softmax_moments(np.maximum(count, 1.0), variance)
         first = np.where(varied, moments.slope, 1.0)
         itself = np.where(varied, moments.gain / np.where(unit > 0, unit, 1.0), logits * covariance.diag)
-        square, between = np.where(varied, moments.square, 1.0), 1.0
-        if capped is not None:
-            own_gain, own_square = capped.at(count)
-            itself, square, between = itself * own_gain, square * own_square, capped.between
-        second = between * np.outer(first, first)
-        shift = np.zeros((0, 0))
+        square, shift = np.where(varied, moments.square, 1.0), np.zeros((0, 0))
         if p.blocks.single:
             dense, weights = covariance.dense(), p.dense()
             inner = weights @ dense
             k = covariance.diag[None, :] - 2 * inner + np.sum(inner * weights, axis=1)[:, None]
             k = k - np.sum(weights * k, axis=1)[:, None]
             shift = weights * k * (0.5 * logits * covariance.diag * first)[:, None]
-        return _Rows(
-            variance=variance,
-            first=first,
-            itself=itself,
-            second=Gram(square, second),
-            shift=shift,
-            logits=logits,
-            between=between,
-        )
+        if capped is not None:
+            cap = capped.at(count)
+            first, itself, square = first * cap.slope, itself * cap.gain, square * cap.square
+        second = Gram(square, np.outer(first, first))
+        return _Rows(variance=variance, first=first, itself=itself, second=second, shift=shift, logits=logits)
 
     def at_their_mean(self) -> _Rows:
         """The same rows without fluctuation or shift."""
@@ -191,7 +181,7 @@ class _Rows:
 
     def fluctuation(self, covariance: Gram) -> Gram:
         """Coefficient of S_t K S_t' in E[p_t p_t'] - E[p_t] E[p_t']: first order between rows, exact within one."""
-        return Gram(self.itself, self.logits * self.between * covariance.off * np.outer(self.first, self.first))
+        return Gram(self.itself, self.logits * covariance.off * np.outer(self.first, self.first))
 
     def shifted(self, p: Averaging, kernel: Gram) -> Gram:
         """What the shift of the mean rows adds to P K P'; for blocks of one token."""

@@ -245,7 +245,7 @@ def _post_norm(a: Architecture, share: Array, feedforward: Array, *, first: bool
     The branches' share of the mean square is what fluctuates where a norm before has fixed the rest: s^2 has relative
     variance `scatter`, and LayerNorm takes 1/d of the branches' mean square. In the first layer everything does:
     d/(d-3) (LayerNorm) and d/(d-2). On its way down the shortcut the gradient has lost the direction of the norm
-    above, whose squared cosine with that of the norm below is 1 - share.
+    above, whose squared cosine with that of the norm below is 1 - share. Derivation `post-norm-gain`.
     """
     d, lost = a.d_model, lost_directions(a.norm)
     if first:

@@ -38,6 +38,7 @@ def scatter(architecture: Architecture, share: Array, feedforward: Array) -> Arr
 
     Why: |x + f|^2 with branches f of share a has the cross term's 4 a (1 - a)/d and their own 2 a^2/d; the sum over m
         hidden units in W_2 F adds their kurtosis kappa = E[h^4]/E[h^2]^2. Nearly: f's entries are normal given h.
+        Derivation `update-scatter`.
 
     Args:
         share: a, the branches' part of the mean square. feedforward: the feed-forward's alone.

@@ -1,4 +1,7 @@
-"""What the loss sends back into the residual stream, from the softmax over the vocabulary at initialisation."""
+"""What the loss sends back into the residual stream, from the softmax over the vocabulary at initialisation.
+
+The derivation `head-gradient` has every line.
+"""
 
 from __future__ import annotations
 

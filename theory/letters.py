@@ -22,6 +22,7 @@ class Letter:
 
 
 _INDICES = {
+    "softmax-moments:x": "places above 0 of a fine grid, which stand for an integral",
     "e": "experts",
     "h": "heads",
     "h,t": "heads h and tokens t, both",
@@ -43,6 +44,16 @@ _INDICES = {
 }
 
 _PROBABILITIES = {
+    "update-scatter:a": "branches' share of the mean square after the update",
+    "post-norm-gain:a": "branches' share of the mean square after the update",
+    "a_F": "the feed-forward's share",
+    "E cos^2(x,x+f)": "mean squared cosine between the token before and after the update",
+    "E cos^2(g,x)": "mean squared cosine between the gradient and the token before the update",
+    "E|p|^2": "mean sum of a row's squared probabilities",
+    "E[p.p']": "mean of the sum over words of two tokens' probabilities multiplied",
+    "delta_yy'": "1 if two targets are one word, else 0",
+    "p_y'": "probability of the other token's target",
+    "p'_y": "the other token's probability of this one's target",
     "delta": "probability that a bound fails",
     "delta_tj": "1 if t = j, else 0",
     "P(chi_min >= x)": "probability that the smallest of T chi-squares is at least x",
@@ -69,6 +80,11 @@ _PROBABILITIES = {
 }
 
 _SIGNED = {
+    "(p-y).(p'-y')": "product of two tokens' loss gradients at the logits",
+    "E[(p-y).(p'-y')]": "its mean over the vocabulary's order, or over heads",
+    "E[W'a.W'b]": "mean product of W'a and W'b over heads W",
+    "a.b": "product of two vectors over the vocabulary",
+    "head-gradient:c": "covariance of two tokens' logits at a word",
     "<f,f'>/d": "mean product of two tokens' expert layer outputs",
     "B": "E tr DD': what of two tokens' gradients passes through the router",
     "tr DD'": "trace of the product of two tokens' gate Jacobians D = diag(g) - g p'",
@@ -84,6 +100,36 @@ _SIGNED = {
 }
 
 _SCALARS = {
+    "(E[s^2] E[1/s^2])_1": "mean of s^2 times mean of 1/s^2 at the first norm",
+    "E[s^2] E[1/s^2] - 1": "the same at a later norm, less 1",
+    "E[1/s^2] - 1": "mean of 1/s^2 where the mean square before the norm is 1, less 1",
+    "E[mean(f)^2]": "mean square of the branches' mean over coordinates",
+    "Var(mean h^2)": "relative variance of the mean square of the hidden units, over weights",
+    "Var(|x+f|^2/d)": "variance of the token's mean square after the update",
+    "Var(|x+f|^2/d | h)": "the same at given hidden units",
+    "v": "relative variance of the token's mean square after the update",
+    "kappa_4": "E[h^4]/E[h^2]^2 of a hidden unit h",
+    "kappa_4'": "that of the same unit behind a gate",
+    "kappa_4^relu": "that of ReLU",
+    "S": "a positive number, sum of e^l",
+    "dx": "width of the grid at x",
+    "e_0(x)": "mean of exp(-x e^l) over a logit",
+    "e_2(x)": "mean of e^(2l) exp(-x e^l)",
+    "e_2[l'](x)": "the same with the slope of the cap as a factor",
+    "e_2[l'^2](x)": "the same with its square",
+    "head-gradient:m": "factor on the output logits",
+    "V": "size of the vocabulary",
+    "qk-norm:w": "coordinates that are normalised together",
+    "E[(qhat.khat)^2]_LN/d_h": "variance of a logit over directions, with LayerNorm",
+    "E|N_k qhat|^2 E[k_i^2]/E[(qhat.khat)^2]_LN": "LayerNorm's backward gain of a key, likewise, over that variance",
+    "softmax-moments:n": "logits of a row",
+    "E[l'_1 p_1]": "mean of the first logit's slope times its probability",
+    "E[l'_1 p_1^2]": "the same with the probability squared",
+    "E[l'_1^2 p_1^2]": "mean of the slope squared times the probability squared",
+    "E[l'_1^2 p_1^3]": "the same with its third power",
+    "E[l'_1^2 p_1^4]": "the same with its fourth",
+    "E[l'_1^2 p_1^2 p_2^2]": "mean of the slope squared times two logits' probabilities squared",
+    "E|S D|_F^2": "mean sum of the squared entries of S D",
     "1/|J|": "one over the norm of the norm's Jacobian",
     "E |J'g|^2/|g|^2": "LayerNorm's mean square backward gain, over tokens and directions g",
     "E |J_R'g|^2/|g|^2": "RMSNorm's, likewise",
@@ -234,6 +280,12 @@ _SCALARS = {
 }
 
 _COLUMNS = {
+    "E[W'p]": "mean of W'p over heads W, (d, 1)",
+    "dL/dl": "gradient of the loss at one token's logits, (V, 1)",
+    "head-gradient:p": "predicted distribution, (V, 1)",
+    "head-gradient:x": "token at the head's input, (d, 1)",
+    "head-gradient:y": "one-hot target, (V, 1)",
+    "softmax-moments:ones": "column of ones, (n, 1)",
     "S_l": "variance of the stream at each token, place l, (T, 1)",
     "S_{l+1}": "the same at place l + 1, (T, 1)",
     "G_l": "mean square gradient at each token, place l, (T, 1)",
@@ -276,6 +328,10 @@ _COLUMNS = {
 }
 
 _MATRICES = {
+    "E[SD]": "mean of a softmax row's Jacobian before the cap: S = diag(p) - pp', D the cap's slopes, (n, n)",
+    "E[pp']": "mean of pp', (n, n)",
+    "dE[pq']/dr": "derivative at r = 0 of E[pq'] for rows p, q whose logits have covariance r, (n, n)",
+    "head-gradient:W": "the head, (V, d)",
     "(I_T x W_O)": "W_O at every token, (T d, T n_h d_h)",
     "A": "the norm's Jacobian without gain and 1/s, (d, d)",
     "B_j": "what token j's key can do to all outputs, (d, d)",

@@ -7,8 +7,9 @@ QK-norm. Normalised vectors of w coordinates (a head's, or all heads' at once) h
 w - 1 of their directions, whence E[(q.k)^2] = d_h (1 + (d_h - 1)/(w - 1)^2) over the coordinates of one head; the
 norm's backward gain is `norm_gain`, with n/(n - 2) for the scale of n normal numbers.
 
-Soft-capping, l = c tanh(z/c). Two rows share the square of the mean slope, to first order in their covariance; within
-a row the slope's square counts, where the softmax has its weight (`theory.softmax_moments.capped_moments`).
+Soft-capping, l = c tanh(z/c). What two rows share has the slope once in each, to first order in their covariance; what
+a row has with itself the slope's square. Both are taken where the softmax has its weight
+(`theory.softmax_moments.capped_moments`).
 """
 
 from __future__ import annotations

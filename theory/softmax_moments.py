@@ -15,8 +15,9 @@ logits, so that three numbers say how far real logits are from the first order i
 Correlated logits of covariance a ((1-r) I + r 11') are covered with a (1-r): a softmax does not see a common shift.
 
 Soft-capped logits l = c tanh(z/c) of a normal z have the same integrals with e^{kl} for e^{kz}. What reaches z has the
-cap's slope as a factor, and e_k[l'^2] = E[l'^2 e^{kl} exp(-x e^l)] takes it in exactly: `square` is then of D S, for D
-the slopes. Where the slope is, at small logits, the softmax has little weight: the two are not independent.
+cap's slope as a factor, and e_k[l'^2] = E[l'^2 e^{kl} exp(-x e^l)] takes it in exactly: `slope` and `square` are then
+of S D, for D the slopes. Where the slope is, at small logits, the softmax has little weight: the two are not
+independent. The derivation `softmax-moments` has every line.
 """
 
 from __future__ import annotations
@@ -94,28 +95,29 @@ def _row(index: int) -> Array:
 class Capped(NamedTuple):
     """Soft-capped logits as factors on normal logits of the same variance.
 
-    variance: of a capped logit. own_gain, own_square: (n,) of a row, at the counts of the table.
-    between: of two rows, to first order in their covariance. steepness: of one logit's gradient, whatever its weight.
+    variance: of a capped logit. gain, slope, square: (n,) of a row, at the counts of the table.
+    steepness: of one logit's gradient, whatever its weight.
     """
 
     variance: float
-    own_gain: Array
-    own_square: Array
-    between: float
+    gain: Array
+    slope: Array
+    square: Array
     steepness: float
 
-    def at(self, count: Array) -> tuple[Array, Array]:
-        """own_gain and own_square at these numbers of tokens."""
+    def at(self, count: Array) -> Moments:
+        """The three factors at these numbers of tokens."""
         places = _stretched(np.clip(count, _SMALLEST_COUNT, _LARGEST_COUNT))
         table = np.linspace(_FIRST, _LAST, _COUNTS)
-        return np.interp(places, table, self.own_gain), np.interp(places, table, self.own_square)
+        return Moments(*(np.interp(places, table, factor) for factor in (self.gain, self.slope, self.square)))
 
 
 @lru_cache(maxsize=128)
 def capped_moments(variance: float, cap: float) -> Capped:
     """What a soft-cap makes of independent logits that have this variance before it."""
     if variance == 0:
-        return Capped(0.0, np.ones(_COUNTS), np.ones(_COUNTS), 1.0, 1.0)
+        one = np.ones(_COUNTS)
+        return Capped(0.0, one, one, one, 1.0)
     z, weights = _normal(variance, cap)
     logits, slope = _soft_cap(math.sqrt(variance) * z, cap)
     capped, counts = float(logits**2 @ weights), np.exp(np.linspace(_FIRST, _LAST, _COUNTS)) + 1 - 0.05
@@ -123,9 +125,9 @@ def capped_moments(variance: float, cap: float) -> Capped:
     before = variance / capped
     return Capped(
         variance=capped,
-        own_gain=with_cap.gain / without.gain,
-        own_square=before * with_cap.square / without.square,
-        between=before * float(slope @ weights) ** 2,
+        gain=with_cap.gain / without.gain,
+        slope=math.sqrt(before) * with_cap.slope / without.slope,
+        square=before * with_cap.square / without.square,
         steepness=before * float(slope**2 @ weights),
     )
 
@@ -162,7 +164,7 @@ def exact_moments(counts: Array, variance: float, cap: float = 0.0) -> Moments:
     step = y[1] - y[0]
     exponent = -np.exp(np.minimum(y[:, None] + logs[None, :], 7.0))
     base = np.exp(exponent) * weights
-    powers = [np.exp(np.minimum(k * (y[:, None] + logs[None, :]), 40.0)) * base for k in (2, 3, 4)]
+    once, *powers = [np.exp(np.minimum(k * (y[:, None] + logs[None, :]), 40.0)) * base for k in (1, 2, 3, 4)]
     scaled = [power.sum(1) for power in powers]  # x^k e_k(x), with the powers of x taken in
     sloped = [power @ passed for power in powers]
     log_zero = np.log(np.maximum(base.sum(1), 1e-300))
@@ -173,11 +175,14 @@ def exact_moments(counts: Array, variance: float, cap: float = 0.0) -> Moments:
         return step * (integrand[None, :] * tail).sum(1)
 
     plain = counts * integral(1, scaled[0])
+    passing, kept = 1.0, plain
+    if cap:
+        passing, kept = (counts * integral(1, power @ slopes) for power in (once, powers[0]))
     second, third, fourth = (counts * integral(1, sloped[k] / math.factorial(k + 1)) for k in range(3))
     pairs = counts * (counts - 1) * integral(2, scaled[0] * sloped[0] / 6)
     rest = 1 - 1 / counts
     return Moments(
         gain=(counts * plain - 1) / rest,
-        slope=(1 - plain) / rest,
+        slope=(passing - kept) / rest,
         square=(second - 2 * third + fourth + pairs) * counts / rest,
     )
