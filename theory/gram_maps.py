@@ -26,7 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from theory.architecture import Activation
-from theory.grams import Averaging, Gram
+from theory.grams import Averaging, Gram, Sides
 from theory.kernels import activation_kernel
 from theory.routing import Routing
 from theory.softmax_moments import Capped, softmax_moments
@@ -86,31 +86,42 @@ class AttentionMap:
             largest *= max(self.capped.steepness, 1.0)
         if self.model == "uniform":
             rows = [row.at_their_mean() for row in rows]
-        contracted = [_contracted(p, kernel, covariance) for p in self.averagings]
+        averaged = [self._averaged(p, kernel, covariance) for p in self.averagings]
+        mixtures = [inner.twice for inner, _ in averaged]
+        contracted = [
+            _contracted(p, kernel, covariance, *both) for p, both in zip(self.averagings, averaged, strict=True)
+        ]
+        del averaged  # computed again on the way back: they are most of what a deep network would have to keep
         norms = np.ones(kernel.diag.size) if self.qk_eps is None else self._qk_norms(kernel)
 
         def over_heads(parts: Iterable[Gram]) -> Gram:
             return reduce(add, parts) * (self.value / len(self.averagings))
 
-        def forward(p: Averaging, row: _Rows, contracted: Gram) -> Gram:
-            mixed = p.average(kernel) + row.fluctuation(covariance) * contracted
+        def forward(p: Averaging, row: _Rows, contracted: Gram, mixture: Gram) -> Gram:
+            mixed = mixture + row.fluctuation(covariance) * contracted
             return mixed + row.shifted(p, kernel) if p.blocks.single else mixed
 
         def backward(p: Averaging, row: _Rows, contracted: Gram, gradient: Gram) -> Gram:
-            values = p.spread(gradient) + _spread(p, covariance, row.fluctuation(covariance) * gradient)
+            inner, outer = self._averaged(p, kernel, covariance)
+            values = p.spread(gradient) + _spread(p, covariance, outer, row.fluctuation(covariance) * gradient)
             if p.blocks.single:
                 values = values + row.spread_shifted(p, gradient)
             # Weighted by the covariance of queries the logits' gradient runs through the keys, and the other way round.
-            keys = _spread(p, kernel, gradient * row.second * covariance)
+            keys = _spread(p, kernel, inner, gradient * row.second * covariance)
             logits = self._rotated(keys + gradient * row.second * contracted).over_outer(norms)
             return values + logits * (self.logits * self.logit_gradient)
 
         heads = list(zip(self.averagings, rows, contracted, strict=True))
         return Applied(
-            output=over_heads(forward(*head) for head in heads),
+            output=over_heads(forward(*head, mixture) for head, mixture in zip(heads, mixtures, strict=True)),
             backward=lambda gradient: over_heads(backward(*head, gradient) for head in heads),
             logit_variance=largest,
         )
+
+    def _averaged(self, p: Averaging, kernel: Gram, covariance: Gram) -> tuple[Sides, Sides]:
+        """P on the sides of both; without RoPE and QK-norm they are one."""
+        inner = p.averaged(kernel)
+        return inner, inner if covariance is kernel else p.averaged(covariance)
 
     def _covariance(self, kernel: Gram) -> Gram:
         """Covariance of logits along one axis: the kernel, its correlations under QK-norm, less what RoPE turns."""
@@ -149,8 +160,8 @@ class _Rows:
         largest = float(np.max(covariance.diag)) or 1.0
         relative = covariance * (1 / largest)
         scale = np.maximum(p.mass @ relative.diag, SMALLEST_SCALE)
-        mean = p.average(relative).diag / scale
-        square = p.average(relative * relative).diag / scale**2
+        mean = p.own_average(relative) / scale
+        square = p.own_average(relative * relative) / scale**2
         apart = np.maximum(1 - mean, 0.0)
         varied = (apart > 1e-9) & (mean > 0)
         correlation = np.where(varied, (mean - square) / np.where(varied, apart, 1.0), 0.0)
@@ -198,17 +209,17 @@ def _gram(dense: Array) -> Gram:
     return Gram(np.diagonal(dense).copy(), dense)
 
 
-def _contracted(p: Averaging, inner: Gram, outer: Gram) -> Gram:
+def _contracted(p: Averaging, inner: Gram, outer: Gram, inner_sides: Sides, outer_sides: Sides) -> Gram:
     """Sum over j, j' of inner_jj' [S_t outer S_t']_jj' for S = diag(p) - pp', symmetric Gram matrices."""
-    left_inner, left_outer = p.left(inner), p.left(outer)
-    cross = p.left((left_inner * left_outer).mT).mT
-    return p.average(inner * outer) - cross - cross.mT + p.average(inner) * p.average(outer)
+    cross = p.left((inner_sides.once * outer_sides.once).mT).mT
+    return p.average(inner * outer) - cross - cross.mT + inner_sides.twice * outer_sides.twice
 
 
-def _spread(p: Averaging, inner: Gram, weight: Gram) -> Gram:
+def _spread(p: Averaging, inner: Gram, inner_sides: Sides, weight: Gram) -> Gram:
     """Sum over t, t' of weight_tt' [S_t inner S_t']_jj'."""
-    cross = p.right((p.left(inner) * p.right(weight)).mT).mT  # P' ((P inner) o (weight P))
-    return inner * p.spread(weight) - cross - cross.mT + p.spread(p.average(inner) * weight)
+    weighted = p.spread_out(weight)
+    cross = p.right((inner_sides.once * weighted.once).mT).mT  # P' ((P inner) o (weight P))
+    return inner * weighted.twice - cross - cross.mT + p.spread(inner_sides.twice * weight)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

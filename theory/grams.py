@@ -108,6 +108,13 @@ class Blocks:
         return apart
 
 
+class Sides(NamedTuple):
+    """An averaging P on one side of a Gram matrix A and on both: P A and P A P', or A P and P' A P."""
+
+    once: Gram
+    twice: Gram
+
+
 @dataclass(frozen=True, slots=True)
 class Averaging:
     """A fixed row-stochastic matrix P: token t averages over earlier tokens, itself included.
@@ -117,6 +124,8 @@ class Averaging:
         square: (B, B) sum of the squares of those weights.
         own: (B,) weight that a token gives to itself.
         pair: (B, B) weight of one different token of the column's block; 0 for a block of one with itself.
+        mass_columns, square_columns: (B, B) sums of the weights, and of their squares, over the tokens of the row's
+            block, for one token of the column's block.
     """
 
     blocks: Blocks
@@ -124,47 +133,68 @@ class Averaging:
     square: Array
     own: Array
     pair: Array
+    mass_columns: Array
+    square_columns: Array
 
     @staticmethod
     def of(blocks: Blocks, mass: Array, square: Array, own: Array) -> Averaging:
         """From the sums over blocks."""
-        eye = np.eye(blocks.sizes.size)
-        others = blocks.sizes[None, :] - eye
-        return Averaging(blocks, mass, square, own, (mass - eye * own) / np.where(others > 0, others, 1.0))
-
-    def _columns(self, rows: Array) -> Array:
-        """Sums over the rows of a block, for one token of the column's block, from sums over the columns."""
-        sizes = self.blocks.sizes
-        return rows * sizes[:, None] / sizes[None, :]
+        eye, sizes = np.eye(blocks.sizes.size), blocks.sizes
+        others = sizes[None, :] - eye
+        pair = (mass - eye * own) / np.where(others > 0, others, 1.0)
+        columns = (rows * sizes[:, None] / sizes[None, :] for rows in (mass, square))
+        return Averaging(blocks, mass, square, own, pair, *columns)
 
     def left(self, a: Gram) -> Gram:
         """P A."""
-        extra = a.diag - np.diagonal(a.off)
-        off = self.mass @ a.off
-        return Gram(np.diagonal(off) + self.own * extra, off + self.pair * extra[None, :])
+        return self._left(a, self.mass @ a.off)
 
     def right(self, a: Gram) -> Gram:
         """A P."""
-        extra = a.diag - np.diagonal(a.off)
-        off = a.off @ self._columns(self.mass)
-        return Gram(np.diagonal(off) + self.own * extra, off + extra[:, None] * self.pair)
+        return self._right(a, a.off @ self.mass_columns)
+
+    def averaged(self, a: Gram) -> Sides:
+        """P A and P A P' for any A; entries of a token with itself by the exact sums of squares."""
+        off = self.mass @ a.off
+        once = self._left(a, off)
+        diag = np.sum(off * self.mass, axis=1) + self.square @ _extra(a)
+        return Sides(once, Gram(diag, self.left(once.mT).mT.off))
 
     def average(self, a: Gram) -> Gram:
-        """P A P' for any A; entries of a token with itself by the exact sums of squares."""
-        extra = a.diag - np.diagonal(a.off)
-        diag = np.sum((self.mass @ a.off) * self.mass, axis=1) + self.square @ extra
-        return Gram(diag, self.left(self.left(a).mT).mT.off)
+        """P A P'."""
+        return self.averaged(a).twice
+
+    def own_average(self, a: Gram) -> Array:
+        """(B,) the diagonal of P A P'."""
+        return np.sum((self.mass @ a.off) * self.mass, axis=1) + self.square @ _extra(a)
+
+    def spread_out(self, a: Gram) -> Sides:
+        """A P and P' A P for any A; entries of a token with itself by the exact sums of squares."""
+        off = a.off @ self.mass_columns
+        once = self._right(a, off)
+        diag = np.sum(off * self.mass_columns, axis=0) + _extra(a) @ self.square_columns
+        return Sides(once, Gram(diag, self.right(once.mT).mT.off))
 
     def spread(self, a: Gram) -> Gram:
-        """P' A P for any A; entries of a token with itself by the exact sums of squares."""
-        extra = a.diag - np.diagonal(a.off)
-        columns = self._columns(self.mass)
-        diag = np.sum((a.off @ columns) * columns, axis=0) + extra @ self._columns(self.square)
-        return Gram(diag, self.right(self.right(a).mT).mT.off)
+        """P' A P."""
+        return self.spread_out(a).twice
+
+    def _left(self, a: Gram, off: Array) -> Gram:
+        extra = _extra(a)
+        return Gram(np.diagonal(off) + self.own * extra, off + self.pair * extra[None, :])
+
+    def _right(self, a: Gram, off: Array) -> Gram:
+        extra = _extra(a)
+        return Gram(np.diagonal(off) + self.own * extra, off + extra[:, None] * self.pair)
 
     def dense(self) -> Array:
         """(T, T) P itself, for blocks of one token."""
         return self.mass
+
+
+def _extra(a: Gram) -> Array:
+    """(B,) what a token has with itself beyond what it has with another of its block."""
+    return a.diag - np.diagonal(a.off)
 
 
 def causal(blocks: Blocks, *, window: int = 0, slope: float = 0.0) -> Averaging:
