@@ -66,6 +66,12 @@ def ones(n_blocks: int) -> Gram:
     return Gram(np.ones(n_blocks), np.ones((n_blocks, n_blocks)))
 
 
+def normalised(a: Gram, eps: float) -> tuple[Gram, Array]:
+    """The Gram matrix after a normalisation, and the (B,) root mean squares that it divided by, eps in them."""
+    scale = np.sqrt(a.diag + eps)
+    return a.over_outer(scale), scale
+
+
 @dataclass(frozen=True, slots=True)
 class Blocks:
     """A partition of the positions 1..T into runs of consecutive tokens.

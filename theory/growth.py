@@ -26,16 +26,15 @@ from numpy.typing import NDArray
 from theory import growth_domain
 from theory.architecture import Architecture
 from theory.arguments import require_tokens
+from theory.embedding_gram import SMALLEST_SQUARE, embedding_gram, embedding_variance, raw_variance, require_scale
 from theory.gram_maps import Applied, AttentionMap, AttentionModel, FeedForwardMap, alibi_slopes, rotation_correlation
-from theory.grams import Blocks, Gram, causal
+from theory.grams import Blocks, Gram, causal, normalised
 from theory.growth_domain import scatter
 from theory.head import head_gradient, head_tilt, head_variance
 from theory.logits import attention_logits, lost_directions, norm_gain
 from theory.routing import Routing
 
 Array = NDArray[np.float64]
-
-SMALLEST_SQUARE = 1e-100  # of a normaliser; its inverse square still fits a double
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,7 +81,86 @@ class _Update(NamedTuple):
     kept: float
 
 
-@np.errstate(over="ignore", invalid="ignore")  # what is not finite is reported in `reasons`
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ForwardPass:
+    """The recursion up to the head, with what its way back needs.
+
+    Attributes:
+        stream: Gram matrix of the residual stream at its end.
+        residual_std, branch_std: as in `Growth`.
+        logit_variance: largest of attention.
+        own: root mean square of what a token's embedding has become in its stream.
+    """
+
+    architecture: Architecture
+    n_tokens: int
+    blocks: Blocks
+    tokens: NDArray[np.int64] | None
+    updates: tuple[_Update, ...]
+    stream: Gram
+    residual_std: tuple[float, ...]
+    branch_std: tuple[float, ...]
+    logit_variance: float
+    own: float
+
+    @np.errstate(over="ignore", invalid="ignore")  # what is not finite is reported in `reasons`
+    def growth(self, targets: NDArray[np.int64] | None = None, *, distinct: bool = False) -> Growth:
+        """The way back from the loss, and whether all of it is in the model's domain."""
+        a, blocks, residual_std = self.architecture, self.blocks, self.residual_std
+        n_blocks = blocks.sizes.size
+        final, scale = normalised(self.stream, a.eps) if a.final_norm else (self.stream, np.ones(n_blocks))
+        gradient = head_gradient(a, final, targets).over_outer(scale)
+        if a.final_norm:
+            norms = [blocks.trace(gradient)]
+        else:
+            tilted = gradient + head_tilt(a, final)
+            norms = [blocks.trace(tilted)]
+            # Post-LN's last norm is the one that takes the tilt out, with the token's direction and the mean.
+            post = a.block == "post-ln"
+            gradient = gradient * norm_gain(a.norm, a.d_model, fixed_scale=True) if post else tilted
+        scattered = 0.0
+        for update in reversed(self.updates):
+            if update.after is not None:
+                gradient = gradient.over_outer(1 / update.after)
+            total = gradient * a.shortcut_multiplier**2 * update.kept
+            passed: dict[str, float] = {}
+            for branch in update.branches:
+                added = _backward(a, branch, gradient)
+                total = total + added
+                passed[branch.name] = blocks.trace(added)
+            gradient = total
+            norms.append(blocks.trace(gradient))
+            shares = (
+                np.array(part / norms[-1] if norms[-1] else 0.0)
+                for part in (sum(passed.values()), passed.get("feedforward", 0.0))
+            )
+            scattered += float(scatter(a, *shares))
+        profile = tuple(_root(norm / norms[0]) for norm in reversed(norms))
+        entering = blocks.trace(final) / self.n_tokens
+        own_share = self.own**2 / max(residual_std[-1] ** 2, SMALLEST_SQUARE)
+        reasons = growth_domain.reasons(
+            a,
+            self.n_tokens,
+            logit_variance=self.logit_variance,
+            scattered=scattered,
+            head_variance=head_variance(a, entering),
+            own_logit=a.logit_multiplier * a.stds.head * a.d_model * math.sqrt(own_share * entering) if a.tied else 0.0,
+            own_share=own_share,
+            tokens=self.tokens,
+            distinct=distinct,
+        )
+        if not all(map(math.isfinite, (*profile, *residual_std))):
+            reasons = (*reasons, "the recursion breaks down: a mean square overflows or comes out negative")
+        return Growth(
+            value=profile[0],
+            residual_std=residual_std,
+            gradient=profile,
+            branch_std=self.branch_std,
+            in_domain=not reasons,
+            reasons=reasons,
+        )
+
+
 def gradient_growth(
     architecture: Architecture,
     n_tokens: int,
@@ -107,20 +185,42 @@ def gradient_growth(
     Raises:
         ValueError: n_tokens is below 1 or beyond the learned positions, or ids are not one for each token.
     """
+    n_tokens = require_tokens(n_tokens, architecture)
+    if targets is not None and np.shape(targets) != (n_tokens,):
+        raise ValueError(f"targets has shape {np.shape(targets)}; give one id for each of n_tokens={n_tokens}")
+    forward = forward_pass(
+        architecture, n_tokens, tokens=tokens, attention=attention, exact=exact or targets is not None
+    )
+    return forward.growth(targets, distinct=distinct)
+
+
+@np.errstate(over="ignore", invalid="ignore")
+def forward_pass(
+    architecture: Architecture,
+    n_tokens: int,
+    *,
+    tokens: NDArray[np.int64] | None = None,
+    attention: AttentionModel = "expanded",
+    exact: bool = False,
+) -> ForwardPass:
+    """The residual stream at initialisation, and from there `growth`; arguments as in `gradient_growth`.
+
+    Raises:
+        ValueError: n_tokens is below 1 or beyond the learned positions, or tokens are not one for each.
+    """
     a = architecture
     n_tokens = require_tokens(n_tokens, a)
-    for name, ids in (("tokens", tokens), ("targets", targets)):
-        if ids is not None and np.shape(ids) != (n_tokens,):
-            raise ValueError(f"{name} has shape {np.shape(ids)}; give one id for each of n_tokens={n_tokens}")
-    _require_scale(a)
-    blocks = Blocks.of(n_tokens, exact=exact or tokens is not None or targets is not None)
-    stream = _embedding_gram(a, blocks, tokens)
+    if tokens is not None and np.shape(tokens) != (n_tokens,):
+        raise ValueError(f"tokens has shape {np.shape(tokens)}; give one id for each of n_tokens={n_tokens}")
+    require_scale(a)
+    blocks = Blocks.of(n_tokens, exact=exact or tokens is not None)
+    stream = embedding_gram(a, blocks, tokens)
     updates: list[_Update] = []
     residual_std = [_root(blocks.trace(stream) / n_tokens)]
     branch_std: list[float] = []
     logit_variance, own = 0.0, a.embedding_multiplier * a.stds.embedding  # size of a token's embedding in the stream
     if a.embedding_norm:
-        own /= math.sqrt(_raw_variance(a) + a.eps)
+        own /= math.sqrt(raw_variance(a) + a.eps)
     for layer in range(a.n_layers):
         for names in a.updates:
             first = not updates
@@ -148,62 +248,23 @@ def gradient_growth(
                 gain, kept = _post_norm(a, *shares, first=first and not a.embedding_norm)
                 if first:
                     kept = 1.0  # no norm is below
-                total, scale = _normalise(total, a.eps)
+                total, scale = normalised(total, a.eps)
                 after = np.sqrt(gain) / scale
                 own /= _root(float(np.mean(scale**2)))
             updates.append(_Update(tuple(branches), after, kept))
             stream = total
             residual_std.append(_root(blocks.trace(stream) / n_tokens))
-
-    final, scale = _normalise(stream, a.eps) if a.final_norm else (stream, np.ones(blocks.sizes.size))
-    gradient = head_gradient(a, final, targets).over_outer(scale)
-    if a.final_norm:
-        norms = [blocks.trace(gradient)]
-    else:
-        tilted = gradient + head_tilt(a, final)
-        norms = [blocks.trace(tilted)]
-        # Post-LN's last norm is the one that takes the tilt out, with the token's direction and the mean.
-        gradient = gradient * norm_gain(a.norm, a.d_model, fixed_scale=True) if a.block == "post-ln" else tilted
-    scattered = 0.0
-    for update in reversed(updates):
-        if update.after is not None:
-            gradient = gradient.over_outer(1 / update.after)
-        total = gradient * a.shortcut_multiplier**2 * update.kept
-        passed: dict[str, float] = {}
-        for branch in update.branches:
-            added = _backward(a, branch, gradient)
-            total = total + added
-            passed[branch.name] = blocks.trace(added)
-        gradient = total
-        norms.append(blocks.trace(gradient))
-        shares = (
-            np.array(part / norms[-1] if norms[-1] else 0.0)
-            for part in (sum(passed.values()), passed.get("feedforward", 0.0))
-        )
-        scattered += float(scatter(a, *shares))
-    profile = tuple(_root(norm / norms[0]) for norm in reversed(norms))
-    entering = blocks.trace(final) / n_tokens
-    own_share = own**2 / max(residual_std[-1] ** 2, SMALLEST_SQUARE)
-    reasons = growth_domain.reasons(
-        a,
-        n_tokens,
-        logit_variance=logit_variance,
-        scattered=scattered,
-        head_variance=head_variance(a, entering),
-        own_logit=a.logit_multiplier * a.stds.head * a.d_model * math.sqrt(own_share * entering) if a.tied else 0.0,
-        own_share=own_share,
+    return ForwardPass(
+        architecture=a,
+        n_tokens=n_tokens,
+        blocks=blocks,
         tokens=tokens,
-        distinct=distinct,
-    )
-    if not all(map(math.isfinite, (*profile, *residual_std))):
-        reasons = (*reasons, "the recursion breaks down: a mean square overflows or comes out negative")
-    return Growth(
-        value=profile[0],
+        updates=tuple(updates),
+        stream=stream,
         residual_std=tuple(residual_std),
-        gradient=profile,
         branch_std=tuple(branch_std),
-        in_domain=not reasons,
-        reasons=reasons,
+        logit_variance=logit_variance,
+        own=own,
     )
 
 
@@ -214,7 +275,7 @@ def _branch(
     sublayer = attention_map(a, blocks, layer, model) if name == "attention" else feedforward_map(a, layer)
     kernel, passed, kept = stream, np.ones(blocks.sizes.size), 1.0
     if a.block in ("pre-ln", "peri-ln"):
-        kernel, scale = _normalise(stream, a.eps)
+        kernel, scale = normalised(stream, a.eps)
         passed, kept = 1 / scale, norm_gain(a.norm, a.d_model, fixed_scale=fixed)
     elif a.block == "post-ln" and (layer > 0 or name != "attention"):
         kept = norm_gain(a.norm, a.d_model, fixed_scale=True)  # the norm below removes the token's own direction
@@ -333,60 +394,6 @@ def _value_gain(architecture: Architecture, layer: int) -> float:
     return architecture.d_model * stds.value**2 * heads * stds.output**2
 
 
-def embedding_variance(architecture: Architecture) -> float:
-    """Mean square of the residual stream entering the first block, for one token at one position."""
-    raw = _raw_variance(architecture)
-    return raw / (raw + architecture.eps) if architecture.embedding_norm else raw
-
-
-def _raw_variance(architecture: Architecture) -> float:
-    """Mean square of an embedding before its norm, if it has one; positions included."""
-    raw = (architecture.embedding_multiplier * architecture.stds.embedding) ** 2
-    if architecture.positions == "learned":
-        raw += architecture.stds.position**2
-    return raw + (0.5 if architecture.positions == "sinusoidal" else 0.0)
-
-
 def _root(square: float) -> float:
     """Square root; not a number where the expansion in the logits, far outside its domain, made a square negative."""
     return math.sqrt(square) if square >= 0 else math.nan
-
-
-def _require_scale(architecture: Architecture) -> None:
-    raw = _raw_variance(architecture)
-    if raw + architecture.eps < SMALLEST_SQUARE:
-        raise ValueError(
-            f"embeddings of std {math.sqrt(raw):g} with eps={architecture.eps:g} leave a normalisation nothing to "
-            "divide by; use eps=1e-5, or a larger standard deviation (initializer_range)"
-        )
-
-
-def _embedding_gram(architecture: Architecture, blocks: Blocks, tokens: NDArray[np.int64] | None) -> Gram:
-    a, n = architecture, blocks.sizes.size
-    off = np.zeros((n, n)) if tokens is None else (tokens[:, None] == tokens[None, :]).astype(np.float64)
-    raw = (a.embedding_multiplier * a.stds.embedding) ** 2
-    gram = Gram(np.full(n, raw), raw * off)
-    # Positions are added before an embedding norm, so that the norm sees both.
-    if a.positions == "learned":
-        gram = gram + Gram(np.full(n, a.stds.position**2), np.zeros((n, n)))
-    elif a.positions == "sinusoidal":
-        gram = gram + _sinusoidal_gram(a, blocks)
-    return _normalise(gram, a.eps)[0] if a.embedding_norm else gram
-
-
-def _sinusoidal_gram(architecture: Architecture, blocks: Blocks) -> Gram:
-    """Gram matrix of the fixed sine and cosine table, less its mean over coordinates if a LayerNorm removes it."""
-    half = architecture.d_model // 2
-    angles = 10_000.0 ** (-2 * np.arange(half) / architecture.d_model)
-    middle = blocks.starts + (blocks.sizes - 1) / 2
-    phase = np.outer(middle, angles)
-    table = np.concatenate([np.sin(phase), np.cos(phase)], axis=1)
-    if architecture.norm == "layernorm":
-        table = table - table.mean(axis=1, keepdims=True)
-    off = table @ table.T / table.shape[1]
-    return Gram(np.diagonal(off).copy(), off)
-
-
-def _normalise(stream: Gram, eps: float) -> tuple[Gram, Array]:
-    scale = np.sqrt(stream.diag + eps)
-    return stream.over_outer(scale), scale
