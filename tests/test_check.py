@@ -15,9 +15,10 @@ import pytest
 
 from theory.__main__ import main
 from theory.architecture import EMBEDDINGS, INITS, METHODS, PRESETS, Architecture, EmbeddingTreatment, method, preset
+from theory.conditions import largest, outcome_of
 from theory.growth import gradient_growth
 from theory.records import architecture_from
-from theory.verdict import Condition, Outcome, Verdict, _largest, _outcome, _reasons, check, unknown
+from theory.verdict import Condition, Outcome, Verdict, _reasons, check, unknown
 
 ROOT = Path(__file__).parent.parent
 STATUS: dict[str, int] = {"stable": 0, "at risk": 1, "unstable": 1, "unknown": 3}
@@ -338,14 +339,14 @@ def test_a_prediction_without_a_finite_number_is_unknown(
 
 def test_conditions_without_a_number_are_unknown() -> None:
     """One that is none hides the largest, unless another exceeds the limit already."""
-    assert math.isnan(_largest(np.array([1.0, math.nan]), 2.0))
-    assert _largest(np.array([3.0, math.nan]), 2.0) == 3.0
-    assert _largest(np.array([1.0, 0.5]), 2.0) == 1.0
+    assert math.isnan(largest(np.array([1.0, math.nan]), 2.0))
+    assert largest(np.array([3.0, math.nan]), 2.0) == 3.0
+    assert largest(np.array([1.0, 0.5]), 2.0) == 1.0
     growth = gradient_growth(preset("tiny"), 8)
     conditions = tuple(
         Condition(name=name, holds=False, value=math.nan, limit=2.0) for name in ("small sub-layers", "large shortcut")
     )
-    assert _outcome(growth, conditions) == "unknown"
+    assert outcome_of(growth, conditions) == "unknown"
     words = _reasons(preset("tiny"), growth, (conditions[0], conditions[1]))
     assert "unknown: whether the condition holds: small sub-layers" in words
     assert not any("nan" in line for line in words)

@@ -19,7 +19,7 @@ from theory.words import counted
 Array = NDArray[np.float64]
 
 MAX_LOGIT_VARIANCE = 4.0  # beyond, two softmax rows are not independent to first order in their covariance
-SHARP_LOGITS = "attention logits have variance"  # so begins the reason; `theory.verdict` has its remedy
+SHARP_LOGITS = "attention logits have variance"  # so begins the reason; `theory.remedies` has its remedy
 MIN_DISTINCT = 16  # tokens that repeat; measured 3 to 5 % high at 16
 MIN_WIDTH = 32  # narrower, fluctuations between tokens and heads are no longer small
 MIN_QK_HEAD = 8  # n normal numbers' inverse square length scatters without bound for n < 5; measured 27 % off at 4
@@ -81,28 +81,40 @@ def reasons(
         head_variance: of the output logits. own_logit: of a token itself at a tied head; 0 untied.
         own_share: the token's embedding in the mean square of the head's input.
     """
-    a, found = architecture, list[str]()
+    a, found = architecture, list(lasting(architecture, n_tokens, tokens=tokens, distinct=distinct))
     if logit_variance > MAX_LOGIT_VARIANCE:
         found.append(f"{SHARP_LOGITS} {logit_variance:.3g}, above {MAX_LOGIT_VARIANCE}")
-    if a.qk_norm == "head" and a.d_head < MIN_QK_HEAD:
-        found.append(f"heads of {a.d_head} are too narrow for QK-norm: below {MIN_QK_HEAD} their scale scatters")
-    if a.d_model < MIN_WIDTH:
-        found.append(f"d_model={a.d_model} is below {MIN_WIDTH}, too narrow for a large-width prediction")
     if scattered > MAX_SCATTER:
         found.append(
             f"networks of d_model={a.d_model}, d_ffn={a.d_ffn} and branches this strong scatter: the square of the "
             f"growth has relative variance {scattered:.3g}, above {MAX_SCATTER}"
-        )
-    if a.n_layers > MAX_LAYERS:
-        found.append(
-            f"{a.n_layers} layers are more than {MAX_LAYERS}: how the recursion's error adds up over so "
-            "many was never measured"
         )
     if head_variance > (limit := max_head_variance(a.vocab_size)):
         found.append(f"output logits have variance {head_variance:.3g}, above {limit:.3g}: the softmax is sharp")
     if own_logit > math.log(a.vocab_size) and own_share < 0.5:
         found.append(
             f"the tied head knows its own token (logit {own_logit:.3g}), and its gradient runs along the embedding"
+        )
+    return tuple(found)
+
+
+def lasting(
+    architecture: Architecture,
+    n_tokens: int,
+    *,
+    tokens: NDArray[np.int64] | None = None,
+    distinct: bool = False,
+) -> tuple[str, ...]:
+    """Those of the reasons that are in the sizes and tokens: no embedding and no initialisation takes them away."""
+    a, found = architecture, list[str]()
+    if a.qk_norm == "head" and a.d_head < MIN_QK_HEAD:
+        found.append(f"heads of {a.d_head} are too narrow for QK-norm: below {MIN_QK_HEAD} their scale scatters")
+    if a.d_model < MIN_WIDTH:
+        found.append(f"d_model={a.d_model} is below {MIN_WIDTH}, too narrow for a large-width prediction")
+    if a.n_layers > MAX_LAYERS:
+        found.append(
+            f"{a.n_layers} layers are more than {MAX_LAYERS}: how the recursion's error adds up over so "
+            "many was never measured"
         )
     if tokens is None and n_tokens > (1 if distinct else 2 * MAX_REPEATED) * a.vocab_size:
         found.append(

@@ -20,7 +20,7 @@ from theory.experts import experts_upper
 from theory.feedforward import ffn_estimate, ffn_gated_estimate, ffn_upper
 from theory.gram_maps import steepest_alibi_slope
 from theory.grams import Gram
-from theory.growth import Growth, gradient_growth, routing
+from theory.growth import ForwardPass, Growth, forward_pass, routing
 from theory.initialisation import Stds
 from theory.kernels import activation_kernel
 from theory.normalisation import norm_jacobian_upper
@@ -103,7 +103,7 @@ def feedforward_estimate(architecture: Architecture, sigma_xp: float, layer: int
     return float(ffn_estimate().evaluate(values))
 
 
-def input_scales(architecture: Architecture, growth: Growth) -> Array:
+def input_scales(architecture: Architecture, growth: Growth | ForwardPass) -> Array:
     """(N, 2) what the norm before each sub-layer divides by, attention first; 1 where there is none."""
     a, std = architecture, np.asarray(growth.residual_std)
     if a.block not in ("pre-ln", "peri-ln"):
@@ -113,7 +113,7 @@ def input_scales(architecture: Architecture, growth: Growth) -> Array:
     return np.sqrt(entering**2 + a.eps)
 
 
-def paper_bound(architecture: Architecture, n_tokens: int, growth: Growth | None = None) -> DepthBound:
+def paper_bound(architecture: Architecture, n_tokens: int, growth: Growth | ForwardPass | None = None) -> DepthBound:
     """The paper's product of eq. (15) and eq. (20) over all layers: an estimate.
 
     sigma_x and sigma_x' are those that the kernel recursion predicts; |J^Z|, which the paper leaves open, is
@@ -125,7 +125,7 @@ def paper_bound(architecture: Architecture, n_tokens: int, growth: Growth | None
     """
     a = architecture
     n_tokens = require_tokens(n_tokens, a)
-    growth = growth or gradient_growth(a, n_tokens)
+    growth = growth or forward_pass(a, n_tokens)
     d, n = a.d_model, a.n_layers
     std, branch_std = np.asarray(growth.residual_std), np.asarray(growth.branch_std).reshape(n, 2)
     group = math.sqrt(a.n_heads / a.n_kv_heads)

@@ -5,41 +5,25 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import Any
 
 from theory.architecture import Architecture
+from theory.conditions import (
+    GROWTH_LIMIT,
+    SHORTCUT_LIMIT,
+    SUBLAYER_LIMIT,
+    Condition,
+    Outcome,
+    conditions,
+    outcome_of,
+)
 from theory.growth import Growth, gradient_growth
-from theory.growth_domain import MAX_LOGIT_VARIANCE, MAX_REPEATED, SHARP_LOGITS
 from theory.records import plain
+from theory.remedies import remedies
 from theory.sources import Source
-from theory.stack import DepthBound, input_scales, paper_bound, rigorous_bound
+from theory.stack import DepthBound, paper_bound, rigorous_bound
 
-Outcome = Literal["stable", "at risk", "unstable", "unknown"]
-
-# Thresholds are conventions until outcomes of real trainings calibrate them.
-GROWTH_LIMIT = 2.0  # stable up to this growth of the gradient from the last layer to the first
-SUBLAYER_LIMIT = 2.0  # condition 1: the paper's norm of a sub-layer in its normalised input
-SHORTCUT_LIMIT = 2.0  # condition 2: the paper's excess over 1 of a half-layer's Jacobian, at the worst layer
 THRESHOLD_SOURCE = Source(key="convention", label="until outcomes calibrate it")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Condition:
-    """One of the paper's two conditions, evaluated.
-
-    Attributes:
-        holds: whether it is known to hold.
-        value: the largest over sub-layers and depth; `limit` is the convention it is held against. Not a number where
-            the recursion has none at some layer and no other layer exceeds the limit.
-    """
-
-    name: str
-    holds: bool
-    value: float
-    limit: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -120,57 +104,25 @@ def check(architecture: Architecture, seq_len: int, *, assumed: Sequence[str] = 
     """Judge an architecture at initialisation, before anything is built."""
     growth = gradient_growth(architecture, seq_len)
     paper = paper_bound(architecture, seq_len, growth)
-    conditions = _conditions(architecture, growth, paper)
-    reasons = _reasons(architecture, growth, conditions)
-    outcome = _outcome(growth, conditions)
+    found = conditions(architecture, growth, paper)
+    reasons = _reasons(architecture, growth, found)
+    outcome = outcome_of(growth, found)
     return Verdict(
         architecture=architecture,
         seq_len=seq_len,
         outcome=outcome,
         growth=growth,
-        conditions=conditions,
+        conditions=found,
         paper=paper,
         rigorous=rigorous_bound(architecture, seq_len),
         assumed=(*assumed, *_assumptions(architecture)),
         why=reasons,
-        next=_remedies(architecture, seq_len, outcome, growth),
+        next=remedies(architecture, seq_len, outcome, growth, found),
     )
 
 
-def _outcome(growth: Growth, conditions: Sequence[Condition]) -> Outcome:
-    if any(condition.value > condition.limit for condition in conditions):
-        return "at risk"  # the conditions do not depend on the growth's domain
-    if not growth.in_domain or not all(condition.holds for condition in conditions):
-        return "unknown"
-    return "stable" if growth.value <= GROWTH_LIMIT else "at risk"
-
-
-def _conditions(architecture: Architecture, growth: Growth, paper: DepthBound) -> tuple[Condition, Condition]:
-    excess = np.stack([paper.attention, paper.feedforward], axis=1)
-    # What a branch's norm divides by is the shortcut's doing, not the sub-layer's.
-    sublayer = _largest(excess * input_scales(architecture, growth), SUBLAYER_LIMIT)
-    alpha = architecture.shortcut_multiplier
-    shortcut = _largest(excess / alpha, SHORTCUT_LIMIT) if alpha > 0 else math.inf
-    return (
-        Condition(name="small sub-layers", holds=sublayer <= SUBLAYER_LIMIT, value=sublayer, limit=SUBLAYER_LIMIT),
-        Condition(name="large shortcut", holds=shortcut <= SHORTCUT_LIMIT, value=shortcut, limit=SHORTCUT_LIMIT),
-    )
-
-
-def _largest(values: NDArray[np.float64], limit: float) -> float:
-    """The largest of the numbers, unless one that is none could still exceed the limit where they do not."""
-    numbers = values[~np.isnan(values)]
-    largest = float(np.max(numbers, initial=-math.inf))
-    return largest if numbers.size == values.size or largest > limit else math.nan
-
-
-def in_words(value: float) -> str:
-    """Four digits, or `unknown` for what is no finite number."""
-    return f"{value:.4g}" if math.isfinite(value) else "unknown"
-
-
-def _reasons(architecture: Architecture, growth: Growth, conditions: Sequence[Condition]) -> tuple[str, ...]:
-    small, large = conditions
+def _reasons(architecture: Architecture, growth: Growth, found: Sequence[Condition]) -> tuple[str, ...]:
+    small, large = found
     reasons: list[str] = []
     word = "about" if growth.in_domain else "perhaps (outside the prediction's domain)"
     if math.isfinite(growth.value):
@@ -189,9 +141,7 @@ def _reasons(architecture: Architecture, growth: Growth, conditions: Sequence[Co
             f"{large.value:.3g} in the paper's estimate (limit {large.limit:g})"
         )
     reasons.extend(
-        f"unknown: whether the condition holds: {condition.name}"
-        for condition in conditions
-        if math.isnan(condition.value)
+        f"unknown: whether the condition holds: {condition.name}" for condition in found if math.isnan(condition.value)
     )
     if small.holds and large.holds:
         reasons.append("both of the paper's conditions hold: small sub-layers and a large shortcut")
@@ -216,50 +166,3 @@ def _assumptions(architecture: Architecture) -> tuple[str, ...]:
     if architecture.padding_row:
         assumed.append("the padding token does not occur: its zero row has gradients of order 1/sqrt(eps)")
     return tuple(assumed)
-
-
-def _remedies(architecture: Architecture, seq_len: int, outcome: Outcome, growth: Growth) -> tuple[str, ...]:
-    if outcome == "stable":
-        return ("train; at the next change of width, depth or initialisation, check again",)
-    lines: list[str] = []
-    treatments = ("scaled-embed", "embed-ln")
-    for words, base in (("", architecture), (" with the paper's initialisation", architecture.with_init("paper"))):
-        for treatment in treatments:
-            changed = base.with_embedding(treatment)
-            after = gradient_growth(changed, seq_len)
-            conditions = _conditions(changed, after, paper_bound(changed, seq_len, after))
-            if _outcome(after, conditions) == "stable":
-                lines.append(
-                    f"--embedding {treatment}{' --init paper' if words else ''}: growth {after.value:.4g} "
-                    f"instead of {in_words(growth.value)}"
-                )
-        if lines:
-            break
-    if not lines and outcome == "unknown":
-        lines.extend(_into_the_domain(architecture, seq_len, growth))
-    if not lines:
-        lines.append(
-            "no single change of the embedding or the initialisation makes this stable; make the sub-layers smaller "
-            "(output matrices times 1/sqrt(2 n_layers)) and the embeddings' std about 1"
-        )
-    return tuple(lines)
-
-
-def _into_the_domain(architecture: Architecture, seq_len: int, growth: Growth) -> tuple[str, ...]:
-    """What takes away that which puts a verdict outside the domain, where no change can be judged."""
-    lines: list[str] = []
-    fewer = max(int(2 * MAX_REPEATED * architecture.vocab_size), 1)
-    if seq_len > fewer:
-        after = gradient_growth(architecture, fewer)
-        outcome = _outcome(after, _conditions(architecture, after, paper_bound(architecture, fewer, after)))
-        lines.append(f"--seq-len {fewer}: so few tokens of the vocabulary seldom repeat; the verdict is then {outcome}")
-    if any(reason.startswith(SHARP_LOGITS) for reason in growth.reasons):
-        with_norm = architecture.qk_norm != "none"
-        what = "attention scale" if with_norm else "standard deviation of the query and key matrices"
-        lines.append(f"use a smaller {what}: the prediction needs logits of variance {MAX_LOGIT_VARIANCE:g} at most")
-    if not lines:
-        lines.append(
-            "no change can be judged outside the prediction's domain; change what `why` names, or measure: "
-            "python -m empirics measure"
-        )
-    return tuple(lines)
