@@ -186,7 +186,7 @@ def flops_per_token(architecture: Architecture, seq_len: int) -> float:
     a = architecture
     attention = 6 * seq_len * a.n_heads * a.d_head * a.n_layers
     embeddings = 0 if a.tied else a.vocab_size * a.d_model  # looked up, not multiplied
-    return 6.0 * (a.active_parameters - embeddings) + attention
+    return 6.0 * (a.active_weights - embeddings) + attention
 
 
 def activation_bytes(architecture: Architecture, n_tokens: int, precision: str) -> float:

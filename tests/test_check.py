@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -18,6 +19,7 @@ from theory.architecture import EMBEDDINGS, INITS, METHODS, PRESETS, Architectur
 from theory.conditions import largest, outcome_of
 from theory.growth import gradient_growth
 from theory.records import architecture_from
+from theory.statements import find
 from theory.verdict import Condition, Outcome, Verdict, _reasons, check, unknown
 
 ROOT = Path(__file__).parent.parent
@@ -243,8 +245,17 @@ def test_remedies_of_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
         assert checked(capsys, str(path), "--seq-len", "64", *option)[0] == 0
 
 
+def smaller(verdict: Verdict) -> Architecture:
+    """What advice in words says: a treatment, the paper's initialisation or none, and branches times a factor."""
+    found = re.search(r"besides --embedding ([\w-]+)( --init paper)?: branches times ([0-9.e-]+) ", verdict.next[0])
+    assert found is not None, verdict.next
+    a = verdict.architecture.with_init("paper") if found[2] else verdict.architecture
+    a = a.with_embedding(found[1])  # type: ignore[arg-type]
+    return replace(a, residual_multiplier=a.residual_multiplier * float(found[3]))
+
+
 def test_without_a_remedy_it_says_what_to_change() -> None:
-    """Sub-layers made large by their width, which no embedding and neither initialisation cures: advice in words."""
+    """Sub-layers made large by their width, which no embedding and neither initialisation cures: advice that does."""
     hard = replace(preset("tiny"), d_ffn=10**6)
     for embedding in EMBEDDINGS:
         for init in ("paper", "xavier"):
@@ -253,6 +264,38 @@ def test_without_a_remedy_it_says_what_to_change() -> None:
             assert remedies(verdict) == []
             assert len(verdict.next) == 1
             assert "make the sub-layers smaller" in verdict.next[0]
+            assert "their output matrices, or" in verdict.next[0]
+            cured = check(smaller(verdict), 8)
+            assert cured.outcome == "stable"
+            assert verdict.next[0].endswith(f"have growth {cured.growth.value:.4g}")
+
+
+@pytest.mark.parametrize("block", ["peri-ln", "branch-ln", "post-ln"])
+def test_advice_on_other_layouts_does_what_it_says(block: Any) -> None:
+    verdict = check(replace(preset("wide"), block=block, n_layers=24, init=INITS["xavier"]), 16)
+    if remedies(verdict):
+        return
+    assert ("a residual multiplier: their norms undo" in verdict.next[0]) == (block != "post-ln")
+    cured = check(smaller(verdict), 16)
+    assert all(condition.holds for condition in cured.conditions)
+    assert cured.outcome == ("stable" if "have growth" in verdict.next[0] else "unknown")
+
+
+def test_at_risk_outside_the_domain_is_told_what_mends_the_conditions() -> None:
+    """More layers than are predicted: a treatment makes the conditions hold, and no growth is promised."""
+    deep = check(replace(preset("wide"), n_layers=97), 16)
+    assert (deep.outcome, deep.growth.in_domain) == ("at risk", False)
+    words = "both of the paper's conditions hold then, outside the domain of the predicted growth"
+    assert deep.next == (
+        f"--embedding scaled-embed: {words}",
+        "--layers 96: the largest depth whose growth is predicted",
+    )
+    mended = check(deep.architecture.with_embedding("scaled-embed"), 16)
+    assert all(condition.holds for condition in mended.conditions)
+    assert mended.outcome == "unknown"
+    wider = check(replace(deep.architecture, d_ffn=10**6), 16)
+    assert "fulfil both of the paper's conditions" in wider.next[0]
+    assert all(condition.holds for condition in check(smaller(wider), 16).conditions)
 
 
 def test_outside_the_domain_the_obstacle_is_what_to_change() -> None:
@@ -267,7 +310,9 @@ def test_outside_the_domain_the_obstacle_is_what_to_change() -> None:
     assert "smaller standard deviation of the query and key matrices" in sharp.next[0]
     deep = check(replace(sound, n_layers=97), 8)
     assert deep.outcome == "unknown"
-    assert "no change can be judged" in deep.next[0]
+    assert deep.next == ("--layers 96: the largest depth whose growth is predicted",)
+    narrow = replace(preset("tiny"), d_model=16, n_heads=1, n_kv_heads=1, d_head=16, d_ffn=64)
+    assert "no change can be judged" in check(narrow.with_embedding("scaled-embed"), 8).next[0]
 
 
 def test_an_initialisation_that_is_chosen_is_not_assumed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -378,3 +423,26 @@ def test_statements_say_where_they_are_claimed(capsys: pytest.CaptureFixture[str
     rows = {row["name"]: row for row in json.loads(capsys.readouterr().out)}
     assert rows["gaussian-opnorm-sharp"]["domain"]["rows"] == [64, None]
     assert "alibi and qk_norm are whole numbers" in rows["attention-variants-simulated"]["relations"]
+
+
+def test_what_a_symbol_cannot_be_is_outside() -> None:
+    """Half a head and the like: a sharp value of it would be a number without a meaning."""
+    statement = find("ffn-sharp-relu")
+    good = {"sigma_1": 0.1, "sigma_2": 0.1, "d": 256, "d_ffn": 1024}
+    assert statement.outside(good) == ()
+    assert statement.outside(good | {"d": 256.5}) == ("d=256.5 is not integer >= 1",)
+    assert statement.outside(good | {"sigma_1": -0.1}) == ("sigma_1=-0.1 is not >= 0",)
+    assert statement.outside(good | {"d_ffn": math.nan})
+    variants = {
+        "c_VO": 1.0, "d": 128, "n_heads": 4, "d_head": 32, "kv_group": 1, "n_tokens": 32, "logit_variance": 1.0,
+        "rotary": 0.0, "rope_base": 1e4, "alibi": 1, "n_seen": 32, "softcap": 0.0, "qk_norm": 0,
+        "numbers": 32 * 128,
+    }  # fmt: skip
+    simulated = find("attention-variants-simulated")
+    assert simulated.outside(variants) == ()
+    for name, wrong, words in (
+        ("alibi", 0.5, "0 or 1"),
+        ("n_heads", 4.5, "integer >= 1"),
+        ("qk_norm", 1.5, "0, 1 or 2"),
+    ):
+        assert f"{name}={wrong} is not {words}" in simulated.outside(variants | {name: wrong})

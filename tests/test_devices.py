@@ -391,7 +391,7 @@ def test_speed_is_the_loops_own(records: Records) -> None:
     assert record["tokens_a_second"] == pytest.approx(tokens / record["seconds_a_step"])
     a = mini()
     attention = 6 * 16 * a.n_heads * a.d_head * a.n_layers
-    by_hand = tokens * (6 * (a.n_parameters - a.vocab_size * a.d_model) + attention) / record["seconds_a_step"]
+    by_hand = tokens * (6 * (a.n_weights - a.vocab_size * a.d_model) + attention) / record["seconds_a_step"]
     assert record["flops_a_second"] == pytest.approx(by_hand)
     assert 0 < record["matmul_peak"] < 1e16
     assert matmul_peak("cpu", "float32", repeats=1) > 1e8

@@ -278,7 +278,7 @@ def test_the_class_is_made_of_what_is_read(config: str) -> None:
     assert a.padding_row == bool((table.detach() == 0).all(dim=1).any())
     matrices = {name: p for name, p in model.named_parameters() if reference.matrices_in(name)}
     extra = 2 * a.d_model if a.name == "opt" else 0  # two positions that no token has
-    assert a.n_parameters == sum(p.numel() for p in matrices.values()) - extra
+    assert a.n_weights == sum(p.numel() for p in matrices.values()) - extra
     gains = {id(p) for module in model.modules() if is_norm(module) for p in module.parameters()}
     biases = {name: p for name, p in model.named_parameters() if name not in matrices and id(p) not in gains}
     assert all(name.endswith("bias") and not p.any() for name, p in biases.items())

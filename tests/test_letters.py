@@ -30,6 +30,7 @@ RANGES: dict[str, Callable[[Any], bool]] = {
     "> 0": lambda value: value > 0,
     UNIT: lambda value: np.ndim(value) == 0 and -ROUNDING <= value <= 1 + ROUNDING,
     "0 or 1": lambda value: value in (0, 1),
+    "0, 1 or 2": lambda value: value in (0, 1, 2),
     "integer >= 1": lambda value: value >= 1 and value == round(value),
     MATRIX: lambda value: np.ndim(value) == 2,
     COLUMN: lambda value: np.ndim(value) == 2 and np.shape(value)[1] == 1,

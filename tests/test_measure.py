@@ -117,7 +117,7 @@ def test_every_class_can_be_made_smaller(kind: str) -> None:
     assert [a.window_at(n) for n in range(2)] == [said.window_at(n) for n in range(2)]
     assert [a.rope_base_at(n) for n in range(2)] == [said.rope_base_at(n) for n in range(2)]
     matrices = sum(p.numel() for p in real_classes.build(settings, 0).parameters() if p.ndim > 1)
-    assert matrices == a.n_parameters + (2 * a.d_model if kind == "opt" else 0)  # OPT has two positions more
+    assert matrices == a.n_weights + (2 * a.d_model if kind == "opt" else 0)  # OPT has two positions more
     assert real_classes.n_parameters(settings) >= matrices
 
 

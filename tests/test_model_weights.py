@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from empirics import model as model_module
 from empirics.model import Transformer, build
+from empirics.plan import count
 from theory.architecture import EMBEDDINGS, INITS, Init, preset
 from theory.initialisation import Distribution, deepnorm
 
@@ -226,16 +227,46 @@ def test_padding_row_is_zero() -> None:
     assert model.tokens.weight[1:].abs().sum(1).min() > 0
 
 
-@pytest.mark.parametrize("block", ["pre-ln", "peri-ln"])
-@pytest.mark.parametrize("tied", [False, True])
-def test_number_of_parameters(block: Any, tied: bool) -> None:
-    a = architecture(**(MODERATE | {"block": block}), tied=tied)
-    assert a.n_parameters == a.active_parameters == sum(p.numel() for p in Transformer(a).parameters() if p.ndim == 2)
+BARE = MODERATE | {"positions": "rope", "biases": False, "qk_norm": "none", "block": "pre-ln"}
+COUNTED: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "tied": {"tied": True},
+    "biases": {"biases": True},
+    "gates and biases": {"gated": True, "biases": True, "norm": "layernorm"},
+    "LayerNorm without biases": {"norm": "layernorm"},
+    "Post-LN": {"block": "post-ln", "biases": True},
+    "Peri-LN": {"block": "peri-ln", "norm": "layernorm", "biases": True},
+    "branch norms alone": {"block": "branch-ln", "final_norm": False},
+    "one norm for both": {
+        "block": "pre-ln",
+        "parallel": True,
+        "shared_norm": True,
+        "norm": "layernorm",
+        "biases": True,
+    },
+    "two norms for both": {"parallel": True},
+    "heads' norms": {"qk_norm": "head", "norm": "layernorm", "biases": True},
+    "norms of all heads": {"qk_norm": "full", "n_kv_heads": 2},
+    "learned positions, a norm behind them": {"positions": "learned", "embedding_norm": True},
+    "experts": {"n_experts": 5, "experts_per_token": 2},
+    "experts with biases": {"n_experts": 3, "experts_per_token": 1, "biases": True, "gated": False},
+}
+
+
+@pytest.mark.parametrize("name", COUNTED)
+def test_number_of_parameters(name: str) -> None:
+    """As the model has them, and as a plan counts them."""
+    a = architecture(**(BARE | COUNTED[name]))
+    parameters = list(Transformer(a).parameters())
+    assert a.n_parameters == sum(p.numel() for p in parameters) == count(a).parameters
+    assert a.n_weights == sum(p.numel() for p in parameters if p.ndim == 2) == count(a).matrices
+    assert a.n_parameters > a.n_weights
+    assert a.active_weights == a.n_weights or a.n_experts
 
 
 def test_number_of_parameters_with_experts() -> None:
     a = architecture(**MODERATE, n_experts=5, experts_per_token=2)
     model = Transformer(a)
-    assert a.n_parameters == sum(p.numel() for p in model.parameters() if p.ndim == 2)
+    assert a.n_weights == sum(p.numel() for p in model.parameters() if p.ndim == 2)
     expert = sum(p.numel() for p in model.layers[0].feedforward.experts[0].parameters() if p.ndim == 2)
-    assert a.active_parameters == a.n_parameters - a.n_layers * 3 * expert
+    assert a.active_weights == a.n_weights - a.n_layers * 3 * expert

@@ -46,15 +46,15 @@ def test_numbers_by_hand() -> None:
     found = plan(a, device="a100", devices=8, steps=100, batch_size=64, seq_len=1024)
     gains = (2 * a.n_layers + 1) * a.d_model
     assert found.tokens == 100 * 64 * 1024
-    assert found.parameters == a.n_parameters + gains
+    assert found.parameters == a.n_parameters == a.n_weights + gains
     assert found.memory.state == 20 * found.parameters / 8
-    assert found.memory.probes == 4 * a.n_parameters / 8
+    assert found.memory.probes == 4 * a.n_weights / 8
     tables = 2 * a.vocab_size * a.d_model  # token table and head, with their gradients in float32
-    layers = a.n_parameters - tables + gains - a.d_model
+    layers = a.n_parameters - tables - a.d_model
     assert found.memory.gathered == pytest.approx(8 * (tables + a.d_model) + 2 * 3 * layers / a.n_layers, rel=1e-12)
     assert found.memory.casts == tables  # the head alone, two bytes a number: layers are gathered in bfloat16
     assert found.hours == pytest.approx(found.flops / (8 * 312e12 * 0.4 * 3600), rel=1e-12)
-    assert 5.5 * a.n_parameters * found.tokens < found.flops < 7.5 * a.n_parameters * found.tokens
+    assert 5.5 * a.n_weights * found.tokens < found.flops < 7.5 * a.n_weights * found.tokens
     doubled = plan(a, device="a100", devices=16, steps=100, batch_size=64, seq_len=1024)
     assert doubled.hours == pytest.approx(found.hours / 2, rel=1e-12)
     single = plan(a, device="a100", devices=1, steps=1, batch_size=1, seq_len=8, precision="float32", probed=False)

@@ -287,7 +287,8 @@ def test_a_sharp_statement_answers_unknown_outside_its_domain() -> None:
     assert statement.predict(inside | {"n_heads": 3}).reasons == ("it does not hold that heads fill the stream",)
     assert statement.predict(inside | {"rows": 63}).reasons == ("rows=63 is not within 64 to inf",)
     assert statement.predict({k: v for k, v in inside.items() if k != "d"}).reasons == ("d is not given",)
-    assert statement.predict(inside | {"sigma": math.nan}).reasons == ("it has no finite value here",)
+    assert statement.predict(inside | {"sigma": math.inf}).reasons == ("it has no finite value here",)
+    assert statement.predict(inside | {"sigma": math.nan}).reasons == ("sigma=nan is not >= 0",)
     assert all(statement.predict(inside | {"rows": n}).value is None for n in (0, 1, 63))
     with pytest.raises(ValueError, match="no prediction but of kind upper"):
         find("ffn-upper").predict(inside)

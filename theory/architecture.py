@@ -266,21 +266,39 @@ class Architecture:
 
     @property
     def n_parameters(self) -> int:
-        """Number of trained numbers in the matrices (gains and biases are left out)."""
+        """Number of trained numbers, gains and biases too; a tied head once."""
+        heads, kv, a_norm = self.n_heads * self.d_head, self.n_kv_heads * self.d_head, self._norm_parameters
+        before, after = self.block in ("pre-ln", "peri-ln"), self.block != "pre-ln"
+        norms = (0 if not before else 1 if self.shared_norm else 2) + (2 if after else 0)
+        layer = norms * a_norm(self.d_model)
+        if self.qk_norm != "none":
+            layer += sum(map(a_norm, (heads, kv) if self.qk_norm == "full" else (self.d_head, self.d_head)))
+        if self.biases:
+            units = (2 if self.gated else 1) * self.d_ffn
+            layer += heads + 2 * kv + self.d_model + max(self.n_experts, 1) * (units + self.d_model)
+        outside = a_norm(self.d_model) * (self.embedding_norm + self.final_norm)
+        return self.n_weights + self.n_layers * layer + outside
+
+    @property
+    def n_weights(self) -> int:
+        """Those of `n_parameters` in matrices: tables and weights of linear maps."""
         heads, kv = self.n_heads * self.d_head, self.n_kv_heads * self.d_head
         router = self.n_experts * self.d_model
-        layer = self.d_model * (2 * heads + 2 * kv) + max(self.n_experts, 1) * self._feedforward_parameters + router
+        layer = self.d_model * (2 * heads + 2 * kv) + max(self.n_experts, 1) * self._feedforward_weights + router
         tables = self.vocab_size * (1 if self.tied else 2) + (self.context if self.positions == "learned" else 0)
         return self.n_layers * layer + tables * self.d_model
 
     @property
-    def active_parameters(self) -> int:
-        """Those of `n_parameters` that one token is multiplied with or looked up in: of the experts, its own."""
+    def active_weights(self) -> int:
+        """Those of `n_weights` that one token is multiplied with or looked up in: of the experts, its own."""
         idle = max(self.n_experts - self.experts_per_token, 0)
-        return self.n_parameters - self.n_layers * idle * self._feedforward_parameters
+        return self.n_weights - self.n_layers * idle * self._feedforward_weights
+
+    def _norm_parameters(self, width: int) -> int:
+        return width * (2 if self.norm == "layernorm" and self.biases else 1)
 
     @property
-    def _feedforward_parameters(self) -> int:
+    def _feedforward_weights(self) -> int:
         return self.d_model * (3 if self.gated else 2) * self.d_ffn
 
     def with_embedding(self, treatment: EmbeddingTreatment) -> Architecture:

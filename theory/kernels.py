@@ -154,7 +154,7 @@ def _series(activation: Activation, q: Array, q_other: Array, norms: Array, rho:
     sizes = np.shape(q), np.shape(q_other)
     variances, place = np.unique(np.concatenate([np.ravel(q), np.ravel(q_other)]), return_inverse=True)
     own, other = (p.reshape(size) for p, size in zip(np.split(place, [np.size(q)]), sizes, strict=True))
-    remainder, mixed = _hermite(activation, mixture, variances)
+    remainder, mixed = _hermite(activation, mixture, tuple(variances.tolist()))
     rest, known, rest_other, total_other = (
         remainder[:, own], mixed[:, own], remainder[:, other], (remainder + mixed)[:, other]
     )  # fmt: skip
@@ -174,9 +174,12 @@ def _needed(*coefficients: Array) -> int:
     return 1 + int(np.max(np.nonzero(size > _CONVERGED * size.max())[0], initial=0))
 
 
-def _hermite(activation: Activation, mixture: tuple[tuple[float, float], ...], q: Array) -> tuple[Array, Array]:
-    """Hermite coefficients of x (g - mixture)(sqrt(q) x) and of x mixture(sqrt(q) x), shape (terms, q.size)."""
-    sigma = np.sqrt(q)
+@lru_cache(maxsize=4)  # a token's own entry and its entries with others ask for the same ones
+def _hermite(
+    activation: Activation, mixture: tuple[tuple[float, float], ...], q: tuple[float, ...]
+) -> tuple[Array, Array]:
+    """Hermite coefficients of x (g - mixture)(sqrt(q) x) and of x mixture(sqrt(q) x), shape (terms, len(q))."""
+    sigma = np.sqrt(np.array(q))
     rest, known = np.zeros((_TERMS, sigma.size)), np.zeros((_TERMS, sigma.size))
     for weight, s in mixture:
         known += weight * _hermite_gelu(sigma / s)

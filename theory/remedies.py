@@ -58,6 +58,8 @@ def remedies(
             tried.extend(tries)
             if any(one.stable for one in tried):
                 return tuple(_promise(one, growth) for one in tried if one.stable)
+            if any(one.holds for one in tried) and sizes:
+                break  # no more than that can be said of any change
     outside = _into_the_domain(architecture, seq_len, growth)
     if outcome == "unknown":
         return outside or (UNJUDGED,)
@@ -76,7 +78,8 @@ def _tries(architecture: Architecture, seq_len: int, found: tuple[Condition, Con
     for words, base in (("", architecture), (" --init paper", architecture.with_init("paper"))):
         tries: list[_Try] = []
         for treatment in TREATMENTS:
-            if not large:
+            # Outside the domain two treatments of which the same can be said are no more than one.
+            if not large and not any(one.holds and one.growth is None for one in tries):
                 tries.append(_judged(base.with_embedding(treatment), seq_len, f"--embedding {treatment}{words}"))
                 large = fixed and tries[-1].conditions[0].value > tries[-1].conditions[0].limit
         large = False

@@ -124,13 +124,20 @@ class Statement:
     def outside(self, values: Mapping[str, Any]) -> tuple[str, ...]:
         """Why it does not claim its target at these numbers; empty where it does.
 
-        A symbol of the domain without a value counts as outside: what is not known is not claimed.
+        A symbol of the domain without a value counts as outside: what is not known is not claimed. So does one whose
+        value is none that it can have, half a head for example.
         """
+        from theory.symbols import SYMBOLS
+
         needed = dict.fromkeys((*self.domain, *(name for test in self.relations.values() for name in _names(test))))
         reasons = [f"{name} is not given" for name in needed if name not in values]
         for name, (least, most) in self.domain.items():
             if name in values and not least <= values[name] <= most:
                 reasons.append(f"{name}={values[name]:g} is not within {least:g} to {most:g}")
+        for name in dict.fromkeys((*self.parameters, *self.domain)):
+            entry = SYMBOLS.get(name)
+            if name in values and entry is not None and not entry.admits(values[name]):
+                reasons.append(f"{name}={values[name]:g} is not {entry.values}")
         for words, test in self.relations.items():
             names = _names(test)
             if all(name in values for name in names) and not test(**{name: values[name] for name in names}):

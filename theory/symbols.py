@@ -38,6 +38,15 @@ class SymbolEntry:
         """Its range in words."""
         return self.range or ("integer >= 1" if self.integer else ">= 0")
 
+    def admits(self, value: float) -> bool:
+        """Whether a number is in its range."""
+        whole, positive = value % 1 == 0, value > 0
+        holds = {
+            "> 0": positive, ">= 0": value >= 0, "integer >= 1": positive and whole, "0 to 1": 0 <= value <= 1,
+            "0 or 1": value in (0, 1), "0, 1 or 2": value in (0, 1, 2),
+        }  # fmt: skip
+        return holds[self.values]
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FunctionEntry:
@@ -277,6 +286,7 @@ _ALL = (
         meaning="QK-norm: 0 without, 1 of a head, 2 in full",
         known="config",
         integer=True,
+        range="0, 1 or 2",
     ),
     SymbolEntry(name="eps", latex=r"\epsilon", meaning="eps of the normalisation", known="config"),
     SymbolEntry(
