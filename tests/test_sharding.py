@@ -8,7 +8,6 @@ import os
 import subprocess
 import sys
 
-import pytest
 from helpers.ranks import ROOT
 
 from theory.architecture import preset
