@@ -285,7 +285,7 @@ def _sub_layer_norm(record: Record) -> Row:
     error = record["standard_error"]
     where = f"{counted(spec['seq_len'], 'normal token')}, logit variance {spec['logit_variance']:g}; "
     where += f"{counted(record['seeds'], 'draw')}, standard error {error:.1%}"
-    quantity = f"{record['statement']} beside theory, {spec['architecture']['name']}"
+    quantity = f"{record['statement']} beside theory, {spec['architecture']['name']}, T {spec['seq_len']}"
     if record["in_domain"]:
         allowed = record["target"] + 2 * error
         pair = Pair(where, predicted, measured, allowed)

@@ -505,6 +505,7 @@ def test_the_record_that_comes_with_the_code_is_of_a_gpu_and_current() -> None:
     assert record["missing"] == []
     assert DIFFERS not in {row["verdict"] for row in record["rows"]}
     rows = {row["quantity"]: row for row in record["rows"]}
+    assert len(rows) == len(record["rows"])
     readme = (paper_repro.CHECKED.parents[1] / "README.md").read_text()
     for size in device_specs.LARGE:
         for label in ACCURACY:
