@@ -52,6 +52,7 @@ KINDS = {
     "gaussian-opnorm-sharp": "sharp",
     **dict.fromkeys(("gaussian-opnorm-estimate", "norm-jacobian-estimate"), "estimate"),
     **dict.fromkeys(("rmsnorm-jacobian-estimate", "ffn-gated-estimate"), "estimate"),
+    **dict.fromkeys(("embedding-estimate", "embedding-normalised-estimate"), "estimate"),
     **dict.fromkeys(("update-scatter", "post-norm-gain", "head-gradient"), "sharp"),
     **dict.fromkeys(("norm-backward-gain", "softmax-moments"), "exact"),
 }

@@ -77,10 +77,7 @@ def column_of(statement: Statement) -> Column:
 _SIMULATED = "simulated from the configuration (`theory.attention_simulation`)"
 _SMALL_LOGITS = f"attention-sharp at small logits; at large ones {_SIMULATED}"
 _NO_NORM = "embedding-upper-aposteriori is the norm itself"
-_EMBEDDING: dict[Column, str] = {
-    "estimate": "the paper states none: its bounds end at the first block and take the std of the output as given",
-    "sharp": _NO_NORM,
-}
+_EMBEDDING: dict[Column, str] = {"sharp": _NO_NORM}
 _EMBEDDINGS = ("embedding", "embedding-upper-apriori", "embedding-upper-aposteriori")
 _ATTENTION = ("attention_jacobian", "attention_branch", "half_layer_jacobian")
 

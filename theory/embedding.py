@@ -3,7 +3,8 @@
 It is a selection matrix, one row a token of the sequence, times the identity of width d: what repeats adds up.
 A fixed position, sinusoidal say, has no table and no slope. A detached embedding scales every gradient by c.
 The paper states no estimate of it: its bounds end at the first block, and take the std of the embedding's output as
-given: sqrt(2/(5d)), times sqrt(d), or 1 behind a norm. What these treatments make of growth is `theory.growth`'s.
+given: sqrt(2/(5d)), times sqrt(d), or 1 behind a norm. The estimates here are in its manner, of a norm its own 1/sigma.
+What these treatments make of growth is `theory.growth`'s.
 """
 
 from __future__ import annotations
@@ -72,6 +73,59 @@ def embedding_upper_aposteriori() -> Statement:
         assumptions=("tables of their own: a tied head adds its own gradient",),
         why="rows of a token that repeats add up; a position is read once",
         tight=True,
+    )
+
+
+@register
+def embedding_estimate() -> Statement:
+    r"""Estimate the embedding layer's Jacobian without a norm, of a sequence that repeats no token.
+
+    .. math:: \|J_E\| \sim c \sqrt{\mu^2 + \ell}
+
+    Holds: few tokens of a large vocabulary. A token that occurs n times makes it c sqrt(mu^2 n + ell), which is why this
+        is no bound: texts repeat their words, and the most frequent one decides.
+    Why: `embedding-upper-aposteriori` is the norm itself; its largest count is taken as 1.
+    """
+
+    def formula(embedding_gradient: Any, multiplier: Any, position_rows: Any) -> Any:
+        return embedding_gradient * sqrt(multiplier**2 + position_rows)
+
+    return Statement(
+        name="embedding-estimate",
+        kind="estimate",
+        quantity=quantity("embedding_jacobian"),
+        formula=formula,
+        source=_OWN,
+        assumptions=("tables of their own", "no token twice", "no embedding norm"),
+        why="a selection of rows that repeats none has orthogonal rows, each mu long, and a position's beside it",
+        covers={"embedding_norm": (False,)},
+    )
+
+
+@register
+def embedding_normalised_estimate() -> Statement:
+    r"""Estimate the Jacobian of a normalised embedding, by the paper's estimate of a norm's Jacobian.
+
+    .. math:: \|J_E\| \sim c \sqrt{\mu^2 + \ell} / \sigma_e
+
+    with sigma_e the std of what the norm reads, as in `embedding-sharp`.
+    Holds: unit gain, no token twice, sigma_e^2 far above eps. Too small by the steepest of T tokens over their mean:
+        `embedding-sharp`, 14 % at d = 256 and 1024 tokens.
+    Why: |dLN/dx| is 1/s_t, which the paper takes as 1/sigma for every token.
+    """
+
+    def formula(embedding_gradient: Any, multiplier: Any, position_rows: Any, sigma_e: Any) -> Any:
+        return embedding_gradient * sqrt(multiplier**2 + position_rows) / sigma_e
+
+    return Statement(
+        name="embedding-normalised-estimate",
+        kind="estimate",
+        quantity=quantity("embedding_jacobian"),
+        formula=formula,
+        source=Source(key="takase2025spike", label="the Jacobian of LayerNorm as 1/sigma, here of the embedding's"),
+        assumptions=("tables of their own", "no token twice", "unit gain", "eps left out"),
+        why="the norm's Jacobian is 1/s at every token, and s is taken as the std of the tables",
+        covers={"embedding_norm": (True,)},
     )
 
 
