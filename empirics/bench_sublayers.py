@@ -193,6 +193,87 @@ add_bench(
 )
 
 
+class TiedTable(nn.Module):
+    """Logits as a function of a table that is read at both ends; between, a running mean and a norm, or nothing."""
+
+    def __init__(self, choices: Choices) -> None:
+        super().__init__()
+        self.tokens = [int(letter) for letter in choices["sequence"]]
+        self.multiplier, self.gradient = choices["multiplier"], choices["embedding_gradient"]
+        self.norm = make_norm(small_architecture(choices)) if choices["final_norm"] else None
+        length = len(self.tokens)
+        counts = torch.arange(1, length + 1, dtype=torch.float64)[:, None]
+        mean_TT = torch.ones(length, length, dtype=torch.float64).tril() / counts
+        self.mixing_TT = torch.eye(length, dtype=torch.float64) + (mean_TT if choices["averages"] else 0 * mean_TT)
+
+    def mixed(self, table: Tensor) -> Tensor:
+        """(T, D), what the norm reads."""
+        x_TD = self.multiplier * table[self.tokens]
+        x_TD = self.gradient * x_TD + (1 - self.gradient) * x_TD.detach()
+        return self.mixing_TT.to(table.dtype) @ x_TD
+
+    def read(self, table: Tensor) -> Tensor:
+        """(T, D), the head's input."""
+        x_TD = self.mixed(table)
+        return x_TD if self.norm is None else self.norm(x_TD)
+
+    def forward(self, table: Tensor) -> Tensor:
+        """(T, V) logits."""
+        return self.read(table) @ table.mT
+
+
+def tied_slopes(tied: Any, table: Tensor) -> Tensor:
+    """(T,) bound on the slope of the norm at each place, 1 without one."""
+    if tied.norm is None:
+        return torch.ones(len(tied.tokens), dtype=table.dtype)
+    observed = [observables.observe_norm(tied.norm, x_D[None]) for x_D in tied.mixed(table)]
+    return torch.stack([values["gain"] / values["s"] for values in observed])
+
+
+def observe_tied(tied: Any, table: Tensor) -> observables.Observed:
+    """Norms of the table and the head's input, the largest count, and a bound on the network between."""
+    mixing = torch.linalg.matrix_norm(tied.mixing_TT.to(table.dtype), 2)
+    return {
+        "token_weight": float(max(map(tied.tokens.count, tied.tokens))),
+        "head_input": torch.linalg.matrix_norm(tied.read(table), 2),
+        "head_slope": mixing * tied_slopes(tied, table).max(),
+        "opnorm_E": torch.linalg.matrix_norm(table, 2),
+    }
+
+
+def tied_rounding(tied: Any, table: Tensor) -> float:
+    """That of the norm at its worst token, carried to the Jacobian's largest size."""
+    if tied.norm is None:
+        return 0.0
+    worst = max(norm_conditioning(tied.norm, x_D[None]) for x_D in tied.mixed(table))
+    found = observe_tied(tied, table)
+    size = found["head_input"] + tied.multiplier * len(tied.tokens) * found["head_slope"] * found["opnorm_E"]
+    return worst * float(size)
+
+
+add_bench(
+    Bench(
+        quantity="tied_jacobian",
+        choices={
+            "sequence": ("0", "00", "01", "001", "0121", "01201"),
+            "d_model": WIDTHS[:5],
+            "multiplier": (0.3, 1.0, 16.0),
+            "embedding_gradient": (1.0, 0.1),
+            "averages": (False, True),
+            "final_norm": (False, True),
+            "norm": get_args(Norm),
+            "eps": (1e-12, 1e-5, 1e-3, 10.0),
+        },
+        module=TiedTable,
+        shape=lambda choices: (VOCABULARY, choices["d_model"]),
+        truth=observables.true_opnorm,
+        symbols={("token_weight", "head_input", "head_slope", "opnorm_E"): observe_tied},
+        rounding=tied_rounding,
+        several=lambda tied, table: len(set(tied.tokens)) > 1,
+    )
+)
+
+
 # --- softmax, random matrices -------------------------------------------------------------------------------------
 
 

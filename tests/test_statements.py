@@ -42,6 +42,14 @@ _SIGMA = math.sqrt(2 / 5120)
 BY_HAND: dict[str, list[tuple[dict[str, float], float, float]]] = {
     "norm-jacobian-estimate": [({"sigma_x": 0.25}, 4.0, 1e-15)],
     "rmsnorm-jacobian-estimate": [({"rms_x": 0.25}, 4.0, 1e-15)],
+    # sqrt(0.75^2 + 1) = 1.25
+    "embedding-estimate": [
+        ({"embedding_gradient": 0.5, "multiplier": 4.0, "position_rows": 0}, 2.0, 1e-15),
+        ({"embedding_gradient": 1.0, "multiplier": 0.75, "position_rows": 1}, 1.25, 1e-15),
+    ],
+    "embedding-normalised-estimate": [
+        ({"embedding_gradient": 0.5, "multiplier": 0.75, "position_rows": 1, "sigma_e": 0.25}, 2.5, 1e-15),
+    ],
     # sqrt(0.5 * 0.5^2 * 4 + 0.14) = 0.8; times 3 * 0.25 * (2 + 4)^2 / 2.
     "ffn-gated-estimate": [
         (

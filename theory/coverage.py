@@ -161,14 +161,16 @@ def _embeddings() -> Iterator[SubLayer]:
         label="embedding, normalised", quantities=("embedding_jacobian",), derived=_EMBEDDINGS, reasons=_EMBEDDING,
         variant={"embedding_norm": (True,)},
     )  # fmt: skip
-    tied = "the stream's start is as without a tie, and the head's own path is line 8 of embedding"
+    path = "the stream's start is as without a tie; tied-upper adds the head's path"
     yield SubLayer(
         label="embedding, tied",
-        quantities=("embedding_jacobian",),
-        derived=("embedding",),
-        reasons={**_EMBEDDING, "upper a priori": tied, "upper a posteriori": tied, "sharp": tied},
-        variant=bare,
-        without=("upper a priori", "upper a posteriori", "sharp"),
+        quantities=("tied_jacobian",),
+        derived=("embedding", "tied-upper"),
+        reasons={
+            "estimate": path,
+            "upper a priori": "tied-upper, with a head input of norm at most sqrt(T) R and no count above T",
+            "sharp": f"open; {path}",
+        },
     )
 
 

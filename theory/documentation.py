@@ -43,6 +43,8 @@ MEANINGS: dict[Kind, str] = {
 # Left sides; a quantity that is not listed goes by its name.
 LETTERS: dict[str, str] = {
     "norm_jacobian": r"\left\| \frac{\partial \mathrm{norm}}{\partial x} \right\|",
+    "embedding_jacobian": r"\left\| J_E \right\|",
+    "tied_jacobian": r"\left\| J_T \right\|",
     "softmax_jacobian": r"\left\| \frac{\partial p}{\partial \ell} \right\|",
     "matrix_opnorm": r"\left\| W \right\|",
     "attention_probability": r"\left\| P \right\|",

@@ -82,8 +82,8 @@ def embedding_estimate() -> Statement:
 
     .. math:: \|J_E\| \sim c \sqrt{\mu^2 + \ell}
 
-    Holds: few tokens of a large vocabulary. A token that occurs n times makes it c sqrt(mu^2 n + ell), which is why this
-        is no bound: texts repeat their words, and the most frequent one decides.
+    Holds: few tokens of a large vocabulary. A token that occurs n times makes it c sqrt(mu^2 n + ell), which is why
+        this is no bound: texts repeat their words, and the most frequent one decides.
     Why: `embedding-upper-aposteriori` is the norm itself; its largest count is taken as 1.
     """
 
@@ -109,8 +109,8 @@ def embedding_normalised_estimate() -> Statement:
     .. math:: \|J_E\| \sim c \sqrt{\mu^2 + \ell} / \sigma_e
 
     with sigma_e the std of what the norm reads, as in `embedding-sharp`.
-    Holds: unit gain, no token twice, sigma_e^2 far above eps. Too small by the steepest of T tokens over their mean:
-        `embedding-sharp`, 14 % at d = 256 and 1024 tokens.
+    Holds: unit gain, no token twice, sigma_e^2 far above eps. Too small by what the steepest of T tokens is above the
+        others: 14 % at d = 256 and 1024 tokens, by `embedding-sharp`.
     Why: |dLN/dx| is 1/s_t, which the paper takes as 1/sigma for every token.
     """
 
@@ -126,6 +126,35 @@ def embedding_normalised_estimate() -> Statement:
         assumptions=("tables of their own", "no token twice", "unit gain", "eps left out"),
         why="the norm's Jacobian is 1/s at every token, and s is taken as the std of the tables",
         covers={"embedding_norm": (True,)},
+    )
+
+
+@register
+def tied_upper() -> Statement:
+    r"""Bound the Jacobian of the logits in a token table that is the head as well.
+
+    .. math:: \|J_T\| \le \|Y\| + c \mu \sqrt{\max_v \textstyle\sum_{t : v_t = v} \kappa_t^2} \; J_Y \|E\|
+
+    with Y the head's input over the sequence and J_Y the norm, or a bound on it, of its Jacobian in the stream's start.
+    Holds: any table, tokens and network between; logits Y E'. Attained by one token of a vocabulary of one.
+    Why: d(Y E') = Y dE' + dY E'; the first is |Y| dE at most, the second |dY| |E|, and dY is through the embedding.
+    """
+
+    def formula(
+        embedding_gradient: Any, multiplier: Any, token_weight: Any, head_input: Any, head_slope: Any, opnorm_E: Any
+    ) -> Any:
+        through = embedding_gradient * multiplier * sqrt(token_weight) * head_slope * opnorm_E
+        return head_input + through
+
+    return Statement(
+        name="tied-upper",
+        kind="upper",
+        quantity=quantity("tied_jacobian"),
+        formula=formula,
+        source=Source(key="spikecheck", label="product rule of the table's two uses"),
+        assumptions=("logits Y E', not multiplied and not capped", "a detached embedding's factor on its path alone"),
+        why="the product rule and the triangle inequality; each path is sub-multiplicative",
+        tight=True,
     )
 
 

@@ -46,6 +46,12 @@ _ALL = (
         axis="none",
         norm="spectral",
     ),
+    Quantity(
+        name="tied_jacobian",
+        meaning="Jacobian of the logits in a token table that is the head as well, over the whole sequence",
+        axis="none",
+        norm="spectral",
+    ),
     Quantity(name="softmax_jacobian", meaning="Jacobian of one softmax row", axis="none", norm="spectral"),
     Quantity(name="matrix_opnorm", meaning="a matrix with independent normal entries", axis="none", norm="spectral"),
     Quantity(

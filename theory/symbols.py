@@ -138,6 +138,16 @@ _ALL = (
         known="activations",
     ),
     SymbolEntry(
+        name="head_input", latex=r"\|Y\|", meaning="norm of the head's input over the sequence", known="activations"
+    ),
+    SymbolEntry(
+        name="head_slope",
+        latex="J_Y",
+        meaning="bound on the norm of the Jacobian of the head's input in the stream's start",
+        known="activations",
+    ),
+    SymbolEntry(name="opnorm_E", latex=r"\|E\|", meaning="spectral norm of the token table", known="weights"),
+    SymbolEntry(
         name="lipschitz",
         latex="L",
         meaning="largest slope of the activation over the arguments that can occur",
