@@ -208,9 +208,7 @@ class TiedTable(nn.Module):
 
     def mixed(self, table: Tensor) -> Tensor:
         """(T, D), what the norm reads."""
-        x_TD = self.multiplier * table[self.tokens]
-        x_TD = self.gradient * x_TD + (1 - self.gradient) * x_TD.detach()
-        return self.mixing_TT.to(table.dtype) @ x_TD
+        return self.mixing_TT.to(table.dtype) @ (self.multiplier * table[self.tokens])
 
     def read(self, table: Tensor) -> Tensor:
         """(T, D), the head's input."""
@@ -220,6 +218,14 @@ class TiedTable(nn.Module):
     def forward(self, table: Tensor) -> Tensor:
         """(T, V) logits."""
         return self.read(table) @ table.mT
+
+
+def true_tied(tied: Any, table: Tensor) -> Tensor:
+    """|J_T|, the way through the stream times the factor on its gradient, and the head's."""
+    # A copy each, so that what is held is not differentiated in.
+    stream = observables.jacobian(lambda read: tied.read(read) @ table.mT, table.clone())
+    head = observables.jacobian(lambda head: tied.read(table) @ head.mT, table.clone())
+    return observables.opnorm(tied.gradient * stream + head)
 
 
 def tied_slopes(tied: Any, table: Tensor) -> Tensor:
@@ -266,7 +272,7 @@ add_bench(
         },
         module=TiedTable,
         shape=lambda choices: (VOCABULARY, choices["d_model"]),
-        truth=observables.true_opnorm,
+        truth=true_tied,
         symbols={("token_weight", "head_input", "head_slope", "opnorm_E"): observe_tied},
         rounding=tied_rounding,
         several=lambda tied, table: len(set(tied.tokens)) > 1,
