@@ -24,7 +24,7 @@ from empirics.data_sheets import DEVICES
 from empirics.device_specs import CheckSpec, NormSpec, ProbeSpec, SpeedSpec
 from empirics.initialisation import InitialisationSpec
 from empirics.model import build
-from empirics.norm_samples import Heads, half_layer, measure, sub_layer
+from empirics.norm_samples import Heads, half_layer, measure, sharp_statements, sub_layer
 from empirics.plan import flops_per_token, memory
 from empirics.probes import gradient_profile, layer_norms
 from empirics.run import corpus_of, run
@@ -33,7 +33,6 @@ from empirics.surroundings import environment, true_float32
 from empirics.sweep import run_all
 from empirics.train import train
 from theory.records import plain, read_record, write_record
-from theory.statements import find
 
 NORM_TOLERANCE = 1e-4
 SETTLED = 8  # steps before the clock is read: compilation, the first probe, the allocator
@@ -113,7 +112,7 @@ def norms(spec: NormSpec) -> dict[str, Any]:
     else:
         name = "attention-half-layer-sharp"
         setting = half_layer(a.d_model, spec.seq_len, spec.logit_variance, spec.strength, **asked)
-    row = measure(find(name), setting)
+    row = measure(sharp_statements()[name], setting)
     return {"id": spec.identity, "spec": plain(spec), "environment": environment(spec.device), **row}
 
 
