@@ -53,6 +53,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from empirics.head_loss import HeadLoss
 from theory.architecture import Architecture
 from theory.initialisation import Init
 
@@ -472,19 +473,32 @@ class Transformer(nn.Module):
             x_BTD = _ScaleGradient.apply(x_BTD, a.embedding_gradient)
         return x_BTD
 
-    def forward(self, tokens_BT: Tensor, places: list[Tensor] | None = None) -> Tensor:
-        """Logits, (B, T, V); `places` is added to as the class says."""
+    def forward(
+        self, tokens_BT: Tensor, places: list[Tensor] | None = None, targets_BT: Tensor | None = None
+    ) -> Tensor:
+        """Logits, (B, T, V), or `loss` if there are targets; `places` is added to as the class says."""
         a, x_BTD = self.architecture, self.embed(tokens_BT)
         # Not the list itself: the hooks that shard a layer give it copies of lists that hold tensors.
         keep = None if places is None else places.append
         _give(keep, x_BTD)
         for layer in self.layers:
             x_BTD = layer(x_BTD, keep)
-        return softcap(times(self.head(self.norm(x_BTD)), a.logit_multiplier), a.logit_softcap)
+        x_BTD = self.norm(x_BTD)
+        if targets_BT is not None and self._in_parts(x_BTD):
+            x_ND = times(x_BTD, a.logit_multiplier).flatten(0, 1)
+            return HeadLoss.apply(x_ND, self.head.weight, targets_BT.flatten())
+        logits_BTV = softcap(times(self.head(x_BTD), a.logit_multiplier), a.logit_softcap)
+        return logits_BTV if targets_BT is None else cross_entropy(logits_BTV, targets_BT)
 
     def loss(self, tokens_BT: Tensor, targets_BT: Tensor, places: list[Tensor] | None = None) -> Tensor:
         """Mean cross entropy in nats a token."""
-        return cross_entropy(self(tokens_BT, places), targets_BT)
+        return self(tokens_BT, places, targets_BT)
+
+    def _in_parts(self, x_BTD: Tensor) -> bool:
+        """Whether the loss is taken a few tokens at a time: on a CPU, for its gradient, nothing rounded or compiled."""
+        kind, cap = x_BTD.device.type, self.architecture.logit_softcap
+        plain = not (cap or torch.is_autocast_enabled(kind) or torch.compiler.is_compiling())
+        return plain and kind == "cpu" and torch.is_grad_enabled()
 
     def attend(self, how: Kernel | Literal["auto"], *, device: str, dtype: torch.dtype, n_tokens: int) -> Kernel:
         """Have every layer attend one way, or the faster one; which one that is for sequences like these."""

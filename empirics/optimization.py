@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
@@ -58,7 +57,9 @@ class Stepper:
         self.optimizer, self.ranks = optimizer, ranks
         self.groups = parameter_groups(model)
         self.parameters = [parameter for group in self.groups.values() for parameter in group]
-        self._before = [torch.empty_like(local(parameter.detach())) for parameter in self.parameters]
+        self._here = [local(parameter.detach()) for parameter in self.parameters]
+        self._before = [torch.empty_like(parameter) for parameter in self._here]
+        self._rows = [sum(local(p.detach()).shape[0] for p in group) for group in self.groups.values()]
 
     def gradient_norms(self) -> dict[str, float]:
         """Norm of the gradient, group by group."""
@@ -70,10 +71,9 @@ class Stepper:
             torch._foreach_mul_(self._gradients(), scale)  # type: ignore[attr-defined]
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        parameters = [local(parameter.detach()) for parameter in self.parameters]
-        torch._foreach_copy_(self._before, parameters)  # type: ignore[attr-defined]
+        torch._foreach_copy_(self._before, self._here)  # type: ignore[attr-defined]
         self.optimizer.step()
-        torch._foreach_sub_(self._before, parameters)  # type: ignore[attr-defined]
+        torch._foreach_sub_(self._before, self._here)  # type: ignore[attr-defined]
         return self._group_norms(self._before)
 
     def _gradients(self) -> list[Tensor]:
@@ -85,9 +85,9 @@ class Stepper:
         # Ranks have whole rows, whose norms are the same bits wherever they are; float64 from there on, so that what
         # clipping multiplies by does not depend on how many ranks a matrix is spread over.
         rows = [torch.linalg.vector_norm(x, dim=-1) if x.ndim > 1 else x for x in tensors]
-        norms = torch._foreach_norm(rows, 2, torch.float64)  # type: ignore[attr-defined]
-        values: Iterator[float] = iter(self.ranks.total(torch.stack(norms).square()).tolist())
-        return {name: math.sqrt(sum(next(values) for _ in group)) for name, group in self.groups.items()}
+        squares = torch.cat(rows).double().square().split(self._rows)
+        totals = self.ranks.total(torch.stack([group.sum() for group in squares]))
+        return dict(zip(self.groups, totals.sqrt().tolist(), strict=True))
 
 
 def total_norm(norms: dict[str, float]) -> float:

@@ -60,9 +60,9 @@ class Memory:
     """Bytes on one of several devices that share weights, gradients and optimizer state evenly (FSDP).
 
     They are added up as if all were there at once, and are more than that: gradients come as activations go. Of what is
-    not held between steps, a CPU's allocator was seen to peak at 0.43 to 0.73 of the sum in float32 and at 0.55 to 0.98
-    in bfloat16 (three widths, ReLU and SwiGLU, fused attention). On an H200 the peak of all was 0.59 of
-    the sum of all in one run (350M, bfloat16, compiled, 16,384 tokens).
+    not held between steps, a CPU's allocator was seen to peak at 0.34 to 0.71 of the sum in float32, where its loss
+    keeps no logits, and at 0.55 to 0.98 in bfloat16 (three widths, ReLU and SwiGLU, fused attention). On an H200 the
+    peak of all was 0.59 of the sum of all in one run (350M, bfloat16, compiled, 16,384 tokens).
 
     Attributes:
         state: from the first step to the last, `STATE_BYTES` a number.

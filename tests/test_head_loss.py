@@ -1,0 +1,89 @@
+"""The loss that is taken a few tokens at a time: torch's own, its gradients, and how little of it is there at once."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers.weights import architecture, generator
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from empirics import head_loss
+from empirics.head_loss import HeadLoss
+from empirics.model import build
+
+N, D, V = 13, 5, 11
+
+
+class Largest(TorchDispatchMode):
+    """How many numbers the largest tensor has that an operation gives, views included."""
+
+    size = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        self.size = max([self.size, *(x.numel() for x in (found,) if isinstance(x, Tensor))])
+        return found
+
+
+def drawn() -> tuple[Tensor, Tensor, Tensor]:
+    g = generator(0)
+    x, weight = (torch.randn(n, D, generator=g, dtype=torch.float64).requires_grad_() for n in (N, V))
+    return x, weight, torch.randint(V, (N,), generator=g)
+
+
+def gradients(loss: Tensor, *leaves: Tensor) -> list[Tensor]:
+    return [loss, *torch.autograd.grad(loss * 0.7, leaves)]
+
+
+@pytest.mark.parametrize("at_once", [1, 4 * V, 13 * V, 100 * V])
+def test_loss_and_gradients_are_torch_s(at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In parts of 1, 4, 13 and more tokens: with one left over, and all in one part."""
+    monkeypatch.setattr(head_loss, "AT_ONCE", at_once)
+    monkeypatch.setattr(head_loss, "LEAST_TOKENS", 1)
+    x, weight, targets = drawn()
+    expected = gradients(F.cross_entropy(x @ weight.mT, targets), x, weight)
+    found = gradients(HeadLoss.apply(x, weight, targets), x, weight)
+    for one, other in zip(found, expected, strict=True):  # sums of a dozen terms of order one
+        torch.testing.assert_close(one, other, rtol=1e-13, atol=1e-15)
+    moved = gradients(HeadLoss.apply(x, weight, targets.roll(1)), x, weight)  # control
+    assert not any(torch.allclose(one, other) for one, other in zip(moved, expected, strict=True))
+
+
+def test_a_target_of_no_probability_has_a_finite_loss() -> None:
+    x, weight, targets = torch.tensor([[300.0]]), torch.tensor([[1.0], [-1.0]]), torch.tensor([1])
+    assert float(HeadLoss.apply(x, weight, targets)) == 600.0
+
+
+def test_a_second_derivative_is_refused() -> None:
+    x, weight, targets = drawn()
+    with pytest.raises(RuntimeError, match="has one derivative"):
+        torch.autograd.grad(HeadLoss.apply(x, weight, targets), x, create_graph=True)
+
+
+@pytest.mark.parametrize("changes", [{}, {"tied": True}, {"logit_multiplier": 0.3}, {"final_norm": False}])
+def test_a_model_s_loss_is_the_cross_entropy_of_its_logits(changes: dict[str, Any]) -> None:
+    model = build(architecture(vocab_size=V, context=8, **changes), seed=0, dtype=torch.float64)
+    tokens, targets = torch.arange(16).reshape(2, 8) % V, torch.arange(3, 19).reshape(2, 8) % V
+    leaves = list(model.parameters())
+    expected = gradients(F.cross_entropy(model(tokens).flatten(0, 1), targets.flatten()), *leaves)
+    for one, other in zip(gradients(model.loss(tokens, targets), *leaves), expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-11, atol=1e-14)
+    with torch.no_grad():
+        torch.testing.assert_close(model.loss(tokens, targets), expected[0], rtol=1e-13, atol=0.0)
+
+
+def test_the_logits_of_all_tokens_are_never_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The largest array is the head's gradient; control: with a soft cap it is the logits."""
+    monkeypatch.setattr(head_loss, "AT_ONCE", 1)
+    monkeypatch.setattr(head_loss, "LEAST_TOKENS", 4)
+    tokens = torch.arange(64).reshape(2, 32)
+    for cap in (0.0, 5.0):
+        model = build(architecture(vocab_size=1000, context=32, logit_softcap=cap), seed=0)
+        with Largest() as largest:
+            model.loss(tokens, tokens).backward()
+        assert model.architecture.d_model < tokens.numel()
+        assert largest.size == 1000 * (tokens.numel() if cap else model.architecture.d_model)
