@@ -30,7 +30,8 @@ class HeadLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor) -> Tensor:
         n_tokens = max(LEAST_TOKENS, AT_ONCE // len(weight_VD))
-        x_gradient, weight_gradient = torch.empty_like(x_ND), torch.zeros_like(weight_VD)
+        x_gradient = torch.empty_like(x_ND)
+        weight_gradient = torch.zeros_like(weight_VD) if ctx.needs_input_grad[1] else None
         loss = x_ND.new_zeros(())
         for x, targets, gradient in zip(*(t.split(n_tokens) for t in (x_ND, targets_N, x_gradient)), strict=True):
             logs = F.log_softmax(x @ weight_VD.mT, -1)
@@ -38,17 +39,18 @@ class HeadLoss(torch.autograd.Function):
             excess = logs.exp_()  # in the memory of its logarithm
             excess[torch.arange(len(targets), device=targets.device), targets] -= 1
             torch.mm(excess, weight_VD, out=gradient)
-            torch.addmm(weight_gradient, excess.mT, x, out=weight_gradient)
+            if weight_gradient is not None:
+                torch.addmm(weight_gradient, excess.mT, x, out=weight_gradient)
         ctx.save_for_backward(x_gradient, weight_gradient)
         ctx.n_tokens = len(targets_N)
         return loss / len(targets_N)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor | None, None]:
         if torch.is_grad_enabled():  # what was kept does not know what it depends on
             raise RuntimeError(
                 "this loss has one derivative; for more, differentiate cross_entropy(model(tokens), ...)"
             )
         x_gradient, weight_gradient = ctx.saved_tensors
         share = gradients[0] / ctx.n_tokens
-        return x_gradient * share, weight_gradient * share, None
+        return x_gradient * share, None if weight_gradient is None else weight_gradient * share, None
