@@ -75,6 +75,7 @@ class Wiring:
         parallel: the feed-forward does not see what the attention adds; None if there are not two.
         post: the block's output is normalised, shortcut included.
         middle: where the stream is seen between the sub-layers; None if it is not seen there.
+        closing: the norm that gives such a block's output; None if no module does.
     """
 
     attention: SubLayer | None
@@ -82,6 +83,7 @@ class Wiring:
     parallel: bool | None
     post: bool
     middle: Place | None
+    closing: nn.Module | None
 
 
 class Called(NamedTuple):
@@ -176,12 +178,17 @@ def wiring(block: Block, name: str) -> Wiring:
             f"{name} ({type(block.module).__name__}) has no residual stream: its input does not reach its output when "
             "its sub-layers add nothing; give a decoder whose blocks add to a stream"
         )
+    closing = _closing(base) if post else None
     if attention is None or feedforward is None:
-        return Wiring(attention=attention, feedforward=feedforward, parallel=None, post=post, middle=None)
+        return Wiring(
+            attention=attention, feedforward=feedforward, parallel=None, post=post, middle=None, closing=closing
+        )
     pushed = block.run(edits={attention.leave: lambda branch: branch + x.flip(-1).reshape_as(branch)})
     parallel = close(base.entering(feedforward), pushed.entering(feedforward))
     middle = None if parallel else _middle(block, base, attention, post, f"{name} attention")
-    return Wiring(attention=attention, feedforward=feedforward, parallel=parallel, post=post, middle=middle)
+    return Wiring(
+        attention=attention, feedforward=feedforward, parallel=parallel, post=post, middle=middle, closing=closing
+    )
 
 
 def _mixes(base: Run, other: Run, child: nn.Module) -> bool:
@@ -228,6 +235,13 @@ def _middle(block: Block, base: Run, attention: SubLayer, post: bool, name: str)
     return None
 
 
+def _closing(base: Run) -> nn.Module | None:
+    """The last child that is called, if its output is the block's."""
+    last = base.calls[-1]
+    same = last.output is not None and last.module is last.child and torch.equal(last.output, base.output)
+    return last.module if same else None
+
+
 def _difference(once: Run, twice: Run, module: nn.Module, side: str) -> Tensor | None:
     a, b = getattr(once.of(module), side), getattr(twice.of(module), side)
     return None if a is None or b is None else b - a
@@ -252,6 +266,11 @@ class Anatomy:
     places: tuple[Place, ...]
     half_layers: bool
     width: int
+
+    @property
+    def parallel(self) -> bool:
+        """Whether a block updates the stream once."""
+        return all(wired.parallel for wired in self.wirings)
 
 
 def find_blocks(model: nn.Module) -> tuple[nn.Module, ...]:

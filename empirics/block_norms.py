@@ -1,21 +1,123 @@
-"""Spectral norms of the Jacobians of anyone's blocks, matrix-free: lower estimates.
+"""Spectral norms of the Jacobians of anyone's blocks, matrix-free: lower estimates, by name or why there is none.
 
-A block is called again with the arguments that it was called with, so that the norm is of the very function that the
-model computes on a sequence, positions and masks included.
+The names are those of `empirics.block_functions.Functions`, and `stack` for all blocks, one after the other.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from empirics.anatomy import Anatomy, Block, Place, Wiring, capture
-from empirics.running import evaluating, first_tensor, removed, replaced, require_stream, stream_tensors, with_first
+from empirics.anatomy import Anatomy, Block, capture
+from empirics.block_functions import Functions, of_one_sequence, undisturbed
+from empirics.registry import Unavailable
+from empirics.running import evaluating, first_tensor
 from empirics.spectral import Function, NormEstimate, lanczos_opnorm
+
+LAYER = (
+    "layer", "attention_half", "feedforward_half", "attention_branch", "feedforward_branch", "attention", "feedforward",
+)  # fmt: skip
+STACK = "stack"
+Norm = NormEstimate | str  # an estimate, or why there is none
+
+
+class BlockNorms:
+    """The norms of a model's blocks in a pass, each block's taken where it is called.
+
+    Args:
+        names: which.
+        tolerance: relative.
+    """
+
+    def __init__(self, found: Anatomy, names: Collection[str], *, tolerance: float) -> None:
+        self._anatomy, self._names, self._tolerance = found, names, tolerance
+        self._rows: dict[int, dict[str, Norm]] = {}
+        self._stack: list[Functions] = []
+        self._broken: str | None = None  # why the blocks are no stack
+        self._left: Tensor | None = None  # what the last block has put out
+        self._whole: Norm | None = None
+
+    def norm(self, name: str, number: int = 0) -> Norm:
+        """A block's norm by its name, or that of the stack."""
+        unseen = "no forward pass was seen"
+        if name == STACK:
+            return self._whole or self._broken or unseen
+        return self._rows.get(number, {}).get(name, unseen)
+
+    def enter(self, number: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Take the norms of a block that is about to be called; of the first call of each alone."""
+        if number in self._rows:
+            return
+        self._rows[number] = dict.fromkeys(self._names, "")
+        module = self._anatomy.blocks[number]
+        try:
+            with undisturbed(module):
+                block = of_one_sequence(Block(module, args, kwargs), number)
+                functions = Functions(block, self._anatomy.wirings[number])
+                self._rows[number] = {name: self._of(functions, name) for name in self._names if name != STACK}
+        except Exception as error:  # whoever is watched must not fail of it
+            self._rows[number] = dict.fromkeys(self._names, reason(error))
+            self._broken = f"layer {number}: {reason(error)}"
+            return
+        if STACK in self._names and self._broken is None:
+            self._extend(functions, given=(args, kwargs))
+
+    def leave(self, output: Any) -> None:
+        """Take note of what a block has put out."""
+        x = first_tensor((output,))
+        if STACK in self._names and x is not None:
+            self._left = x.detach()[:1].clone()
+
+    def _of(self, functions: Functions, name: str) -> Norm:
+        try:
+            return self._opnorm(*functions.named(name))
+        except Exception as error:
+            return reason(error)
+
+    def _opnorm(self, function: Function, x: Tensor) -> NormEstimate:
+        return lanczos_opnorm(function, x, tolerance=self._tolerance)
+
+    def _extend(self, functions: Functions, given: Any) -> None:
+        """Put a block on the stack, and take its norm when it is complete."""
+        block, number = functions.block, len(self._stack)
+        if number and (self._left is None or not torch.equal(self._left.to(block.x), block.x)):
+            self._broken = f"what enters layer {number} is not what leaves the one before it"
+        elif number and any(t.requires_grad and t is not first_tensor((given,)) for t in _tensors(given)):
+            self._broken = f"layer {number} is given more than the stream that depends on weights or on other layers"
+        if self._broken:
+            return
+        self._stack.append(functions)
+        if number + 1 < len(self._anatomy.blocks):
+            return
+
+        def through(x: Tensor) -> Tensor:
+            for each in self._stack:
+                x = each.run(x)
+            return x
+
+        try:
+            with undisturbed(*self._anatomy.blocks):
+                self._whole = self._opnorm(through, self._stack[0].block.x)
+        except Exception as error:
+            self._whole = reason(error)
+        self._stack = []
+
+
+def reason(error: Exception) -> str:
+    """An error in a line; by its kind unless it is one of our own."""
+    text = str(error).splitlines()[0] if str(error) else ""
+    return text if isinstance(error, Unavailable) else f"{type(error).__name__}: {text}"
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    """Those in the arguments of a call."""
+    if isinstance(value, Tensor):
+        return [value]
+    items = value.values() if isinstance(value, dict) else value if isinstance(value, tuple | list) else ()
+    return [tensor for item in items for tensor in _tensors(item)]
 
 
 def block_norms(
@@ -23,84 +125,19 @@ def block_norms(
     found: Anatomy,
     tokens: Tensor,
     *,
+    names: Collection[str] = LAYER,
     tolerance: float = 1e-3,
     on_layer: Callable[[int], object] | None = None,
-) -> list[dict[str, NormEstimate]]:
-    """Of every block on (1, T) tokens: the norm of `layer`, and of its halves where the stream is seen between them.
-
-    `attention_half` is from the block's input to the stream after attention, `feedforward_half` from there to the
-    block's output. The latter is had by running the block with an attention that adds nothing, which needs a shortcut
-    of factor 1 and no norm on the stream, as `Architecture`'s pre-ln, peri-ln and branch-ln have.
-    """
-    rows: list[dict[str, NormEstimate]] = []
-    wanted = {p: p.requires_grad for p in model.parameters()}
+) -> list[dict[str, Norm]]:
+    """Of every block on (1, T) tokens the norms of those names, or why there is none."""
+    rows: list[dict[str, Norm]] = []
     with evaluating(model):
         with torch.no_grad():
             blocks = capture(model, found.blocks, tokens[:1])
-        model.requires_grad_(False)  # weights are constants here; the products differentiate in x alone
-        try:
-            for n, (block, wired) in enumerate(zip(blocks, found.wirings)):
-                functions = _halves(block, wired)
-                functions |= {"layer": (lambda x, b=block: _run(b, x), block.x)}
-                rows.append(
-                    {
-                        name: lanczos_opnorm(lambda x, f=f: f(x[None])[0], x[0].detach(), tolerance=tolerance)
-                        for name, (f, x) in functions.items()
-                    }
-                )
-                if on_layer is not None:
-                    on_layer(n)
-        finally:
-            for parameter, requires in wanted.items():
-                parameter.requires_grad_(requires)
+        norms = BlockNorms(found, names, tolerance=tolerance)
+        for n, block in enumerate(blocks):
+            norms.enter(n, block.args, block.kwargs)
+            rows.append({name: norms.norm(name, n) for name in names})
+            if on_layer is not None:
+                on_layer(n)
     return rows
-
-
-def _halves(block: Block, wired: Wiring) -> dict[str, tuple[Function, Tensor]]:
-    middle, attention = wired.middle, wired.attention
-    if middle is None or attention is None:
-        return {}
-    halves: dict[str, tuple[Function, Tensor]] = {"attention_half": (lambda x: _run(block, x, at=middle), block.x)}
-    with torch.no_grad():
-        between = _run(block, block.x, at=middle)
-        silenced = _run(block, between, at=middle, silent=attention.leave)
-    if torch.equal(silenced, between):
-        halves["feedforward_half"] = (lambda x: _run(block, x, silent=attention.leave), between)
-    return halves
-
-
-class _Reached(Exception):
-    """The tensor that was waited for is there."""
-
-    def __init__(self, stream: Tensor) -> None:
-        super().__init__()
-        self.stream = stream
-
-
-def _run(block: Block, x: Tensor, *, at: Place | None = None, silent: nn.Module | None = None) -> Tensor:
-    """The block's output on x, or the stream at a place inside it; with a module that adds nothing to the stream."""
-
-    def quiet(_: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
-        added = require_stream(first_tensor((output,)), block.module)
-        stream = stream_tensors(args, kwargs)[1]
-        return with_first(output, torch.zeros_like(added) if stream is None else stream)
-
-    def entering(_: nn.Module, args: Any, kwargs: Any) -> None:
-        raise _Reached(require_stream(stream_tensors(args, kwargs)[0], block.module))
-
-    def leaving(_: nn.Module, __: Any, output: Any) -> None:
-        raise _Reached(require_stream(first_tensor((output,)), block.module))
-
-    args, kwargs = replaced(block.args, block.kwargs, block.x, x)
-    with ExitStack() as hooks:
-        if silent is not None:
-            hooks.enter_context(removed(silent.register_forward_hook(quiet, with_kwargs=True)))
-        if at is not None and at.side == "input":
-            hooks.enter_context(removed(at.module.register_forward_pre_hook(entering, with_kwargs=True)))
-        elif at is not None:
-            hooks.enter_context(removed(at.module.register_forward_hook(leaving)))
-        try:
-            output = block.module(*args, **kwargs)
-        except _Reached as reached:
-            return reached.stream.reshape_as(x)
-    return require_stream(first_tensor((output,)), block.module)

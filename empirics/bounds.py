@@ -17,7 +17,7 @@ from empirics.attention_slopes import observe_blocks
 from empirics.model import Experts, FeedForward, Layer
 from empirics.observables import observe_attention, observe_experts, observe_feedforward, observe_norm
 from empirics.registry import Reading, find, probe
-from empirics.subject import Subject
+from empirics.subject import Subject, require_own
 from theory.activations import lipschitz
 from theory.architecture import Architecture
 from theory.attention import attention_upper_aposteriori
@@ -122,6 +122,7 @@ def a_posteriori_bounds(subject: Subject) -> dict[str, tuple[float, ...]]:
 @probe("bound_ratio", kind="lower estimate", cost="dear")
 def bound_ratio(subject: Subject) -> Reading:
     """At most 1; how much of the bound the network uses."""
+    require_own(subject)
     norms = find("half_layer_jacobian").measure(subject)
     bounds = subject.shared(a_posteriori_bounds)["half_layer_jacobian"]
     assert norms.likely_upper is not None

@@ -1,119 +1,128 @@
 """Probes of Jacobians over the whole first sequence: matrix-free, in the weights' precision, lower estimates.
 
-The feed-forward sub-layer acts on tokens alone, so that its norm over the sequence is the largest over tokens.
+The feed-forward sub-layer acts on tokens alone, so that its norm over the sequence is the largest over tokens. A
+monitor takes them of anyone's decoder as well, without dropout (`empirics.block_functions`).
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 
-from torch import Tensor
-
-from empirics.probes import constant, layer_functions, layer_opnorms
 from empirics.registry import Reading, Unavailable, estimated, probe
-from empirics.spectral import NormEstimate, lanczos_opnorm
-from empirics.subject import Subject
+from empirics.spectral import NormEstimate
+from empirics.subject import Seen, require_own
+
+FUNCTIONS = {
+    "layer_jacobian": "layer",
+    "attention_jacobian": "attention",
+    "attention_branch": "attention_branch",
+    "ffn_jacobian": "feedforward",
+    "experts_jacobian": "feedforward",
+    "ffn_branch": "feedforward_branch",
+    "stack_jacobian": "stack",
+}
 
 
-def _norms(subject: Subject, name: str) -> list[NormEstimate]:
-    """Of one Jacobian in every layer, by its name in `layer_functions`."""
-    call, at = layer_functions(subject.layers, subject.entering)[name]
-    with constant(subject.model):
-        return layer_opnorms(subject.layers, call, at, tolerance=subject.tolerance)
+def functions_of(names: Collection[str], *, parallel: bool) -> set[str]:
+    """What the probes of those names take the norms of, by its names in `probes.layer_functions`."""
+    halves = {"half_layer_jacobian", "half_layer_product"} & set(names)
+    return {FUNCTIONS[name] for name in FUNCTIONS.keys() & set(names)} | (set(_updates(parallel)) if halves else set())
 
 
-def _of_layers(subject: Subject, quantity: str, name: str) -> Reading:
-    return estimated(quantity, subject.layer_labels, subject.shared(_norms, name))
+def _updates(parallel: bool) -> dict[str, str]:
+    """The updates of the residual stream in a layer, and what their labels end with."""
+    return {"layer": ""} if parallel else {"attention_half": " attention", "feedforward_half": " feedforward"}
+
+
+def _norms(subject: Seen, name: str) -> list[NormEstimate]:
+    return subject.norms(name)
+
+
+def _of_layers(subject: Seen, quantity: str) -> Reading:
+    return estimated(quantity, subject.layer_labels, subject.shared(_norms, FUNCTIONS[quantity]))
+
+
+@probe("layer_jacobian", kind="lower estimate", cost="dear")
+def layer_jacobian(subject: Seen) -> Reading:
+    """Both sub-layers; in a parallel layer the one half-layer."""
+    return _of_layers(subject, "layer_jacobian")
 
 
 @probe("attention_jacobian", kind="lower estimate", cost="dear")
-def attention_jacobian(subject: Subject) -> Reading:
+def attention_jacobian(subject: Seen) -> Reading:
     """The sub-layer alone, output matrix included."""
-    return _of_layers(subject, "attention_jacobian", "attention")
+    return _of_layers(subject, "attention_jacobian")
 
 
 @probe("attention_heads_jacobian", kind="lower estimate", cost="dear")
-def attention_heads_jacobian(subject: Subject) -> Reading:
+def attention_heads_jacobian(subject: Seen) -> Reading:
     """Before the output matrix."""
-    return _of_layers(subject, "attention_heads_jacobian", "J_Z")
+    require_own(subject)
+    return estimated("attention_heads_jacobian", subject.layer_labels, subject.shared(_norms, "J_Z"))
 
 
 @probe("attention_branch", kind="lower estimate", cost="dear")
-def attention_branch(subject: Subject) -> Reading:
+def attention_branch(subject: Seen) -> Reading:
     """Norms and residual multiplier included."""
-    return _of_layers(subject, "attention_branch", "attention_branch")
+    return _of_layers(subject, "attention_branch")
 
 
 @probe("ffn_jacobian", kind="lower estimate", cost="dear")
-def ffn_jacobian(subject: Subject) -> Reading:
+def ffn_jacobian(subject: Seen) -> Reading:
     """The sub-layer alone; not of experts."""
-    if subject.model.architecture.n_experts:
+    if subject.experts:
         raise Unavailable("the feed-forward sub-layers are experts; see experts_jacobian")
-    return _of_layers(subject, "ffn_jacobian", "feedforward")
+    return _of_layers(subject, "ffn_jacobian")
 
 
 @probe("experts_jacobian", kind="lower estimate", cost="dear")
-def experts_jacobian(subject: Subject) -> Reading:
+def experts_jacobian(subject: Seen) -> Reading:
     """The sub-layer alone, router included, its choices held."""
-    if not subject.model.architecture.n_experts:
+    if not subject.experts:
         raise Unavailable("there are no experts; see ffn_jacobian")
-    return _of_layers(subject, "experts_jacobian", "feedforward")
+    return _of_layers(subject, "experts_jacobian")
 
 
 @probe("ffn_branch", kind="lower estimate", cost="dear")
-def ffn_branch(subject: Subject) -> Reading:
+def ffn_branch(subject: Seen) -> Reading:
     """Norms and residual multiplier included."""
-    return _of_layers(subject, "ffn_branch", "feedforward_branch")
+    return _of_layers(subject, "ffn_branch")
 
 
-def _half_layers(subject: Subject) -> tuple[list[str], list[NormEstimate]]:
+def _half_layers(subject: Seen) -> tuple[list[str], list[NormEstimate]]:
     """Every update of the residual stream, in its order."""
-    serial = {"attention_half": " attention", "feedforward_half": " feedforward"}
-    names = {"layer": ""} if subject.layers[0].parallel else serial
-    columns = [subject.shared(_norms, name) for name in names]
-    labels = [f"{layer}{part}" for layer in subject.layer_labels for part in names.values()]
+    updates = _updates(subject.parallel)
+    columns = [subject.shared(_norms, name) for name in updates]
+    labels = [f"{layer}{part}" for layer in subject.layer_labels for part in updates.values()]
     return labels, [estimate for row in zip(*columns, strict=True) for estimate in row]
 
 
 @probe("half_layer_jacobian", kind="lower estimate", cost="dear")
-def half_layer_jacobian(subject: Subject) -> Reading:
+def half_layer_jacobian(subject: Seen) -> Reading:
     """Every update of the residual stream, post-ln's norm included; a parallel layer has one."""
     return estimated("half_layer_jacobian", *subject.shared(_half_layers))
 
 
-def _stack(subject: Subject) -> NormEstimate:
-    first, last = subject.stack
-    layers, x_BTD = subject.layers[first : last + 1], subject.entering[first][0]
-
-    def through(x: Tensor) -> Tensor:
-        for layer in layers:
-            for update in layer.updates:
-                x = update(x)
-        return x
-
-    with constant(subject.model):
-        return lanczos_opnorm(through, x_BTD, tolerance=subject.tolerance)
-
-
-def _stack_label(subject: Subject) -> str:
+def _stack_label(subject: Seen) -> str:
     return "layers {} to {}".format(*subject.stack)
 
 
 @probe("stack_jacobian", kind="lower estimate", cost="dear")
-def stack_jacobian(subject: Subject) -> Reading:
+def stack_jacobian(subject: Seen) -> Reading:
     """All layers, or those asked for; embedding, final norm and head are outside."""
-    return estimated("stack_jacobian", [_stack_label(subject)], [subject.shared(_stack)])
+    return estimated("stack_jacobian", [_stack_label(subject)], [subject.stack_norm()])
 
 
 @probe("half_layer_product", kind="lower estimate", cost="dear")
-def half_layer_product(subject: Subject) -> Reading:
+def half_layer_product(subject: Seen) -> Reading:
     """What submultiplicativity makes of `half_layer_jacobian`; the real norm of the stack is at most the real product.
 
     The residuals' sum bounds, to first order, how far the product of the singular values found is from one of real
     ones.
     """
     _, estimates = subject.shared(_half_layers)
-    (first, last), each = subject.stack, len(subject.layers[0].updates)
+    (first, last), each = subject.stack, len(_updates(subject.parallel))
     taken = estimates[first * each : (last + 1) * each]
     return Reading(
         quantity="half_layer_product",

@@ -200,7 +200,8 @@ def layer_norms(
     each = len(layers[0].updates)
     entering = [[x.detach() for x in places[n * each : (n + 1) * each]] for n in range(len(layers))]
     functions = layer_functions(layers, entering)
-    del functions["attention"], functions["feedforward"]
+    for name in {"attention", "feedforward", *([] if layers[0].parallel else ["layer"])}:
+        del functions[name]
     rows: list[dict[str, float]] = [{} for _ in layers]
     with constant(model):
         for batch in _together(layers, entering[0][0].numel()):
@@ -229,8 +230,8 @@ LayerFunction = Callable[[Layer, Tensor], Tensor]
 def layer_functions(layers: list[Layer], entering: list[list[Tensor]]) -> dict[str, tuple[LayerFunction, list[Tensor]]]:
     """What a layer's Jacobians are of, and the points, a layer each, at which they are taken.
 
-    `attention_half`, `feedforward_half` (in a parallel layer `layer`), `attention_branch`, `feedforward_branch` and
-    `J_Z` as in `layer_norms`; `attention` and `feedforward` are the sub-layers in what they read.
+    `attention_half` and `feedforward_half` (not of a parallel layer), `attention_branch`, `feedforward_branch` and `J_Z`
+    as in `layer_norms`; `layer` is the whole, `attention` and `feedforward` are the sub-layers in what they read.
 
     Args:
         entering: the residual stream where it enters each update, layer by layer.
@@ -245,9 +246,10 @@ def layer_functions(layers: list[Layer], entering: list[list[Tensor]]) -> dict[s
         "feedforward_branch": (Layer.feedforward_branch, middles),
         "attention": (lambda layer, u: layer.attention(u), read),
         "feedforward": (lambda layer, u: layer.feedforward(u), fed),
+        "layer": (lambda layer, x: layer.forward(x), xs),
     }
     if layers[0].parallel:
-        return functions | {"layer": (Layer.parallel_update, xs)}
+        return functions
     return functions | {
         "attention_half": (Layer.attention_update, xs),
         "feedforward_half": (Layer.feedforward_update, middles),

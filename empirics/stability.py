@@ -20,6 +20,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from empirics.anatomy import anatomy
+from empirics.jacobian_probes import functions_of
 from empirics.registry import Probe, Reading, Unavailable, find, schedule
 from empirics.running import run_eagerly
 from empirics.training_probes import PLACES, Probed, add
@@ -205,6 +206,7 @@ class StabilityMonitor:
             streams=("place", "dear") in axes,
             attention=bool(axes & {("layer", "cheap"), ("head", "dear")}),
             steps=any(probe.in_training for probe in self._due),
+            norms=functions_of([probe.name for probe in self._due], parallel=self.anatomy.parallel),
         )
         self._eager.enter_context(run_eagerly(self._model, always=self.eager))
         # The matrices as they are in this step's passes.
@@ -315,9 +317,6 @@ def measured(watched: Watched, probes: Sequence[Probe]) -> Found:
     found: dict[str, Reading] = {}
     missing: dict[str, str] = {}
     for probe in probes:
-        if probe.kind == "lower estimate":
-            missing[probe.name] = "Jacobians are those of our own networks; see python -m empirics probes"
-            continue
         try:
             found[probe.name] = probe.measure(watched)  # type: ignore[arg-type]
         except Unavailable as reason:

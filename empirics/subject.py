@@ -17,8 +17,10 @@ from torch import Tensor
 from empirics.attention_rows import LONGEST, AttentionRows, row_statistics
 from empirics.distributed import ALONE, Ranks, local, release, whole
 from empirics.model import Layer, Transformer, cross_entropy
+from empirics.probes import constant, layer_functions, layer_opnorms
 from empirics.registry import Unavailable
 from empirics.residual_stream import length_sums, n_tokens, variance_sum
+from empirics.spectral import NormEstimate, lanczos_opnorm
 
 if TYPE_CHECKING:
     from empirics.watched import Watched
@@ -167,6 +169,37 @@ class Subject(Shared):
                 found.append(row_statistics(*layer.attention.probabilities(u_BTD), seen))
         return found
 
+    # --- norms --------------------------------------------------------------------------------------------------
+
+    @property
+    def parallel(self) -> bool:
+        """Whether a layer updates the stream once."""
+        return self.layers[0].parallel
+
+    @property
+    def experts(self) -> bool:
+        """Whether the feed-forward sub-layers are experts."""
+        return bool(self.model.architecture.n_experts)
+
+    def norms(self, name: str) -> list[NormEstimate]:
+        """Of one Jacobian in every layer, by its name in `layer_functions`."""
+        call, at = layer_functions(self.layers, self.entering)[name]
+        with constant(self.model):
+            return layer_opnorms(self.layers, call, at, tolerance=self.tolerance)
+
+    def stack_norm(self) -> NormEstimate:
+        """Of the stack's Jacobian."""
+        first, last = self.stack
+
+        def through(x: Tensor) -> Tensor:
+            for layer in self.layers[first : last + 1]:
+                for update in layer.updates:
+                    x = update(x)
+            return x
+
+        with constant(self.model):
+            return lanczos_opnorm(through, self.entering[first][0], tolerance=self.tolerance)
+
     def _look(self) -> None:
         if self._sums is not None:
             return
@@ -226,6 +259,16 @@ class Subject(Shared):
         if self.ranks.size > 1:
             norms = self.ranks.total(norms.square()).sqrt()
         return dict(zip(here, norms.tolist(), strict=True))
+
+
+def require_own(subject: Seen) -> None:
+    """Refuse to measure what is only known of our own networks.
+
+    Raises:
+        Unavailable: it is someone else's decoder.
+    """
+    if not isinstance(subject, Subject):
+        raise Unavailable("it is measured on our own networks alone; see python -m empirics probes")
 
 
 def whole_model(model: Transformer) -> Transformer:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from functools import cached_property
 from typing import Any, TypeVar
 
@@ -18,11 +18,14 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 
 from empirics.anatomy import Anatomy, Place
 from empirics.attention_rows import AttentionRows, AttentionView
+from empirics.block_functions import has_experts
+from empirics.block_norms import STACK, BlockNorms
 from empirics.distributed import ALONE, whole
 from empirics.registry import Unavailable
 from empirics.residual_stream import length_sums, n_tokens, variance_sum
 from empirics.running import first_tensor
-from empirics.subject import Shared
+from empirics.spectral import NormEstimate
+from empirics.subject import TOLERANCE, Shared
 
 T = TypeVar("T")
 UNSEEN = "its class calls neither scaled_dot_product_attention nor a softmax over tokens by tokens"
@@ -188,20 +191,34 @@ class Watched(Shared):
         streams: also keep the first sequence of the stream.
         attention: also look at attention.
         steps: also look at the optimizer's step.
+        norms: also take these norms of the blocks' Jacobians, by their names in `block_norms`.
     """
 
     ranks = ALONE
 
-    def __init__(self, model: nn.Module, anatomy: Anatomy, *, streams: bool, attention: bool, steps: bool) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        anatomy: Anatomy,
+        *,
+        streams: bool,
+        attention: bool,
+        steps: bool,
+        norms: Collection[str] = (),
+    ) -> None:
         super().__init__()
         self.place_labels = [place.name for place in anatomy.places]
         self.layer_labels = [f"layer {n}" for n in range(len(anatomy.blocks))]
         self.steps = Steps(model) if steps else None
-        self._model = model
+        self._model, self._anatomy = model, anatomy
         self._sums = [PlaceSums(streams) for _ in anatomy.places]
         self._rows: dict[int, AttentionRows | str] = {}
         self._views: dict[int, AttentionView] = {}
-        self._hooks = [hook(place, sums) for place, sums in zip(anatomy.places, self._sums, strict=True)]
+        self._norms = BlockNorms(anatomy, norms, tolerance=TOLERANCE)
+        self._resting = False  # while a block is run again for its norms
+        self._hooks = [self._at(place, sums) for place, sums in zip(anatomy.places, self._sums, strict=True)]
+        for n, block in enumerate(anatomy.blocks if norms else ()):
+            self._hooks += self._normed(n, block)
         for n, wired in enumerate(anatomy.wirings if attention else ()):
             if wired.attention is None:
                 self._rows[n] = "no attention was found in it"
@@ -283,12 +300,12 @@ class Watched(Shared):
 
         def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             x = first_tensor((*args, *kwargs.values()))
-            if n not in self._rows and not recomputing():
+            if n not in self._rows and not (self._resting or recomputing()):
                 self._views[n] = AttentionView(1 if x is None else x.shape[0], lambda rows: self._show(n, rows))
                 self._views[n].__enter__()
 
         def after(*_: Any) -> None:
-            if n in self._views:
+            if n in self._views and not self._resting:
                 self._views.pop(n).__exit__(None, None, None)
 
         return [
@@ -299,19 +316,77 @@ class Watched(Shared):
     def _show(self, n: int, rows: AttentionRows | str) -> None:
         self._rows.setdefault(n, rows)
 
+    def _at(self, place: Place, sums: PlaceSums) -> Any:
+        """A hook that shows a place's tensor to `sums`."""
 
-def hook(place: Place, sums: PlaceSums) -> Any:
-    """A hook that shows a place's tensor to `sums`."""
-    if place.side == "input":
+        def see(values: tuple[Any, ...]) -> None:
+            x = first_tensor(values)
+            if x is not None and not self._resting:
+                sums.see(x)
+
+        if place.side == "input":
+
+            def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+                see((*args, *kwargs.values()))
+
+            return place.module.register_forward_pre_hook(before, with_kwargs=True)
+        return place.module.register_forward_hook(lambda _, __, output: see((output,)))
+
+    # --- norms ----------------------------------------------------------------------------------------------------
+
+    def norms(self, name: str) -> list[NormEstimate]:
+        """Norms of one Jacobian of every layer, on the first sequence.
+
+        Raises:
+            Unavailable: a layer does not show it.
+        """
+        found: list[NormEstimate] = []
+        for n, label in enumerate(self.layer_labels):
+            norm = self._norms.norm(name, n)
+            if isinstance(norm, str):
+                raise Unavailable(f"{label}: {norm}")
+            found.append(norm)
+        return found
+
+    def stack_norm(self) -> NormEstimate:
+        """Norm of the Jacobian of all layers, on the first sequence.
+
+        Raises:
+            Unavailable: they are no stack of functions of one stream.
+        """
+        norm = self._norms.norm(STACK)
+        if isinstance(norm, str):
+            raise Unavailable(norm)
+        return norm
+
+    @property
+    def stack(self) -> tuple[int, int]:
+        """First and last layer of the stack."""
+        return 0, len(self.layer_labels) - 1
+
+    @property
+    def parallel(self) -> bool:
+        """Whether a layer updates the stream once."""
+        return self._anatomy.parallel
+
+    @property
+    def experts(self) -> bool:
+        """Whether the feed-forward sub-layers are experts, or some are."""
+        return any(has_experts(wired.feedforward) for wired in self._anatomy.wirings)
+
+    def _normed(self, n: int, block: nn.Module) -> list[Any]:
+        """Hooks that take a block's norms when it is called."""
 
         def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            _see(sums, (*args, *kwargs.values()))
+            if recomputing():
+                return
+            self._resting = True
+            try:
+                self._norms.enter(n, args, kwargs)
+            finally:
+                self._resting = False
 
-        return place.module.register_forward_pre_hook(before, with_kwargs=True)
-    return place.module.register_forward_hook(lambda _, __, output: _see(sums, (output,)))
-
-
-def _see(sums: PlaceSums, values: tuple[Any, ...]) -> None:
-    x = first_tensor(values)
-    if x is not None:
-        sums.see(x)
+        return [
+            block.register_forward_pre_hook(before, with_kwargs=True),
+            block.register_forward_hook(lambda _, __, output: None if recomputing() else self._norms.leave(output)),
+        ]

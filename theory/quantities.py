@@ -206,6 +206,12 @@ _ALL = (
         source=Source(key="takase2025spike", label="J^Z of eq. (20)"),
     ),
     Quantity(
+        name="layer_jacobian",
+        meaning="Jacobian of what leaves a layer in what enters it, over the whole sequence",
+        axis="layer",
+        norm="spectral",
+    ),
+    Quantity(
         name="stack_jacobian",
         meaning="Jacobian of what leaves a stack of layers in what enters it, over the whole sequence",
         axis="none",

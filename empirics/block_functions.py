@@ -1,0 +1,388 @@
+"""The functions that anyone's block is made of, and the points of one sequence at which their Jacobians are taken.
+
+A block is called again with the arguments that it was called with, so that a function is the very one that the model
+computes on that sequence, positions and masks included; without dropout, and with the weights as constants. What has no
+name in the block is had by hooks: a sub-layer is silenced, given what it reads, or left early.
+
+Shapes: B batch, T tokens, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from empirics.anatomy import Block, Place, SubLayer, Wiring
+from empirics.registry import Unavailable
+from empirics.running import (
+    close,
+    evaluating,
+    factor,
+    first_tensor,
+    removed,
+    replaced,
+    require_stream,
+    stream_tensors,
+    tolerance,
+    with_first,
+)
+from empirics.spectral import Function
+
+Hooks = Callable[[], Sequence[Any]]  # puts hooks on, and gives their handles
+UNFOUND = "its sub-layers are not told apart"
+EXACT, MULTIPLE = "exact", "multiple"  # first axes that are taken for the batch's: of its size, or of a multiple
+
+
+class _Reached(Exception):
+    """The tensor that was waited for is there."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        super().__init__()
+        self.tensor = tensor
+
+
+class _Inside(nn.Module):
+    """A module called past the hooks and wrappers around it: those of checkpointing, of sharding and of monitors."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.module.forward(*args, **kwargs)
+
+
+class _Sums(NamedTuple):
+    """Of a block that normalises the stream: the norm between its sub-layers, and what ends a run before either norm."""
+
+    middle: nn.Module
+    after_attention: Hooks
+    at_the_end: Hooks
+
+
+class Functions:
+    """The functions of one block on one sequence; to be used `undisturbed`.
+
+    `layer`, its halves `attention_half` and `feedforward_half`, what they add to the stream (`attention_branch`,
+    `feedforward_branch`) and the sub-layers in what they read (`attention`, `feedforward`), as
+    `empirics.probes.layer_functions` has them of our own network.
+    """
+
+    def __init__(self, block: Block, wired: Wiring) -> None:
+        self.block, self.wired = block, wired
+        self._inside = _Inside(block.module)
+        weights = dict(block.module.named_parameters())
+        buffers = {name: buffer.clone() for name, buffer in block.module.named_buffers()}  # one may be written to
+        self._weights = {f"module.{name}": _working(x) for name, x in (weights | buffers).items()}
+
+    def named(self, name: str) -> tuple[Function, Tensor]:
+        """A function by its name, and the point at which its Jacobian is taken.
+
+        Raises:
+            Unavailable: the block does not show it; the message says why.
+        """
+        makers: Mapping[str, Callable[[], tuple[Function, Tensor]]] = {
+            "layer": lambda: (self.run, self.block.x),
+            "attention": lambda: self._sublayer(self.wired.attention),
+            "feedforward": lambda: self._sublayer(self.wired.feedforward),
+            "attention_half": lambda: self._halves[0],
+            "feedforward_half": lambda: self._halves[1],
+            "attention_branch": lambda: self._branches[0],
+            "feedforward_branch": lambda: self._branches[1],
+        }
+        return makers[name]()
+
+    def run(self, x: Tensor, *hooks: Hooks) -> Tensor:
+        """The block's output on x, or what it has reached when a hook ends it."""
+        args, kwargs = replaced(self.block.args, self.block.kwargs, self.block.x, x.clone())  # some add to it in place
+        with ExitStack() as stack:
+            for put in hooks:
+                for handle in put():
+                    stack.enter_context(removed(handle))
+            try:
+                output = functional_call(self._inside, self._weights, args, kwargs)
+            except _Reached as reached:
+                return reached.tensor
+        return require_stream(first_tensor((output,)), self.block.module)
+
+    def at(self, x: Tensor, *hooks: Hooks) -> Tensor:
+        """`run` as a constant."""
+        with torch.no_grad():
+            return self.run(x, *hooks)
+
+    # --- sub-layers -----------------------------------------------------------------------------------------------
+
+    def _sublayer(self, sublayer: SubLayer | None) -> tuple[Function, Tensor]:
+        if sublayer is None:
+            raise Unavailable(UNFOUND)
+        x = self.block.x
+        read = self.at(x, _until(sublayer.enter, "input"))
+        modules = list(self.block.module.modules())[1:]
+
+        def function(u: Tensor) -> Tensor:
+            return self.run(x, _reading(sublayer.enter, modules, u), _until(sublayer.leave, "output"))
+
+        return function, read
+
+    @property
+    def _both(self) -> tuple[SubLayer, SubLayer]:
+        attention, feedforward = self.wired.attention, self.wired.feedforward
+        if attention is None or feedforward is None:
+            raise Unavailable(UNFOUND)
+        return attention, feedforward
+
+    # --- halves ---------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def _shortcuts(self) -> tuple[float, float]:
+        """Factors on the stream on its way past attention, and past the feed-forward; of a parallel block the first."""
+        attention, feedforward = self._both
+        x, middle, quiet = self.block.x, self.wired.middle, (_silent(attention), _silent(feedforward))
+        if self.wired.post:
+            between, sums = self._halves[1][1], self._sums
+            return (
+                _multiple(lambda x: self.at(x, quiet[0], sums.after_attention), x),
+                _multiple(lambda y: self.at(x, _given(sums.middle, y), quiet[1], sums.at_the_end), between),
+            )
+        both = _multiple(lambda x: self.at(x, *quiet), x)
+        if self.wired.parallel:
+            return both, 1.0
+        if middle is None:
+            return both**0.5, both**0.5
+        first = _multiple(lambda x: self.at(x, quiet[0], _until(middle.module, middle.side)), x)
+        return first, both / first
+
+    @property
+    def _sums(self) -> _Sums:
+        middle, closing = self.wired.middle, self.wired.closing
+        if middle is None or closing is None:
+            raise Unavailable("it normalises its output where no module shows it")
+        return _Sums(middle.module, _until(middle.module, "input"), _until(closing, "input"))
+
+    @cached_property
+    def _halves(self) -> tuple[tuple[Function, Tensor], tuple[Function, Tensor]]:
+        attention, feedforward = self._both
+        x, middle = self.block.x, self.wired.middle
+        if self.wired.parallel:
+            raise Unavailable("its sub-layers are parallel: the layer is one update")
+        if middle is None and self.wired.post:
+            raise Unavailable("the stream between its sub-layers is in no module's hands")
+
+        def first(x: Tensor) -> Tensor:
+            if middle is not None:
+                return self.run(x, _until(middle.module, middle.side)).reshape_as(x)
+            return self.run(x, _silent(feedforward)) / self._shortcuts[1]
+
+        def second(between: Tensor) -> Tensor:
+            if middle is not None and middle.side == "output":
+                return self.run(x, _given(middle.module, between))
+            return self.run(between / self._shortcuts[0], _silent(attention))
+
+        with torch.no_grad():
+            between, whole = first(x), self.run(x)
+            error = float((second(between) - whole).norm())
+        rounding = 64 * torch.finfo(x.dtype).eps * float(whole.norm())
+        if not error <= tolerance(x) * float((whole - x).norm()) + rounding:
+            raise Unavailable("its halves, one after the other, are not the block")
+        return (first, x), (second, between)
+
+    # --- branches -------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def _branches(self) -> tuple[tuple[Function, Tensor], tuple[Function, Tensor]]:
+        attention, feedforward = self._both
+        x = self.block.x
+        if self.wired.parallel:
+            if self.wired.post:
+                raise Unavailable("its parallel sub-layers are normalised with the stream")
+            shortcut = self._shortcuts[0]
+            return (
+                (lambda x: self.run(x, _silent(feedforward)) - shortcut * x, x),
+                (lambda x: self.run(x, _silent(attention)) - shortcut * x, x),
+            )
+        (first, _), (second, between) = self._halves
+        past, along = self._shortcuts
+        if self.wired.post:
+            sums = self._sums
+            return (
+                (lambda x: self.run(x, sums.after_attention).reshape_as(x) - past * x, x),
+                (lambda y: self.run(x, _given(sums.middle, y), sums.at_the_end).reshape_as(y) - along * y, between),
+            )
+        return (lambda x: first(x) - past * x, x), (lambda y: second(y) - along * y, between)
+
+
+def _multiple(function: Function, x: Tensor) -> float:
+    """By what a function multiplies x, up to a constant."""
+    once, twice = (function(scale * x).reshape_as(x) for scale in (1, 2))
+    found = factor(twice - once, x)
+    if found is None or not found > 0:
+        raise Unavailable("its shortcut is no multiple of the stream")
+    return found
+
+
+def has_experts(sublayer: SubLayer | None) -> bool:
+    """Whether a sub-layer holds several networks of one form, in one tensor or in a list."""
+    if sublayer is None:
+        return False
+    lists = [m for m in sublayer.enter.modules() if isinstance(m, nn.ModuleList) and len(m) > 1]
+    return any(p.ndim == 3 for p in sublayer.enter.parameters()) or any(
+        len({type(child) for child in each}) == 1 and any(p.ndim > 1 for p in each.parameters()) for each in lists
+    )
+
+
+# --- hooks ----------------------------------------------------------------------------------------------------------
+
+
+def _silent(sublayer: SubLayer) -> Hooks:
+    """A sub-layer that adds nothing to the stream."""
+
+    def after(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        added = require_stream(first_tensor((output,)), module)
+        stream = stream_tensors(args, kwargs)[1]
+        return with_first(output, torch.zeros_like(added) if stream is None else stream)
+
+    return lambda: [sublayer.leave.register_forward_hook(after, with_kwargs=True)]
+
+
+def _given(module: nn.Module, y: Tensor) -> Hooks:
+    """y in place of a module's output."""
+
+    def after(_: nn.Module, __: Any, output: Any) -> Any:
+        own = require_stream(first_tensor((output,)), module)
+        return with_first(output, y.reshape_as(own))
+
+    return lambda: [module.register_forward_hook(after)]
+
+
+def _until(module: nn.Module, side: str) -> Hooks:
+    """The run ends at a module's input or output."""
+
+    def entering(_: nn.Module, args: Any, kwargs: Any) -> None:
+        raise _Reached(require_stream(stream_tensors(args, kwargs)[0], module))
+
+    def leaving(_: nn.Module, __: Any, output: Any) -> None:
+        raise _Reached(require_stream(first_tensor((output,)), module))
+
+    if side == "input":
+        return lambda: [module.register_forward_pre_hook(entering, with_kwargs=True)]
+    return lambda: [module.register_forward_hook(leaving)]
+
+
+def _reading(enter: nn.Module, modules: Sequence[nn.Module], u: Tensor) -> Hooks:
+    """u in place of what `enter` reads, also where modules called after it read the same tensor."""
+    read: list[Tensor] = []
+
+    def before(module: nn.Module, args: Any, kwargs: Any) -> Any:
+        if module is enter and not read:
+            read.append(require_stream(stream_tensors(args, kwargs)[0], module))
+        return replaced(args, kwargs, read[0], u) if read else None
+
+    return lambda: [module.register_forward_pre_hook(before, with_kwargs=True) for module in modules]
+
+
+# --- the arguments of a call ----------------------------------------------------------------------------------------
+
+
+@contextmanager
+def undisturbed(*modules: nn.Module) -> Iterator[None]:
+    """Modules as in evaluation, in the precision of their weights, whatever the pass inside which they are run again.
+
+    Nothing of what runs inside is left to the pass: no random number, no saved tensor and no mode.
+    """
+    device = next((p.device.type for module in modules for p in module.parameters()), "cpu")
+    fast = torch.backends.mha.get_fastpath_enabled()
+    with ExitStack() as stack:
+        for module in modules:
+            stack.enter_context(evaluating(module))
+        stack.enter_context(torch.autocast(device, enabled=False))
+        stack.enter_context(torch.enable_grad())
+        # Activation checkpointing counts what is saved inside it; only the innermost of such hooks are called.
+        stack.enter_context(torch.autograd.graph.saved_tensors_hooks(_itself, _itself))
+        torch.backends.mha.set_fastpath_enabled(False)  # it calls no module
+        try:
+            yield
+        finally:
+            torch.backends.mha.set_fastpath_enabled(fast)
+
+
+def _itself(x: Tensor) -> Tensor:
+    return x
+
+
+def of_one_sequence(block: Block, number: int) -> Block:
+    """A block with the arguments of the first sequence alone, as constants; to be used `undisturbed`.
+
+    Which axes are the batch's is told by their size, and held to the block's output on the whole batch.
+
+    Args:
+        number: the block's, under which a cache has its keys.
+
+    Raises:
+        Unavailable: its weights are in shards, it cannot be called on one sequence, or a cache has earlier tokens.
+    """
+    if any(hasattr(p, "to_local") for p in block.module.parameters()):
+        raise Unavailable("its weights are in shards while it runs")
+    whole = _detached(block, number, "")
+    if block.x.ndim < 3 or len(block.x) == 1:
+        return whole
+    function = Functions(whole, _NOTHING)
+    expected, failed = function.at(whole.x)[:1], ""
+    for rule in (EXACT, MULTIPLE):
+        one = _detached(block, number, rule)
+        try:
+            if close(Functions(one, _NOTHING).at(one.x), expected):
+                return one
+        except (RuntimeError, IndexError, ValueError, TypeError) as error:  # shapes that do not go together
+            failed = failed or f" ({_line(error)})"
+    raise Unavailable(f"it cannot be called on one sequence of the batch alone{failed}; probe a batch of one sequence")
+
+
+_NOTHING = Wiring(attention=None, feedforward=None, parallel=None, post=False, middle=None, closing=None)
+
+
+def _line(error: BaseException) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
+
+
+def _detached(block: Block, number: int, rule: str) -> Block:
+    x, made = block.x, dict[int, Tensor]()
+    batch, length = (len(x), x.shape[1]) if x.ndim > 2 else (1, len(x))
+
+    def first(tensor: Tensor) -> int:
+        """How much of its first axis is the first sequence's."""
+        size = len(tensor) if tensor.ndim else 0
+        if not rule or not size or (tensor.ndim == 1 and size == length):
+            return size
+        if size == batch or (rule == MULTIPLE and tensor.ndim > 2 and size % batch == 0):
+            return size // batch
+        return size
+
+    def part(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            if id(value) not in made:
+                made[id(value)] = _working(value[: first(value)] if value.ndim else value)
+            return made[id(value)]
+        if isinstance(value, dict):
+            return {key: part(item) for key, item in value.items()}
+        if isinstance(value, tuple | list):
+            items = [part(item) for item in value]
+            return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+        if hasattr(value, "get_seq_length") and hasattr(value, "update"):  # keys and values that it would add to
+            if value.get_seq_length(number):
+                raise Unavailable("its cache has earlier tokens; give whole sequences")
+            return None
+        return value
+
+    return Block(block.module, part(block.args), part(block.kwargs))
+
+
+def _working(tensor: Tensor) -> Tensor:
+    """As a constant, in float32 at least."""
+    tensor = tensor.detach()
+    return tensor.float() if tensor.is_floating_point() and tensor.element_size() < 4 else tensor
