@@ -29,7 +29,7 @@ from empirics.running import (
     replaced,
     require_stream,
     stream_tensors,
-    uncompiled,
+    unwrapped,
     with_first,
 )
 
@@ -120,6 +120,11 @@ class Block:
         self.module, self.args, self.kwargs = module, args, kwargs
         self.x = require_stream(first_tensor((*args, *kwargs.values())), module)
 
+    @property
+    def batch_axis(self) -> int:
+        """Where a stream of one sequence of several tokens has its sequences: 0 for (B, T, D), 1 for (T, B, D)."""
+        return int(self.x.ndim > 2 and self.x.shape[1] == 1)
+
     @torch.no_grad()
     def run(self, x: Tensor | None = None, edits: Mapping[nn.Module, Edit] | None = None) -> Run:
         """The block on x, with what some modules add to the stream edited."""
@@ -163,7 +168,7 @@ def wiring(block: Block, name: str) -> Wiring:
     weighted = [child for child in dict.fromkeys(call.child for call in base.calls) if has_matrix(child)]
     weighted = [child for child in weighted if any(call.module is child for call in base.calls)]
     other = x.flip(-1)
-    other[:, -1] = x[:, -1]
+    other.select(1 - block.batch_axis, -1).copy_(x.select(1 - block.batch_axis, -1))
     mixers = [child for child in weighted if _mixes(base, block.run(other), child)]
     rest = [child for child in weighted if child not in mixers]
     attention = _sublayer(base, mixers) if len(mixers) == 1 else None
@@ -211,7 +216,8 @@ def _change(a: Tensor | None, b: Tensor | None) -> float:
 
 
 def _by_token(x: Tensor) -> bool:
-    return (x.ndim == 3 and x.shape[:2] == (1, N_TOKENS)) or (x.ndim == 2 and x.shape[0] == N_TOKENS)
+    one = (x.ndim == 3 and set(x.shape[:2]) == {1, N_TOKENS}) or x.ndim == 2
+    return one and N_TOKENS in x.shape[:-1]
 
 
 def _sublayer(run: Run, children: list[nn.Module]) -> SubLayer:
@@ -259,6 +265,7 @@ class Anatomy:
         places: the block stack's input, then after each sub-layer where it can be seen, else after each block.
         half_layers: whether every serial block shows the stream between its sub-layers.
         width: D.
+        batch_axis: 0 where the stream is (B, T, D), 1 where it is (T, B, D).
     """
 
     blocks: tuple[nn.Module, ...]
@@ -266,6 +273,7 @@ class Anatomy:
     places: tuple[Place, ...]
     half_layers: bool
     width: int
+    batch_axis: int
 
     @property
     def parallel(self) -> bool:
@@ -285,7 +293,7 @@ def find_blocks(model: nn.Module) -> tuple[nn.Module, ...]:
     for container in model.modules():
         if not isinstance(container, nn.ModuleList | nn.ModuleDict | nn.Sequential):
             continue
-        children = tuple(map(uncompiled, container.children()))
+        children = tuple(map(unwrapped, container.children()))
         if len({type(child) for child in children}) == 1 and n_parameters(*children) > n_parameters(*best):
             best = children
     if not best:
@@ -316,7 +324,12 @@ def anatomy(model: nn.Module, tokens: Tensor | None = None) -> tuple[Anatomy, tu
             places.append(wired.middle)
         places.append(Place(name=f"layer {n}", module=module, side="output"))
     found = Anatomy(
-        blocks=modules, wirings=wirings, places=tuple(places), half_layers=half_layers, width=blocks[0].x.shape[-1]
+        blocks=modules,
+        wirings=wirings,
+        places=tuple(places),
+        half_layers=half_layers,
+        width=blocks[0].x.shape[-1],
+        batch_axis=blocks[0].batch_axis,
     )
     return found, blocks
 

@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from inspect import signature
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import linear, multi_head_attention_forward
 from torch.overrides import TorchFunctionMode
 
 from empirics.registry import Unavailable
@@ -58,8 +60,8 @@ def row_statistics(logits: Tensor, probabilities: Tensor, seen: Tensor) -> Atten
 class AttentionView(TorchFunctionMode):
     """Sees what the attention that runs inside gives its softmax, whoever wrote it, and changes nothing.
 
-    That is the queries and keys of a fused kernel, or the logits of a softmax over tokens by tokens; of the first
-    sequence, and of its first `LONGEST` tokens.
+    That is the queries and keys of a fused kernel or of `nn.MultiheadAttention`, or the logits of a softmax over tokens
+    by tokens; of the first sequence, and of its first `LONGEST` tokens.
 
     Args:
         batch_size: sequences of what runs inside.
@@ -73,7 +75,11 @@ class AttentionView(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
-        look = {"scaled_dot_product_attention": self._fused, "softmax": self._softmax}.get(name)
+        look = {
+            "scaled_dot_product_attention": self._fused,
+            "multi_head_attention_forward": self._multi_head,
+            "softmax": self._softmax,
+        }.get(name)
         if look is not None:
             try:
                 look(*args, **kwargs)
@@ -96,7 +102,7 @@ class AttentionView(TorchFunctionMode):
         if query.ndim != 4 or query.shape[-2] != key.shape[-2]:
             return
         query, key = (x.detach()[:1, :, :LONGEST] for x in (query, key))
-        query, key = (x if x.dtype == torch.float64 else x.float() for x in (query, key))
+        query, key = _precise(query), _precise(key)
         key = key.repeat_interleave(query.shape[1] // key.shape[1], 1)
         logits = (query * (1 / math.sqrt(query.shape[-1]) if scale is None else scale)) @ key.mT
         if is_causal:
@@ -108,6 +114,39 @@ class AttentionView(TorchFunctionMode):
         self._judge(logits)
 
     @torch.no_grad()
+    def _multi_head(self, query: Tensor, key: Tensor, *more: Any, **named: Any) -> None:
+        """`torch.nn.functional.multi_head_attention_forward` of (T, B, D) or (T, D)."""
+        parameters = signature(multi_head_attention_forward)
+        given = parameters.bind(query, key, *more, **named)
+        given.apply_defaults()
+        a = given.arguments
+        if a["bias_k"] is not None or a["add_zero_attn"] or a["static_k"] is not None or query.shape != key.shape:
+            self._show("its nn.MultiheadAttention has keys that are no token's")
+            return
+        if a["use_separate_proj_weight"]:
+            weights = [a["q_proj_weight"], a["k_proj_weight"]]
+        else:
+            weights = a["in_proj_weight"].chunk(3)[:2]
+        biases = [None, None] if a["in_proj_bias"] is None else [_precise(b) for b in a["in_proj_bias"].chunk(3)[:2]]
+        n_heads, first = a["num_heads"], slice(1 if query.ndim > 2 else None)
+        q, k = (
+            linear(_precise(x if x.ndim == 2 else x[:, 0])[:LONGEST], _precise(weight), bias)
+            .unflatten(-1, (n_heads, -1))
+            .transpose(0, 1)[None]
+            for x, weight, bias in zip((query, key), weights, biases)
+        )
+        logits = q @ k.mT / math.sqrt(q.shape[-1])
+        mask, padding = a["attn_mask"], a["key_padding_mask"]
+        for hides in (
+            None if mask is None else mask[:n_heads][None] if mask.ndim == 3 else mask,
+            None if padding is None else padding[first].reshape(1, 1, 1, -1),
+        ):
+            if hides is not None:
+                hides = hides[..., : logits.shape[-2], : logits.shape[-1]]
+                logits = logits.masked_fill(hides, -math.inf) if hides.dtype == torch.bool else logits + hides
+        self._judge(logits)
+
+    @torch.no_grad()
     def _softmax(self, logits: Tensor, *_: Any, **__: Any) -> None:
         if logits.ndim not in (3, 4) or logits.shape[-1] != logits.shape[-2]:
             return
@@ -116,7 +155,12 @@ class AttentionView(TorchFunctionMode):
         self._judge(heads.reshape(1, -1, *heads.shape[-2:]))
 
     def _judge(self, logits: Tensor) -> None:
-        logits = logits if logits.dtype == torch.float64 else logits.float()
+        logits = _precise(logits)
         seen = logits > HIDDEN
         # A row of hidden keys alone, of padding, has no probabilities.
         self._show(row_statistics(logits, logits.masked_fill(~seen, -math.inf).softmax(-1).nan_to_num(), seen))
+
+
+def _precise(x: Tensor) -> Tensor:
+    """In float32 at least."""
+    return x.detach() if x.dtype == torch.float64 else x.detach().float()

@@ -17,13 +17,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn.attention.flex_attention import BlockMask
+from torch.utils import checkpoint
 
-from empirics.anatomy import Block, Place, SubLayer, Wiring
+from empirics.anatomy import Block, SubLayer, Wiring
 from empirics.registry import Unavailable
 from empirics.running import (
     close,
     evaluating,
     factor,
+    first_sequence,
     first_tensor,
     removed,
     replaced,
@@ -36,6 +39,7 @@ from empirics.spectral import Function
 
 Hooks = Callable[[], Sequence[Any]]  # puts hooks on, and gives their handles
 UNFOUND = "its sub-layers are not told apart"
+PLAIN = (bool, int, float, complex, str, torch.dtype, torch.device)
 EXACT, MULTIPLE = "exact", "multiple"  # first axes that are taken for the batch's: of its size, or of a multiple
 
 
@@ -59,7 +63,7 @@ class _Inside(nn.Module):
 
 
 class _Sums(NamedTuple):
-    """Of a block that normalises the stream: the norm between its sub-layers, and what ends a run before either norm."""
+    """Of a block that normalises the stream: the norm after attention, and what ends a run before it or the last."""
 
     middle: nn.Module
     after_attention: Hooks
@@ -300,6 +304,7 @@ def undisturbed(*modules: nn.Module) -> Iterator[None]:
     with ExitStack() as stack:
         for module in modules:
             stack.enter_context(evaluating(module))
+        stack.enter_context(_without_checkpoints())
         stack.enter_context(torch.autocast(device, enabled=False))
         stack.enter_context(torch.enable_grad())
         # Activation checkpointing counts what is saved inside it; only the innermost of such hooks are called.
@@ -311,34 +316,57 @@ def undisturbed(*modules: nn.Module) -> Iterator[None]:
             torch.backends.mha.set_fastpath_enabled(fast)
 
 
+@contextmanager
+def _without_checkpoints() -> Iterator[None]:
+    """Checkpointed functions are called and kept: they have no second derivative, or silently no first one."""
+
+    class Kept:
+        @staticmethod
+        def apply(function: Callable[..., Any], _: bool, *args: Any) -> Any:
+            return function(*args)
+
+    def kept(*_: Any, **__: Any) -> Iterator[None]:
+        yield
+
+    own = {"CheckpointFunction": Kept, "_checkpoint_without_reentrant_generator": kept}
+    theirs = {name: getattr(checkpoint, name) for name in own if hasattr(checkpoint, name)}
+    try:
+        for name in theirs:
+            setattr(checkpoint, name, own[name])
+        yield
+    finally:
+        for name, value in theirs.items():
+            setattr(checkpoint, name, value)
+
+
 def _itself(x: Tensor) -> Tensor:
     return x
 
 
-def of_one_sequence(block: Block, number: int) -> Block:
+def of_one_sequence(block: Block, number: int, batch_axis: int) -> Block:
     """A block with the arguments of the first sequence alone, as constants; to be used `undisturbed`.
 
     Which axes are the batch's is told by their size, and held to the block's output on the whole batch.
 
     Args:
         number: the block's, under which a cache has its keys.
+        batch_axis: of the stream.
 
     Raises:
         Unavailable: its weights are in shards, it cannot be called on one sequence, or a cache has earlier tokens.
     """
     if any(hasattr(p, "to_local") for p in block.module.parameters()):
         raise Unavailable("its weights are in shards while it runs")
-    whole = _detached(block, number, "")
-    if block.x.ndim < 3 or len(block.x) == 1:
+    whole = _detached(block, number, batch_axis, "")
+    if block.x.ndim < 3 or block.x.shape[batch_axis] == 1:
         return whole
-    function = Functions(whole, _NOTHING)
-    expected, failed = function.at(whole.x)[:1], ""
-    for rule in (EXACT, MULTIPLE):
-        one = _detached(block, number, rule)
+    ones = [_detached(block, number, batch_axis, rule) for rule in (EXACT, MULTIPLE)]
+    expected, failed = first_sequence(Functions(whole, _NOTHING).at(whole.x), batch_axis), ""
+    for one in ones:
         try:
             if close(Functions(one, _NOTHING).at(one.x), expected):
                 return one
-        except (RuntimeError, IndexError, ValueError, TypeError) as error:  # shapes that do not go together
+        except (RuntimeError, IndexError, TypeError) as error:  # shapes that do not go together
             failed = failed or f" ({_line(error)})"
     raise Unavailable(f"it cannot be called on one sequence of the batch alone{failed}; probe a batch of one sequence")
 
@@ -350,23 +378,27 @@ def _line(error: BaseException) -> str:
     return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
-def _detached(block: Block, number: int, rule: str) -> Block:
+def _detached(block: Block, number: int, batch_axis: int, rule: str) -> Block:
     x, made = block.x, dict[int, Tensor]()
-    batch, length = (len(x), x.shape[1]) if x.ndim > 2 else (1, len(x))
+    batch, length = (x.shape[batch_axis], x.shape[1 - batch_axis]) if x.ndim > 2 else (1, len(x))
 
-    def first(tensor: Tensor) -> int:
-        """How much of its first axis is the first sequence's."""
-        size = len(tensor) if tensor.ndim else 0
-        if not rule or not size or (tensor.ndim == 1 and size == length):
-            return size
+    def first(tensor: Tensor) -> Tensor:
+        """What of it is the first sequence's."""
+        size = len(tensor) if tensor.ndim else 1
+        if not rule or (tensor.ndim < 2 and size in (1, length)):
+            return tensor
+        if tensor.ndim == 1 and size != batch:  # where packed sequences end, as a kernel may take them on trust
+            raise Unavailable("it is given a list that is neither of tokens nor of sequences; probe one sequence")
+        if batch_axis and tensor.ndim > 2 and tensor.shape[:2] == x.shape[:2]:
+            return tensor[:, :1]
         if size == batch or (rule == MULTIPLE and tensor.ndim > 2 and size % batch == 0):
-            return size // batch
-        return size
+            return tensor[: size // batch]
+        return tensor
 
     def part(value: Any) -> Any:
         if isinstance(value, Tensor):
             if id(value) not in made:
-                made[id(value)] = _working(value[: first(value)] if value.ndim else value)
+                made[id(value)] = _working(first(value))
             return made[id(value)]
         if isinstance(value, dict):
             return {key: part(item) for key, item in value.items()}
@@ -377,6 +409,10 @@ def _detached(block: Block, number: int, rule: str) -> Block:
             if value.get_seq_length(number):
                 raise Unavailable("its cache has earlier tokens; give whole sequences")
             return None
+        if isinstance(value, BlockMask):
+            raise Unavailable("its flex attention has no second derivative; use scaled_dot_product_attention")
+        if rule and not (value is None or isinstance(value, PLAIN)):  # of the batch, for all that is known
+            raise Unavailable(f"it is given a {type(value).__name__} for the whole batch; probe one sequence")
         return value
 
     return Block(block.module, part(block.args), part(block.kwargs))

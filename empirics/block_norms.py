@@ -6,33 +6,49 @@ The names are those of `empirics.block_functions.Functions`, and `stack` for all
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
-from typing import Any
+from contextlib import ExitStack
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from empirics.anatomy import Anatomy, Block, capture
+from empirics.anatomy import Anatomy, Block, forward
 from empirics.block_functions import Functions, of_one_sequence, undisturbed
 from empirics.registry import Unavailable
-from empirics.running import evaluating, first_tensor
+from empirics.running import evaluating, first_sequence, first_tensor, recomputing, removed
 from empirics.spectral import Function, NormEstimate, lanczos_opnorm
 
 LAYER = (
     "layer", "attention_half", "feedforward_half", "attention_branch", "feedforward_branch", "attention", "feedforward",
 )  # fmt: skip
 STACK = "stack"
+QUOTIENT = 0.05  # relative, of a derivative by differences: a gross error is what it is held to
+STEPS = (1e-3, 1e-4)  # relative to the point
 Norm = NormEstimate | str  # an estimate, or why there is none
 
 
 class BlockNorms:
-    """The norms of a model's blocks in a pass, each block's taken where it is called.
+    """The norms of a model's blocks in a pass, each block's taken where it is first called.
+
+    Attributes:
+        running: whether a block is being run again; hooks inside it are then called once more.
 
     Args:
         names: which.
         tolerance: relative.
+        on_layer: called when a block's norms are there.
     """
 
-    def __init__(self, found: Anatomy, names: Collection[str], *, tolerance: float) -> None:
+    def __init__(
+        self,
+        found: Anatomy,
+        names: Collection[str],
+        *,
+        tolerance: float,
+        on_layer: Callable[[int], object] = lambda n: None,
+    ) -> None:
+        self.running = False
+        self._on_layer = on_layer
         self._anatomy, self._names, self._tolerance = found, names, tolerance
         self._rows: dict[int, dict[str, Norm]] = {}
         self._stack: list[Functions] = []
@@ -47,15 +63,36 @@ class BlockNorms:
             return self._whole or self._broken or unseen
         return self._rows.get(number, {}).get(name, unseen)
 
-    def enter(self, number: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Take the norms of a block that is about to be called; of the first call of each alone."""
-        if number in self._rows:
-            return
-        self._rows[number] = dict.fromkeys(self._names, "")
+    def hooks(self) -> list[Any]:
+        """Put hooks on the blocks."""
+        return [hook for n in range(len(self._anatomy.blocks) if self._names else 0) for hook in self._hooked(n)]
+
+    def _hooked(self, number: int) -> list[Any]:
+        block = self._anatomy.blocks[number]
+
+        def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if number in self._rows or recomputing():
+                return
+            self.running = True
+            try:
+                self._enter(number, args, kwargs)
+            finally:
+                self.running = False
+            self._on_layer(number)
+
+        def after(_: nn.Module, __: Any, output: Any) -> None:
+            x = first_tensor((output,))
+            if STACK in self._names and x is not None and not recomputing():
+                self._left = first_sequence(x, self._anatomy.batch_axis).clone()
+
+        return [block.register_forward_pre_hook(before, with_kwargs=True), block.register_forward_hook(after)]
+
+    def _enter(self, number: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Take the norms of a block that is about to be called."""
         module = self._anatomy.blocks[number]
         try:
             with undisturbed(module):
-                block = of_one_sequence(Block(module, args, kwargs), number)
+                block = of_one_sequence(Block(module, args, kwargs), number, self._anatomy.batch_axis)
                 functions = Functions(block, self._anatomy.wirings[number])
                 self._rows[number] = {name: self._of(functions, name) for name in self._names if name != STACK}
         except Exception as error:  # whoever is watched must not fail of it
@@ -65,12 +102,6 @@ class BlockNorms:
         if STACK in self._names and self._broken is None:
             self._extend(functions, given=(args, kwargs))
 
-    def leave(self, output: Any) -> None:
-        """Take note of what a block has put out."""
-        x = first_tensor((output,))
-        if STACK in self._names and x is not None:
-            self._left = x.detach()[:1].clone()
-
     def _of(self, functions: Functions, name: str) -> Norm:
         try:
             return self._opnorm(*functions.named(name))
@@ -78,7 +109,9 @@ class BlockNorms:
             return reason(error)
 
     def _opnorm(self, function: Function, x: Tensor) -> NormEstimate:
-        return lanczos_opnorm(function, x, tolerance=self._tolerance)
+        found = lanczos_opnorm(function, x, tolerance=self._tolerance)
+        require_derivative(function, x, found)
+        return found
 
     def _extend(self, functions: Functions, given: Any) -> None:
         """Put a block on the stack, and take its norm when it is complete."""
@@ -106,6 +139,26 @@ class BlockNorms:
         self._stack = []
 
 
+def require_derivative(function: Function, x: Tensor, found: NormEstimate) -> None:
+    """Hold an estimate to what the function's values do along its direction.
+
+    Anyone's code may hold kernels whose derivative has no derivative, or that give another one on purpose.
+
+    Raises:
+        Unavailable: no central difference is as long as the estimate.
+    """
+    v = found.direction
+    for step in STEPS:
+        h = step * float(x.norm())
+        with torch.no_grad():
+            ahead, behind = function(x + h * v), function(x - h * v)
+            slope = float((ahead - behind).norm()) / (2 * h)
+        rounding = 32 * torch.finfo(x.dtype).eps * float(x.norm() + ahead.norm()) / h
+        if abs(slope - found.value) <= QUOTIENT * found.value + rounding:
+            return
+    raise Unavailable("its derivative is not that of its values, or has none itself, as that of a fused kernel")
+
+
 def reason(error: Exception) -> str:
     """An error in a line; by its kind unless it is one of our own."""
     text = str(error).splitlines()[0] if str(error) else ""
@@ -120,24 +173,26 @@ def _tensors(value: Any) -> list[Tensor]:
     return [tensor for item in items for tensor in _tensors(item)]
 
 
+class Norms(NamedTuple):
+    """The norms of a model: those of each block by name, and that of all blocks."""
+
+    layers: list[dict[str, Norm]]
+    stack: Norm
+
+
 def block_norms(
     model: nn.Module,
     found: Anatomy,
     tokens: Tensor,
     *,
-    names: Collection[str] = LAYER,
     tolerance: float = 1e-3,
-    on_layer: Callable[[int], object] | None = None,
-) -> list[dict[str, Norm]]:
-    """Of every block on (1, T) tokens the norms of those names, or why there is none."""
-    rows: list[dict[str, Norm]] = []
-    with evaluating(model):
-        with torch.no_grad():
-            blocks = capture(model, found.blocks, tokens[:1])
-        norms = BlockNorms(found, names, tolerance=tolerance)
-        for n, block in enumerate(blocks):
-            norms.enter(n, block.args, block.kwargs)
-            rows.append({name: norms.norm(name, n) for name in names})
-            if on_layer is not None:
-                on_layer(n)
-    return rows
+    on_layer: Callable[[int], object] = lambda n: None,
+) -> Norms:
+    """Of every block on (1, T) tokens the norms by name, and that of the stack, or why there is none."""
+    norms = BlockNorms(found, (*LAYER, STACK), tolerance=tolerance, on_layer=on_layer)
+    with evaluating(model), torch.no_grad(), ExitStack() as hooks:
+        for hook in norms.hooks():
+            hooks.enter_context(removed(hook))
+        forward(model, tokens[:1])
+    numbers = range(len(found.blocks))
+    return Norms([{name: norms.norm(name, n) for name in LAYER} for n in numbers], norms.norm(STACK))

@@ -193,6 +193,7 @@ def check(
     *,
     loss: Loss | None = None,
     architecture: Architecture | None = None,
+    probes: str = "none",
 ) -> Check:
     """Measure a decoder's gradient growth at its present weights, and hold it against the prediction.
 
@@ -203,6 +204,7 @@ def check(
         tokens: (B, T) ids; each token's target is the next one. Random, distinct ones unless given.
         loss: from (model, (B, T) tokens, (B, T) targets); the mean cross entropy of the model's logits unless given.
         architecture: what to hold it to, where the module has no `config` or `architecture` of its own.
+        probes: what else to measure, as in `StabilityMonitor`; `half_layer_jacobian` for what the gradient grows by.
 
     Raises:
         ValueError: no residual stream is found, or the loss has no gradient; the message says why.
@@ -214,7 +216,7 @@ def check(
     else:
         tokens_ = tokens
     inputs, targets = tokens_[:, :-1], tokens_[:, 1:]
-    monitor = StabilityMonitor(model, tokens=tokens, probes="none")
+    monitor = StabilityMonitor(model, tokens=tokens, probes=probes)
     record = one_pass(monitor, model, inputs, targets, loss=loss)
     said, reasons = said_to_be(model) if architecture is None else (architecture, ())
     predicted = None

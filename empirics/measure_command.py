@@ -30,6 +30,7 @@ from empirics.measured import Measured
 from empirics.networks import Network, network
 from empirics.plan import kept_numbers
 from empirics.real_classes import n_parameters
+from empirics.spectral import NormEstimate
 from empirics.stability import StabilityMonitor
 from theory.__main__ import EXIT_UNKNOWN, LARGEST_SEQ_LEN, add_architecture_options, emit, whole
 from theory.architecture import PRESETS
@@ -68,7 +69,11 @@ def add_command(commands: Any) -> argparse.ArgumentParser:
     measure.add_argument(
         "--seeds", type=whole, default=3, metavar="K", help="seeds 0..K-1 of weights and tokens (default 3)"
     )
-    measure.add_argument("--norms", action="store_true", help="Jacobian norms of every layer, on one sequence")
+    measure.add_argument(
+        "--norms",
+        action="store_true",
+        help="Jacobian norms on one sequence: of every layer, its halves, branches and sub-layers, and of all layers",
+    )
     add_text_options(measure)
     measure.add_argument("--json", action="store_true", help="print JSON")
     measure.add_argument("--out", metavar="FILE", help="write to a file instead of standard output")
@@ -131,14 +136,23 @@ def _measured(subject: Network, arguments: argparse.Namespace, device: str) -> d
     return _answer(subject, arguments, grown, predicted, tokens.description, _norms(arguments, grown))
 
 
-def _norms(arguments: argparse.Namespace, grown: DecoderGrowth) -> list[dict[str, Any]] | None:
+def _norms(arguments: argparse.Namespace, grown: DecoderGrowth) -> dict[str, Any]:
+    """Of every layer and of all, by name, and why others have none."""
     if not arguments.norms:
-        return None
+        return {"norms": None, "stack_norm": None, "norms_left_out": None}
     found, _ = anatomy(grown.model)
     with tqdm(total=len(found.blocks), desc="norms", unit="layer", disable=None) as bar:
-        rows = block_norms(grown.model, found, grown.tokens, on_layer=lambda _: bar.update(1))
-    names = ("value", "likely_upper", "residual", "kind")
-    return [{name: {key: getattr(e, key) for key in names} for name, e in row.items()} for row in rows]
+        norms = block_norms(grown.model, found, grown.tokens, on_layer=lambda _: bar.update(1))
+    left_out = {name: why for row in norms.layers for name, why in row.items() if isinstance(why, str)}
+    return {
+        "norms": [{name: _estimate(e) for name, e in row.items() if not isinstance(e, str)} for row in norms.layers],
+        "stack_norm": None if isinstance(norms.stack, str) else _estimate(norms.stack),
+        "norms_left_out": left_out | ({"stack": norms.stack} if isinstance(norms.stack, str) else {}),
+    }
+
+
+def _estimate(found: NormEstimate) -> dict[str, Any]:
+    return {name: getattr(found, name) for name in ("value", "likely_upper", "residual", "kind")}
 
 
 def _require_memory(subject: Network, batch: int, seq_len: int) -> None:
@@ -164,7 +178,7 @@ def _answer(
     grown: DecoderGrowth,
     predicted: Growth | None,
     tokens: str,
-    norms: list[dict[str, Any]] | None,
+    norms: dict[str, Any],
 ) -> dict[str, Any]:
     """Everything that was measured and predicted, ready for JSON; the same keys whatever was given."""
     a, growth = subject.architecture, grown.growth.values[0]
@@ -228,10 +242,9 @@ def _answer(
         "residual_std": {
             "kind": "measured", "values": grown.residual_std.values, "log_sd": grown.residual_std.log_sd,
         },
-        "norms": norms,
         "predicted": expected,
     }  # fmt: skip
-    return plain(answer)
+    return plain(answer | norms)
 
 
 def _scatter(subject: Network, grown: DecoderGrowth) -> Scatter | None:
@@ -302,6 +315,8 @@ def text(answer: dict[str, Any]) -> str:
             f"layer {n}: " + ", ".join(f"{name} {e['value']:.4g}" for name, e in row.items())
             for n, row in enumerate(answer["norms"])
         ]
+        lines += [f"all layers: {answer['stack_norm']['value']:.4g}"] if answer["stack_norm"] else []
+        lines += [f"{name}: left out; {why}" for name, why in answer["norms_left_out"].items()]
     return "\n".join(lines)
 
 

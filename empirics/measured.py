@@ -246,7 +246,7 @@ def _attention_roles(block: Block, run: Run, attention: SubLayer) -> dict[nn.Mod
     def first(at: Run) -> Tensor:
         mixed = at.of(others[-1]).input
         assert mixed is not None
-        return mixed.reshape(block.x.shape[1], -1)[0]
+        return mixed.reshape(block.x.shape[1 - block.batch_axis], -1)[0]
 
     values = [m for m in readers if not close(first(block.run(edits={m: lambda y: 2 * y})), first(run))]
     if len(values) != 1:

@@ -230,8 +230,8 @@ LayerFunction = Callable[[Layer, Tensor], Tensor]
 def layer_functions(layers: list[Layer], entering: list[list[Tensor]]) -> dict[str, tuple[LayerFunction, list[Tensor]]]:
     """What a layer's Jacobians are of, and the points, a layer each, at which they are taken.
 
-    `attention_half` and `feedforward_half` (not of a parallel layer), `attention_branch`, `feedforward_branch` and `J_Z`
-    as in `layer_norms`; `layer` is the whole, `attention` and `feedforward` are the sub-layers in what they read.
+    `attention_half` and `feedforward_half` (not of a parallel layer), `attention_branch`, `feedforward_branch` and
+    `J_Z` as in `layer_norms`; `layer` is the whole, `attention` and `feedforward` are the sub-layers in what they read.
 
     Args:
         entering: the residual stream where it enters each update, layer by layer.

@@ -24,16 +24,26 @@ def evaluating(model: nn.Module) -> Iterator[None]:
                 module.training = was
 
 
+def recomputing() -> bool:
+    """Whether a backward pass is running: activation checkpointing then runs the forward pass once more."""
+    return torch._C._current_graph_task_id() != -1
+
+
 def is_compiled(model: nn.Module) -> bool:
     """Whether it, or a module in it, is compiled."""
     return any(hasattr(m, "_orig_mod") or m._compiled_call_impl is not None for m in model.modules())
 
 
-def uncompiled(module: nn.Module) -> nn.Module:
-    """The module inside a compiled one, else itself."""
-    inside = getattr(module, "_orig_mod", module)
-    assert isinstance(inside, nn.Module)
-    return inside
+WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module")  # what torch.compile and checkpoint_wrapper have inside
+
+
+def unwrapped(module: nn.Module) -> nn.Module:
+    """The module inside a compiled one or one that checkpoints its activations, else itself."""
+    for name in WRAPPED:
+        inside = getattr(module, name, None)
+        if isinstance(inside, nn.Module):
+            return unwrapped(inside)
+    return module
 
 
 @contextmanager
@@ -82,6 +92,11 @@ def first_tensor(values: Iterable[Any]) -> Tensor | None:
             if found is not None:
                 return found
     return None
+
+
+def first_sequence(x: Tensor, batch_axis: int) -> Tensor:
+    """Of (B, T, D), or of (T, B, D); a stream without an axis of sequences is one. A constant."""
+    return x.detach().narrow(batch_axis, 0, 1) if x.ndim > 2 else x.detach()
 
 
 def stream_tensors(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Tensor | None, Tensor | None]:

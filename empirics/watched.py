@@ -23,17 +23,15 @@ from empirics.block_norms import STACK, BlockNorms
 from empirics.distributed import ALONE, whole
 from empirics.registry import Unavailable
 from empirics.residual_stream import length_sums, n_tokens, variance_sum
-from empirics.running import first_tensor
+from empirics.running import first_sequence, first_tensor, recomputing
 from empirics.spectral import NormEstimate
 from empirics.subject import TOLERANCE, Shared
 
 T = TypeVar("T")
-UNSEEN = "its class calls neither scaled_dot_product_attention nor a softmax over tokens by tokens"
-
-
-def recomputing() -> bool:
-    """Whether a backward pass is running: activation checkpointing then runs the forward pass once more."""
-    return torch._C._current_graph_task_id() != -1
+UNSEEN = (
+    "its class calls neither scaled_dot_product_attention nor nn.MultiheadAttention nor a softmax over tokens by "
+    "tokens; a kernel as of flash or flex attention shows no row"
+)
 
 
 class PlaceSums:
@@ -41,10 +39,11 @@ class PlaceSums:
 
     Args:
         keep: also keep the first sequence.
+        batch_axis: the axis of sequences.
     """
 
-    def __init__(self, keep: bool) -> None:
-        self.keep = keep
+    def __init__(self, keep: bool, batch_axis: int = 0) -> None:
+        self.keep, self.batch_axis = keep, batch_axis
         self.first: Tensor | None = None
         self.variance: list[Tensor] = []
         self.lengths: list[Tensor] = []
@@ -55,7 +54,7 @@ class PlaceSums:
         again = recomputing()
         if not again:
             if self.keep and self.first is None:
-                self.first = x.detach()[: 1 if x.ndim > 2 else None].clone()
+                self.first = first_sequence(x, self.batch_axis).clone()
             self.variance.append(variance_sum(x))
             self.n_tokens.append(n_tokens(x))
             self.unhooked += not x.requires_grad
@@ -211,14 +210,12 @@ class Watched(Shared):
         self.layer_labels = [f"layer {n}" for n in range(len(anatomy.blocks))]
         self.steps = Steps(model) if steps else None
         self._model, self._anatomy = model, anatomy
-        self._sums = [PlaceSums(streams) for _ in anatomy.places]
+        self._sums = [PlaceSums(streams, anatomy.batch_axis) for _ in anatomy.places]
         self._rows: dict[int, AttentionRows | str] = {}
         self._views: dict[int, AttentionView] = {}
         self._norms = BlockNorms(anatomy, norms, tolerance=TOLERANCE)
-        self._resting = False  # while a block is run again for its norms
         self._hooks = [self._at(place, sums) for place, sums in zip(anatomy.places, self._sums, strict=True)]
-        for n, block in enumerate(anatomy.blocks if norms else ()):
-            self._hooks += self._normed(n, block)
+        self._hooks += self._norms.hooks()
         for n, wired in enumerate(anatomy.wirings if attention else ()):
             if wired.attention is None:
                 self._rows[n] = "no attention was found in it"
@@ -297,15 +294,16 @@ class Watched(Shared):
 
     def _around(self, n: int, module: nn.Module) -> list[Any]:
         """Hooks that look at what runs inside layer n's attention the first time."""
+        axis = self._anatomy.batch_axis
 
         def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             x = first_tensor((*args, *kwargs.values()))
-            if n not in self._rows and not (self._resting or recomputing()):
-                self._views[n] = AttentionView(1 if x is None else x.shape[0], lambda rows: self._show(n, rows))
+            if n not in self._rows and not (self._norms.running or recomputing()):
+                self._views[n] = AttentionView(1 if x is None else x.shape[axis], lambda rows: self._show(n, rows))
                 self._views[n].__enter__()
 
         def after(*_: Any) -> None:
-            if n in self._views and not self._resting:
+            if n in self._views and not self._norms.running:
                 self._views.pop(n).__exit__(None, None, None)
 
         return [
@@ -321,7 +319,7 @@ class Watched(Shared):
 
         def see(values: tuple[Any, ...]) -> None:
             x = first_tensor(values)
-            if x is not None and not self._resting:
+            if x is not None and not self._norms.running:
                 sums.see(x)
 
         if place.side == "input":
@@ -373,20 +371,3 @@ class Watched(Shared):
     def experts(self) -> bool:
         """Whether the feed-forward sub-layers are experts, or some are."""
         return any(has_experts(wired.feedforward) for wired in self._anatomy.wirings)
-
-    def _normed(self, n: int, block: nn.Module) -> list[Any]:
-        """Hooks that take a block's norms when it is called."""
-
-        def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if recomputing():
-                return
-            self._resting = True
-            try:
-                self._norms.enter(n, args, kwargs)
-            finally:
-                self._resting = False
-
-        return [
-            block.register_forward_pre_hook(before, with_kwargs=True),
-            block.register_forward_hook(lambda _, __, output: None if recomputing() else self._norms.leave(output)),
-        ]

@@ -352,7 +352,7 @@ for before in (True, False):
     torch.manual_seed(0)
     plain, model = Titan(), Titan()
     model.load_state_dict(plain.state_dict())
-    wanted = {"probes": "default,weight_norm"}
+    wanted = {"probes": "default,weight_norm,half_layer_jacobian,stack_jacobian"}
     monitors = [StabilityMonitor(plain, **wanted)] + ([StabilityMonitor(model, **wanted)] if before else [])
     for layer in model.layers.values():
         fully_shard(layer, mesh=mesh)

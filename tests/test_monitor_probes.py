@@ -130,7 +130,7 @@ def test_what_cannot_be_seen_is_said() -> None:
     assert set(record.left_out) == unseen
     assert set(record.probes) == CHEAP - unseen
     for reason in record.left_out.values():
-        assert reason.startswith("layer 0: its class calls neither scaled_dot_product_attention nor a softmax")
+        assert reason.startswith("layer 0: its class calls neither scaled_dot_product_attention nor nn.Multi")
     assert record.row()["left_out"] == record.left_out
     said = str(record).splitlines()
     assert f"attention_entropy: left out; {record.left_out['attention_entropy']}" in said
@@ -228,7 +228,7 @@ def test_without_an_optimizer_of_torch_there_is_no_update() -> None:
 
 @pytest.mark.parametrize("name", OURS)
 def test_our_own_transformer_gives_what_its_own_probes_give(name: str) -> None:
-    """All that do not look at a step or at a Jacobian, the dear ones too."""
+    """All that do not look at a step or at a Jacobian, the dear ones too; Jacobians in test_monitor_norms.py."""
     wanted = [
         probe
         for probe in probes().values()
@@ -293,7 +293,8 @@ def test_none_and_names_that_are_none() -> None:
     record = trained(model, StabilityMonitor(model, probes="none"))
     assert record.probes == record.left_out == {}
     assert record.residual_std
-    record = trained(model, StabilityMonitor(model, probes="stack_jacobian,bound_ratio"))
-    assert record.left_out.keys() == {"stack_jacobian", "bound_ratio"}
+    record = trained(model, StabilityMonitor(model, probes="bound_ratio,attention_heads_jacobian"))
+    assert record.left_out.keys() == {"bound_ratio", "attention_heads_jacobian"}
+    assert all("our own networks alone" in reason for reason in record.left_out.values())
     with pytest.raises(ValueError, match=r"unknown probe 'entropy'; did you mean head_entropy\? use one of"):
         StabilityMonitor(model, probes="entropy")

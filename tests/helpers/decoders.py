@@ -153,3 +153,23 @@ class Shortcutless(nn.Module):
         for block in self.blocks:
             x = block(x)
         return x @ self.table.weight.T
+
+
+class Encoder(nn.Module):
+    """torch's own layers, which attend by nn.MultiheadAttention, made causal by a mask."""
+
+    def __init__(self, *, norm_first: bool = True, batch_first: bool = True, n_layers: int = 3) -> None:
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(
+            WIDTH, HEADS, 4 * WIDTH, dropout=0.1, norm_first=norm_first, batch_first=batch_first
+        )
+        self.table, self.batch_first = nn.Embedding(VOCAB, WIDTH), batch_first
+        norm = nn.LayerNorm(WIDTH) if norm_first else None
+        self.encoder = nn.TransformerEncoder(layer, n_layers, norm=norm, enable_nested_tensor=False)
+        self.head = nn.Linear(WIDTH, VOCAB, bias=False)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        mask = nn.Transformer.generate_square_subsequent_mask(tokens.shape[1])
+        x = self.table(tokens)
+        x = self.encoder(x if self.batch_first else x.transpose(0, 1), mask=mask, is_causal=True)
+        return self.head(x if self.batch_first else x.transpose(0, 1))
