@@ -85,6 +85,11 @@ class Functions:
         buffers = {name: buffer.clone() for name, buffer in block.module.named_buffers()}  # one may be written to
         self._weights = {f"module.{name}": _working(x) for name, x in (weights | buffers).items()}
 
+    @property
+    def whole(self) -> bool:
+        """Whether its weights are there; those of a layer in shards are let go after it has run."""
+        return all(x.untyped_storage().nbytes() or not x.numel() for x in self._weights.values())
+
     def named(self, name: str) -> tuple[Function, Tensor]:
         """A function by its name, and the point at which its Jacobian is taken.
 
@@ -355,8 +360,10 @@ def of_one_sequence(block: Block, number: int, batch_axis: int) -> Block:
     Raises:
         Unavailable: its weights are in shards, it cannot be called on one sequence, or a cache has earlier tokens.
     """
-    if any(hasattr(p, "to_local") for p in block.module.parameters()):
+    if any(hasattr(p, "to_local") for p in block.module.parameters()) or not Functions(block, _NOTHING).whole:
         raise Unavailable("its weights are in shards while it runs")
+    if any(hasattr(module, "_fsdp_wrapped_module") for module in block.module.modules()):
+        raise Unavailable("it is in FullyShardedDataParallel, which must not run twice; use fully_shard")
     whole = _detached(block, number, batch_axis, "")
     if block.x.ndim < 3 or block.x.shape[batch_axis] == 1:
         return whole

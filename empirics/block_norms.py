@@ -131,6 +131,9 @@ class BlockNorms:
                 x = each.run(x)
             return x
 
+        if not all(each.whole for each in self._stack):
+            self._broken = "its weights are in shards, of which one layer's are there at a time"
+            return
         try:
             with undisturbed(*self._anatomy.blocks):
                 self._whole = self._opnorm(through, self._stack[0].block.x)

@@ -190,6 +190,7 @@ class Subject(Shared):
     def stack_norm(self) -> NormEstimate:
         """Of the stack's Jacobian."""
         first, last = self.stack
+        x_BTD = self.entering[first][0]
 
         def through(x: Tensor) -> Tensor:
             for layer in self.layers[first : last + 1]:
@@ -198,7 +199,7 @@ class Subject(Shared):
             return x
 
         with constant(self.model):
-            return lanczos_opnorm(through, self.entering[first][0], tolerance=self.tolerance)
+            return lanczos_opnorm(through, x_BTD, tolerance=self.tolerance)
 
     def _look(self) -> None:
         if self._sums is not None:

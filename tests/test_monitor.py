@@ -362,6 +362,10 @@ for before in (True, False):
         with monitor.probe():
             torch.nn.functional.cross_entropy(network(rows).flatten(0, 1), rows.roll(-1, 1).flatten()).backward()
     a, b = (monitor.records[0] for monitor in monitors)
+    # Of a stack the weights of one layer are there at a time.
+    del a.probes["stack_jacobian"]
+    assert "in shards" in b.left_out.pop("stack_jacobian"), b.left_out
+    assert "half_layer_jacobian" in b.probes, b.left_out
     assert a == b, (a, b)
     print("equal", flush=True)
 

@@ -14,10 +14,11 @@ from torch.optim import optimizer as torch_optimizer
 
 pytest.importorskip("transformers")
 
-from helpers.decoders import NanoGPT, Titan
+from helpers.decoders import Encoder, NanoGPT, Titan
 from helpers.known_decoders import KINDS, OURS, TINY, loss_of, real, some_batch
 from helpers.real_classes import blocks
 
+from empirics.attention_rows import AttentionView
 from empirics.model import build as build_own
 from empirics.monitor import StabilityMonitor, StabilityRecord, series
 from empirics.registry import probes
@@ -106,6 +107,68 @@ def test_attention_is_what_the_class_says_of_it(kind: str) -> None:
         for name, value in expected.items():  # the class's own softmax is in float32
             assert values(record, name)[f"layer {n}"] == pytest.approx(float(value), rel=1e-4, abs=1e-8), name
     assert max(values(record, "logit_variance").values()) > 1e-2
+
+
+@pytest.mark.parametrize("batch_first", [True, False])
+@pytest.mark.parametrize("norm_first", [True, False])
+def test_attention_by_torchs_own_layers_is_what_they_say_of_it(norm_first: bool, batch_first: bool) -> None:
+    torch.manual_seed(0)
+    model = Encoder(norm_first=norm_first, batch_first=batch_first).eval()
+    for layer in model.encoder.layers:
+        layer.self_attn.in_proj_weight.data.mul_(3)
+    monitor = StabilityMonitor(model)
+    assert [place.name for place in monitor.anatomy.places[:3]] == ["embedding", "layer 0 attention", "layer 0"]
+    said: list[Tensor] = []
+
+    def ask(attention: Any, args: Any, kwargs: Any, _: Any) -> None:
+        with torch.no_grad():
+            asked = {"attn_mask": kwargs["attn_mask"], "need_weights": True, "average_attn_weights": False}
+            said.append(attention.forward(*args, **asked)[1][0].double())
+
+    handles = [
+        layer.self_attn.register_forward_hook(ask, with_kwargs=True)
+        for layer in model.encoder.layers  # asked of the class itself, outside of what is watched
+    ]
+    with monitor.probe():
+        loss_of(model, some_batch()).backward()
+    for handle in handles:
+        handle.remove()
+    record = monitor.records[-1]
+    assert set(record.left_out) == UPDATES
+    for n, p in enumerate(said[-3:]):
+        logs = p.log().masked_fill(p == 0, 0)
+        count = (p > 0).sum(-1)
+        variance = (logs.square().sum(-1) / count - (logs.sum(-1) / count) ** 2)[:, 1:].mean()
+        entropy = torch.special.entr(p).sum(-1)[:, 1:].mean()
+        assert values(record, "logit_variance")[f"layer {n}"] == pytest.approx(float(variance), rel=1e-4)
+        assert values(record, "attention_entropy")[f"layer {n}"] == pytest.approx(float(entropy), rel=1e-4)
+        assert variance > 1e-2
+
+
+@pytest.mark.parametrize("separate", [False, True])
+def test_masks_and_padding_of_torchs_attention_are_seen(separate: bool) -> None:
+    """In either kind: what is hidden is True, or is added."""
+    torch.manual_seed(0)
+    own = {"kdim": 16, "vdim": 8} if separate else {}
+    attention = nn.MultiheadAttention(16, 2, batch_first=True, bias=not separate, **own)
+    x = torch.randn(3, 6, 16)
+    keys = (x, torch.randn(3, 6, 8)) if separate else (x, x)
+    hidden = torch.ones(6, 6).triu(1).bool()
+    padding = torch.zeros(3, 6).bool()
+    padding[:, 5] = True
+    added = [torch.zeros(mask.shape).masked_fill(mask, -math.inf) for mask in (hidden, padding)]
+    p = attention(x, *keys, attn_mask=hidden, key_padding_mask=padding, average_attn_weights=False)[1][0].double()
+    expected = torch.special.entr(p).sum(-1)[:, 1:].mean(-1)
+    for mask, pad in ((hidden, padding), added, (hidden.repeat(6, 1, 1), padding)):
+        seen: list[Any] = []
+        with AttentionView(3, seen.append):
+            attention(x, *keys, attn_mask=mask, key_padding_mask=pad)
+        (rows,) = seen
+        assert rows.entropy.tolist() == pytest.approx(expected.tolist(), rel=1e-5)
+    seen = []
+    with AttentionView(3, seen.append):
+        nn.MultiheadAttention(16, 2, batch_first=True, add_zero_attn=True)(x, x, x)
+    assert seen == ["its nn.MultiheadAttention has keys that are no token's"]
 
 
 class Spelled(nn.Module):
