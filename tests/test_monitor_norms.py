@@ -101,7 +101,10 @@ def decoder(kind: str) -> Any:
         "encoder post": lambda: Encoder(n_layers=2, norm_first=False),
     }
     if kind in own:
-        return own[kind]().double()
+        model = own[kind]()
+        with torch.no_grad():  # off the size at which a norm is the identity
+            next(m for m in model.modules() if isinstance(m, nn.Embedding)).weight.mul_(3)
+        return model.double()
     config = TINY[kind.split()[0]]
     layers = {name: 2 for name in ("n_layer", "num_hidden_layers") if name in config}
     model = build(config | layers | ({"do_layer_norm_before": False} if kind == "opt post" else {}))
