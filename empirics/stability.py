@@ -2,10 +2,17 @@
 
 A probed step gives the residual stream's standard deviation and gradients place by place, the variance of the attention
 logits and the entropy of attention layer by layer, and of every matrix the gradient that the optimizer got, the update
-and its ratio to the matrix. Attention is seen where the class calls `scaled_dot_product_attention` or a softmax; an
-update where an optimizer of torch makes it. On request, since they are dear, spectra and distributions of the matrices
-and of the stream (`StabilityMonitor(model, probes="default,weight_opnorm@1000")`; `python -m empirics probes --list`
-has the names). What cannot be had of a class is named in the record's `left_out`, with the reason.
+and its ratio to the matrix. Attention is seen where the class calls `scaled_dot_product_attention`,
+`nn.MultiheadAttention` or a softmax; an update where an optimizer of torch makes it. On request, since they are dear,
+spectra and distributions of the matrices and of the stream, and norms of Jacobians: of each layer, of its half-layers,
+branches and sub-layers, and of all layers (`StabilityMonitor(model, probes="default,half_layer_jacobian@1000")`;
+`python -m empirics probes --list` has the names). What cannot be had of a class is named in the record's `left_out`,
+with the reason.
+
+A norm is a lower estimate, over the whole first sequence as the step's first pass has it: a block is run again where it
+is called, with the arguments of that sequence alone, without dropout, and in float32 where its weights are in less.
+Hooks that others have put inside a block are called then too. What has no second derivative, such as flash or flex
+attention, has no norm.
 """
 
 from __future__ import annotations
@@ -149,7 +156,8 @@ class StabilityMonitor:
         tokens: (B, T) ids to find the stream with; random ones unless given.
         eager: run probed steps uncompiled; needed where what is called is a compiled wrapper around this model.
         probes: which, as in `train --probes`: `default` for the cheap ones, `none`, names, `NAME@N` for every N steps.
-            A dear one without a number is measured in the first probed step.
+            A dear one without a number is measured in the first probed step. Those of Jacobians take as long as a
+            few steps.
 
     Raises:
         ValueError: no residual stream is found, or there is no such probe; the message says why.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 from empirics.registry import find
+from empirics.subject import TOLERANCE
 
 transformers = pytest.importorskip("transformers")
 
@@ -65,6 +67,22 @@ def test_callback_writes_the_probed_steps_and_changes_nothing(tmp_path: Path) ->
         assert updates["labels"][:2] == ["transformer.wte.weight", "transformer.wpe.weight"]
         assert all(value > 0 for value in updates["values"])
     assert isinstance(StabilityCallback(out), transformers.TrainerCallback)
+
+
+def test_callback_takes_norms_on_request(tmp_path: Path) -> None:
+    from empirics.hugging_face import StabilityCallback
+
+    out = tmp_path / "stability.jsonl"
+    wanted = "half_layer_jacobian@2,stack_jacobian"
+    assert train(StabilityCallback(out, every=1, probes=wanted), steps=3) == train(None, steps=3)
+    rows = [json.loads(line)["probes"] for line in out.read_text().splitlines()]
+    assert [sorted(row) for row in rows] == [["half_layer_jacobian", "stack_jacobian"], [], ["half_layer_jacobian"]]
+    halves = rows[0]["half_layer_jacobian"]
+    assert halves["labels"] == ["layer 0 attention", "layer 0 feedforward", "layer 1 attention", "layer 1 feedforward"]
+    assert len(halves["residuals"]) == 4
+    # The stack's norm is at most the product of its half-layers', and they are lower estimates.
+    product = math.prod(halves["values"])
+    assert 1 < rows[0]["stack_jacobian"]["values"][0] <= product * (1 + TOLERANCE) ** 4
 
 
 def test_callback_refuses_what_it_cannot_do(tmp_path: Path) -> None:
