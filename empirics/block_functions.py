@@ -74,8 +74,8 @@ class Functions:
     """The functions of one block on one sequence; to be used `undisturbed`.
 
     `layer`, its halves `attention_half` and `feedforward_half`, what they add to the stream (`attention_branch`,
-    `feedforward_branch`) and the sub-layers in what they read (`attention`, `feedforward`), as
-    `empirics.probes.layer_functions` has them of our own network.
+    `feedforward_branch`) and the sub-layers in what they read (`attention`, `feedforward`; `J_Z`, attention before its
+    output matrix), as `empirics.probes.layer_functions` has them of our own network.
     """
 
     def __init__(self, block: Block, wired: Wiring) -> None:
@@ -100,6 +100,7 @@ class Functions:
             "layer": lambda: (self.run, self.block.x),
             "attention": lambda: self._sublayer(self.wired.attention),
             "feedforward": lambda: self._sublayer(self.wired.feedforward),
+            "J_Z": self._heads,
             "attention_half": lambda: self._halves[0],
             "feedforward_half": lambda: self._halves[1],
             "attention_branch": lambda: self._branches[0],
@@ -127,17 +128,30 @@ class Functions:
 
     # --- sub-layers -----------------------------------------------------------------------------------------------
 
-    def _sublayer(self, sublayer: SubLayer | None) -> tuple[Function, Tensor]:
+    def _sublayer(self, sublayer: SubLayer | None, end: Hooks | None = None) -> tuple[Function, Tensor]:
+        """A sub-layer in what it reads, or as far as where a run of it ends."""
         if sublayer is None:
             raise Unavailable(UNFOUND)
-        x = self.block.x
+        x, left = self.block.x, end or _until(sublayer.leave, "output")
         read = self.at(x, _until(sublayer.enter, "input"))
         modules = list(self.block.module.modules())[1:]
+        return (lambda u: self.run(x, _reading(sublayer.enter, modules, u), left)), read
 
-        def function(u: Tensor) -> Tensor:
-            return self.run(x, _reading(sublayer.enter, modules, u), _until(sublayer.leave, "output"))
+    def _heads(self) -> tuple[Function, Tensor]:
+        """The output matrix is the last one that attention calls, and does not read what attention reads."""
+        attention, called = self.wired.attention, list[tuple[nn.Module, Tensor]]()
+        if attention is None:
+            raise Unavailable(UNFOUND)
+        leaves = [m for m in attention.enter.modules() if any(p.ndim == 2 for p in m.parameters(recurse=False))]
 
-        return function, read
+        def before(module: nn.Module, args: Any, kwargs: Any) -> None:
+            called.append((module, require_stream(stream_tensors(args, kwargs)[0], module)))
+
+        self.at(self.block.x, lambda: [m.register_forward_pre_hook(before, with_kwargs=True) for m in leaves])
+        read = self.at(self.block.x, _until(attention.enter, "input"))
+        if not called or (called[-1][1].shape == read.shape and torch.equal(called[-1][1], read)):
+            raise Unavailable("its attention calls no output matrix as a module")
+        return self._sublayer(attention, _until(called[-1][0], "input"))
 
     @property
     def _both(self) -> tuple[SubLayer, SubLayer]:

@@ -19,7 +19,8 @@ from empirics.running import evaluating, first_sequence, first_tensor, recomputi
 from empirics.spectral import Function, NormEstimate, lanczos_opnorm
 
 LAYER = (
-    "layer", "attention_half", "feedforward_half", "attention_branch", "feedforward_branch", "attention", "feedforward",
+    "layer", "attention_half", "feedforward_half", "attention_branch", "feedforward_branch", "attention", "J_Z",
+    "feedforward",
 )  # fmt: skip
 STACK = "stack"
 QUOTIENT = 0.05  # relative, of a derivative by differences: a gross error is what it is held to

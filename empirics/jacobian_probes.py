@@ -11,11 +11,12 @@ from collections.abc import Collection
 
 from empirics.registry import Reading, Unavailable, estimated, probe
 from empirics.spectral import NormEstimate
-from empirics.subject import Seen, require_own
+from empirics.subject import Seen
 
 FUNCTIONS = {
     "layer_jacobian": "layer",
     "attention_jacobian": "attention",
+    "attention_heads_jacobian": "J_Z",
     "attention_branch": "attention_branch",
     "ffn_jacobian": "feedforward",
     "experts_jacobian": "feedforward",
@@ -58,8 +59,7 @@ def attention_jacobian(subject: Seen) -> Reading:
 @probe("attention_heads_jacobian", kind="lower estimate", cost="dear")
 def attention_heads_jacobian(subject: Seen) -> Reading:
     """Before the output matrix."""
-    require_own(subject)
-    return estimated("attention_heads_jacobian", subject.layer_labels, subject.shared(_norms, "J_Z"))
+    return _of_layers(subject, "attention_heads_jacobian")
 
 
 @probe("attention_branch", kind="lower estimate", cost="dear")

@@ -14,6 +14,8 @@ from empirics.monitor import StabilityMonitor
 from empirics.probes import layer_norms
 from empirics.spectral import NormEstimate
 
+SUBLAYERS = ("attention", "J_Z", "feedforward", "attention_branch", "feedforward_branch")
+
 
 @pytest.mark.parametrize("name", ["pre-ln", "peri-ln", "branch-ln", "post-ln", "parallel", "experts", "multipliers"])
 def test_norms_of_blocks_are_those_of_the_probes(name: str) -> None:
@@ -24,7 +26,7 @@ def test_norms_of_blocks_are_those_of_the_probes(name: str) -> None:
     norms = block_norms(model, StabilityMonitor(model).anatomy, tokens)
     for row, expected in zip(norms.layers, layer_norms(model, tokens), strict=True):
         halves = {"attention_half", "feedforward_half"}
-        assert row.keys() == {"layer", "attention", "feedforward", "attention_branch", "feedforward_branch"} | halves
+        assert row.keys() == {"layer", *SUBLAYERS} | halves
         for key in row.keys() & expected.keys() - (halves if name == "parallel" else set()):
             found = row[key]
             assert isinstance(found, NormEstimate), found

@@ -198,7 +198,7 @@ def test_a_class_without_a_prediction_is_measured_all_the_same(
 def test_norms_are_lower_estimates(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = write(tmp_path / "config.json", TINY["gpt_neox"])
     _, answer = measure(path, *QUICK, "--norms", capsys=capsys)
-    names = {"layer", "attention", "feedforward", "attention_branch", "feedforward_branch"}
+    names = {"layer", "attention", "J_Z", "feedforward", "attention_branch", "feedforward_branch"}
     assert [set(row) for row in answer["norms"]] == 4 * [names]
     assert set(answer["norms_left_out"]) == {"attention_half", "feedforward_half"}  # parallel: no halves
     assert answer["stack_norm"]["kind"] == "lower estimate"

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 pytest.importorskip("transformers")
 
 from helpers.decoders import Encoder, NanoBlock, NanoGPT, Titan
-from helpers.known_decoders import OURS, loss_of, real, some_batch
+from helpers.known_decoders import KINDS, OURS, loss_of, real, some_batch
 from helpers.real_classes import TINY, blocks, build
 
 from empirics.anatomy import Block
@@ -26,6 +26,7 @@ from empirics.registry import Unavailable, find, probes
 from empirics.subject import TOLERANCE, Subject
 
 NORMS = "layer_jacobian,half_layer_jacobian,attention_branch,ffn_branch,attention_jacobian,ffn_jacobian"
+HEADS = "attention_heads_jacobian"
 ALL = f"{NORMS},stack_jacobian,half_layer_product"
 LENGTH = 3
 
@@ -167,6 +168,24 @@ def written_out(kind: str, block: Any, x: Tensor, args: Any, kwargs: Any, *, wit
     }
 
 
+UNCALLED = "its attention calls no output matrix as a module"
+OUTPUTS = ("attn.c_proj", "self_attn.o_proj", "attention.dense", "self_attn.out_proj", "attention.wo")
+
+
+def before_output(block: Any, attention: Sub) -> Sub:
+    """What the output matrix of an attention reads."""
+    (output,) = (module for name, module in block.named_modules() if name in OUTPUTS)
+
+    def heads(u: Tensor) -> Tensor:
+        read: list[Tensor] = []
+        handle = output.register_forward_pre_hook(lambda _, args: read.append(args[0]))
+        attention(u)
+        handle.remove()
+        return read[0]
+
+    return heads
+
+
 def exact(function: Sub, x: Tensor) -> float:
     jacobian = torch.autograd.functional.jacobian(function, x.detach())
     return float(torch.linalg.matrix_norm(jacobian.reshape(-1, x.numel()), ord=2))  # type: ignore[union-attr]
@@ -192,22 +211,38 @@ def test_norms_are_those_of_explicit_jacobians(kind: str) -> None:
 
     tokens = torch.randint(2, 50, (2, LENGTH), generator=torch.Generator().manual_seed(1))
     handle = block.register_forward_pre_hook(before, with_kwargs=True)
-    record = probed(model.train(), NORMS, tokens)
+    record = probed(model.train(), f"{NORMS},{HEADS}", tokens)
     model.eval()(tokens[:1], **({"use_cache": False} if hasattr(model, "config") else {}))
     handle.remove()
     (x, _), (_, (args, kwargs)) = seen[-2:]  # the stream of the step, and what else is given to one sequence
-    assert record.left_out == {}
+    assert record.left_out == ({HEADS: f"layer 0: {UNCALLED}"} if kind.startswith("encoder") else {})
     for name, functions in written_out(kind, block, x, args, kwargs).items():
         found = record.probes[name]
         assert found.lower_estimate
         for (function, at), value in zip(functions, found.values[-len(functions) :], strict=True):
             assert is_estimate(value, exact(function, at)), name
+    if HEADS in record.probes:
+        function, at = written_out(kind, block, x, args, kwargs)["attention_jacobian"][0]
+        assert is_estimate(record.probes[HEADS].values[-1], exact(before_output(block, function), at))
     # Control: without its norms a half-layer is another function.
     changed = written_out(kind, block, x, args, kwargs, without_norm=True)["half_layer_jacobian"]
     for (function, at), value in zip(
         changed, record.probes["half_layer_jacobian"].values[-len(changed) :], strict=True
     ):
         assert not is_estimate(value, exact(function, at))
+
+
+@pytest.mark.slow
+@KINDS
+def test_every_class_has_every_norm(kind: str) -> None:
+    """Or no more than one update a layer, and either experts or none."""
+    record = probed(real(kind), f"{ALL},{HEADS},experts_jacobian")
+    assert record.left_out.keys() == {"ffn_jacobian" if kind == "mixtral" else "experts_jacobian"}
+    labels = record.probes["half_layer_jacobian"].labels
+    assert len(labels) == len(record.places) - 1
+    # Submultiplicativity, of lower estimates.
+    stack, product = (record.probes[name].values[0] for name in ("stack_jacobian", "half_layer_product"))
+    assert stack <= product * (1 + TOLERANCE) ** len(labels)
 
 
 # --- as our own ---------------------------------------------------------------------------------------------------
@@ -222,8 +257,7 @@ def test_our_own_transformer_gives_what_its_own_probes_give(name: str) -> None:
     with monitor.probe():
         model.loss(*batch).backward()
     record, subject = monitor.records[-1], Subject(model, *batch)
-    own_only = {"bound_ratio", "attention_heads_jacobian"}
-    assert record.left_out.keys() == own_only | {"ffn_jacobian" if name == "experts" else "experts_jacobian"}
+    assert record.left_out.keys() == {"bound_ratio", "ffn_jacobian" if name == "experts" else "experts_jacobian"}
     for found in record.probes.values():
         expected = find(found.quantity).measure(subject)
         assert found.labels == expected.labels
