@@ -9,6 +9,7 @@ Shapes: B batch, T tokens, D width.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import cached_property
@@ -31,6 +32,7 @@ from empirics.running import (
     removed,
     replaced,
     require_stream,
+    run_eagerly,
     stream_tensors,
     tolerance,
     with_first,
@@ -323,6 +325,8 @@ def undisturbed(*modules: nn.Module) -> Iterator[None]:
     with ExitStack() as stack:
         for module in modules:
             stack.enter_context(evaluating(module))
+        # Compiled functions have no second derivative; without this module, which loads slowly, nothing is compiled.
+        stack.enter_context(run_eagerly(modules[0], always="torch._dynamo" in sys.modules))
         stack.enter_context(_without_checkpoints())
         stack.enter_context(torch.autocast(device, enabled=False))
         stack.enter_context(torch.enable_grad())

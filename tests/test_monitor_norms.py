@@ -531,6 +531,12 @@ def test_a_compiled_model_has_the_same_norms() -> None:
     for layer in blocks_too.layers.values():
         layer.compile(backend="aot_eager")
     assert values(probed(blocks_too)) == expected
+    inside = copy.deepcopy(plain)  # a function in a block, which no module shows
+    for layer in inside.layers.values():
+        layer.feed_forward.forward = torch.compile(layer.feed_forward.forward, backend="aot_eager")
+    found = probed(inside)
+    assert found.left_out == {}
+    assert values(found) == expected
     torch._dynamo.reset()
 
 
