@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from empirics.anatomy import Anatomy, Block, forward
-from empirics.block_functions import Functions, of_one_sequence, undisturbed
+from empirics.block_calls import of_one_sequence, undisturbed
+from empirics.block_functions import Functions
 from empirics.registry import Unavailable
 from empirics.running import evaluating, first_sequence, first_tensor, recomputing, removed
 from empirics.spectral import Function, NormEstimate, lanczos_opnorm
