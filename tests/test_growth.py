@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from empirics.data import random_tokens
 from empirics.probes import measure_growth
 from theory.architecture import EMBEDDINGS, Architecture, method, preset
+from theory.embedding_gram import Stream
 from theory.growth import gradient_growth, growth_closed_form
 from theory.initialisation import Init
 
@@ -147,3 +148,43 @@ def test_growth_with_repeated_tokens() -> None:
     error = differences.std(ddof=1) / math.sqrt(len(seeds))
     print(f"tiny with repeated tokens: {differences.mean():+.2%} +- {error:.2%}")
     assert abs(differences.mean()) <= 0.05 + 3 * error
+
+
+# --- sinusoidal positions, whose mean over coordinates is not small ----------------------------------------------
+
+SINUSOIDAL: dict[str, Any] = {
+    "name": "sinusoidal", "d_model": 256, "n_layers": 1, "n_heads": 4, "n_kv_heads": 4, "d_head": 64, "d_ffn": 1024,
+    "vocab_size": 4096, "context": 64, "positions": "sinusoidal",
+    "init": Init(name="unit", hidden="fan-in", embedding=0.05, position=1.0, head="fan-in"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("changes", [{"block": "post-ln", "n_layers": 2, "final_norm": False}, {"block": "branch-ln"}])
+def test_what_reads_the_raw_stream_reads_its_mean(changes: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """LayerNorm takes it out; an attention that reads the stream before any does not."""
+    a = Architecture(**(SINUSOIDAL | changes))
+    seeds = tuple(range(10))
+    found, _, residual = measure_growth(a, seeds=seeds, batches=lambda seed: distinct_tokens(a, seed, 4, 32))
+    assert found.log_sd is not None
+    error = found.log_sd[0] / math.sqrt(len(seeds))
+    predicted = gradient_growth(a, 32, distinct=True)
+    gap = math.log(predicted.value / found.values[0])
+    monkeypatch.setattr(Stream, "read", lambda stream, _: stream.varied)
+    without = math.log(gradient_growth(a, 32, distinct=True).value / found.values[0])
+    print(f"{a.block}: {gap:+.1%} +- {error:.1%}, with the mean left out {without:+.1%}")
+    assert predicted.in_domain
+    assert abs(gap) <= 0.02 + 3 * error
+    assert without > 0.08 + 3 * error
+    assert residual.values == pytest.approx(predicted.residual_std, rel=0.02)
+
+
+def test_the_deviation_of_the_stream_is_without_its_mean() -> None:
+    """RMSNorm keeps the mean, which the measurement removes, and so does the prediction."""
+    a = Architecture(**(SINUSOIDAL | {"norm": "rmsnorm", "init": replace(SINUSOIDAL["init"], hidden=0.01)}))
+    seeds = (0, 1)
+    found, _, residual = measure_growth(a, seeds=seeds, batches=lambda seed: distinct_tokens(a, seed, 4, 32))
+    predicted = gradient_growth(a, 32, distinct=True)
+    assert residual.values == pytest.approx(predicted.residual_std, rel=0.02)
+    assert found.values[0] == pytest.approx(predicted.value, rel=0.05)
+    root_mean_square = math.hypot(0.05, math.sqrt(0.5))  # control: what it was taken for
+    assert abs(math.log(residual.values[0] / root_mean_square)) > 0.08

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from theory.architecture import Architecture
+from theory.architecture import Architecture, Norm
 from theory.grams import Blocks, Gram, normalised
+
+Array = NDArray[np.float64]
 
 SMALLEST_SQUARE = 1e-100  # of a normaliser; its inverse square still fits a double
 
@@ -37,28 +40,58 @@ def require_scale(architecture: Architecture) -> None:
         )
 
 
-def embedding_gram(architecture: Architecture, blocks: Blocks, tokens: NDArray[np.int64] | None) -> Gram:
-    """Gram matrix of the stream entering the first block; equal tokens share their row."""
+class Stream(NamedTuple):
+    """The residual stream as two Gram matrices: of its entries less their mean over coordinates, and of that mean.
+
+    Only a sinusoidal table has a mean to speak of, of up to a tenth of its square: random entries have one of 1/d.
+    """
+
+    varied: Gram
+    mean: Gram
+
+    def read(self, norm: Norm | None) -> Gram:
+        """What a normalisation, or None of any, sees of it: LayerNorm removes the mean."""
+        return self.varied if norm == "layernorm" else self.varied + self.mean
+
+    def scaled(self, factor: float) -> Stream:
+        """Of the stream times a number whose square is `factor`."""
+        return Stream(self.varied * factor, self.mean * factor)
+
+    def normalised(self, norm: Norm, eps: float) -> tuple[Stream, Array]:
+        """After a normalisation, and the (B,) root mean squares that it divided by, eps in them."""
+        seen, scale = normalised(self.read(norm), eps)
+        if norm == "layernorm":
+            return Stream(seen, self.mean * 0.0), scale
+        return Stream(self.varied.over_outer(scale), self.mean.over_outer(scale)), scale
+
+
+def embedding_gram(architecture: Architecture, blocks: Blocks, tokens: NDArray[np.int64] | None) -> Stream:
+    """The stream entering the first block; equal tokens share their row."""
     a, n = architecture, blocks.sizes.size
     off = np.zeros((n, n)) if tokens is None else (tokens[:, None] == tokens[None, :]).astype(np.float64)
     raw = (a.embedding_multiplier * a.stds.embedding) ** 2
-    gram = Gram(np.full(n, raw), raw * off)
+    gram, mean = Gram(np.full(n, raw), raw * off), Gram(np.zeros(n), np.zeros((n, n)))
     # Positions are added before an embedding norm, so that the norm sees both.
     if a.positions == "learned":
         gram = gram + Gram(np.full(n, a.stds.position**2), np.zeros((n, n)))
     elif a.positions == "sinusoidal":
-        gram = gram + _sinusoidal_gram(a, blocks)
-    return normalised(gram, a.eps)[0] if a.embedding_norm else gram
+        table = _sinusoidal_table(a, blocks)
+        means = table.mean(axis=1, keepdims=True)
+        gram, mean = gram + _products(table - means), _products(means)
+    stream = Stream(gram, mean)
+    return stream.normalised(a.norm, a.eps)[0] if a.embedding_norm else stream
 
 
-def _sinusoidal_gram(architecture: Architecture, blocks: Blocks) -> Gram:
-    """Gram matrix of the fixed sine and cosine table, less its mean over coordinates if a LayerNorm removes it."""
+def _sinusoidal_table(architecture: Architecture, blocks: Blocks) -> Array:
+    """(B, d) the fixed sines and cosines at the middle of a block."""
     half = architecture.d_model // 2
     angles = 10_000.0 ** (-2 * np.arange(half) / architecture.d_model)
     middle = blocks.starts + (blocks.sizes - 1) / 2
     phase = np.outer(middle, angles)
-    table = np.concatenate([np.sin(phase), np.cos(phase)], axis=1)
-    if architecture.norm == "layernorm":
-        table = table - table.mean(axis=1, keepdims=True)
-    off = table @ table.T / table.shape[1]
+    return np.concatenate([np.sin(phase), np.cos(phase)], axis=1)
+
+
+def _products(rows: Array) -> Gram:
+    """Gram matrix of rows, over their length."""
+    off = rows @ rows.T / rows.shape[1]
     return Gram(np.diagonal(off).copy(), off)

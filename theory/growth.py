@@ -26,7 +26,14 @@ from numpy.typing import NDArray
 from theory import growth_domain
 from theory.architecture import Architecture
 from theory.arguments import require_tokens
-from theory.embedding_gram import SMALLEST_SQUARE, embedding_gram, embedding_variance, raw_variance, require_scale
+from theory.embedding_gram import (
+    SMALLEST_SQUARE,
+    Stream,
+    embedding_gram,
+    embedding_variance,
+    raw_variance,
+    require_scale,
+)
 from theory.gram_maps import Applied, AttentionMap, AttentionModel, FeedForwardMap, alibi_slopes, rotation_correlation
 from theory.grams import Blocks, Gram, causal, normalised
 from theory.growth_domain import scatter
@@ -45,7 +52,7 @@ class Growth:
 
     Attributes:
         value: |g_0| / |g_N|.
-        residual_std: (places,) root mean square of the residual stream.
+        residual_std: (places,) over the entries of a token, mean removed; its square averaged over tokens.
         gradient: (places,) gradient norm, over that at the last.
         branch_std: (2N,) root mean square of each sub-layer's output, attention first, before any norm or multiplier.
         in_domain: whether the large-width model is valid here; `reasons` says what is not.
@@ -86,7 +93,7 @@ class ForwardPass:
     """The recursion up to the head, with what its way back needs.
 
     Attributes:
-        stream: Gram matrix of the residual stream at its end.
+        stream: Gram matrix of the residual stream at its end, as the final norm sees it.
         residual_std, branch_std: as in `Growth`.
         logit_variance: largest of attention.
         own: root mean square of what a token's embedding has become in its stream.
@@ -216,7 +223,7 @@ def forward_pass(
     blocks = Blocks.of(n_tokens, exact=exact or tokens is not None)
     stream = embedding_gram(a, blocks, tokens)
     updates: list[_Update] = []
-    residual_std = [_root(blocks.trace(stream) / n_tokens)]
+    residual_std = [_root(blocks.trace(stream.varied) / n_tokens)]
     branch_std: list[float] = []
     logit_variance, own = 0.0, a.embedding_multiplier * a.stds.embedding  # size of a token's embedding in the stream
     if a.embedding_norm:
@@ -225,7 +232,7 @@ def forward_pass(
         for names in a.updates:
             first = not updates
             branches: list[_Branch] = []
-            total = stream * a.shortcut_multiplier**2
+            total = shortcut = stream.scaled(a.shortcut_multiplier**2)
             own *= a.shortcut_multiplier
             feedforward = np.zeros(blocks.sizes.size)
             for name in names:
@@ -236,31 +243,29 @@ def forward_pass(
                 logit_variance = max(logit_variance, branch.applied.logit_variance)
                 added = output if branch.after is None else output.over_outer(1 / branch.after)
                 added = added * a.residual_multiplier**2
-                total = total + added
+                total = total._replace(varied=total.varied + added)
                 if name == "feedforward":
                     feedforward = added.diag
             after, kept = None, 1.0
             if a.block == "post-ln":
-                shares = [
-                    _share(part, total.diag)
-                    for part in (total.diag - a.shortcut_multiplier**2 * stream.diag, feedforward)
-                ]
+                seen = total.read(a.norm).diag
+                shares = [_share(part, seen) for part in (seen - shortcut.read(a.norm).diag, feedforward)]
                 gain, kept = _post_norm(a, *shares, first=first and not a.embedding_norm)
                 if first:
                     kept = 1.0  # no norm is below
-                total, scale = normalised(total, a.eps)
+                total, scale = total.normalised(a.norm, a.eps)
                 after = np.sqrt(gain) / scale
                 own /= _root(float(np.mean(scale**2)))
             updates.append(_Update(tuple(branches), after, kept))
             stream = total
-            residual_std.append(_root(blocks.trace(stream) / n_tokens))
+            residual_std.append(_root(blocks.trace(stream.varied) / n_tokens))
     return ForwardPass(
         architecture=a,
         n_tokens=n_tokens,
         blocks=blocks,
         tokens=tokens,
         updates=tuple(updates),
-        stream=stream,
+        stream=stream.read(a.norm if a.final_norm else None),
         residual_std=tuple(residual_std),
         branch_std=tuple(branch_std),
         logit_variance=logit_variance,
@@ -269,13 +274,14 @@ def forward_pass(
 
 
 def _branch(
-    a: Architecture, blocks: Blocks, layer: int, name: str, stream: Gram, model: AttentionModel, *, fixed: bool
+    a: Architecture, blocks: Blocks, layer: int, name: str, stream: Stream, model: AttentionModel, *, fixed: bool
 ) -> _Branch:
     """A sub-layer applied to the stream."""
     sublayer = attention_map(a, blocks, layer, model) if name == "attention" else feedforward_map(a, layer)
-    kernel, passed, kept = stream, np.ones(blocks.sizes.size), 1.0
-    if a.block in ("pre-ln", "peri-ln"):
-        kernel, scale = normalised(stream, a.eps)
+    normed = a.block in ("pre-ln", "peri-ln")
+    kernel, passed, kept = stream.read(a.norm if normed else None), np.ones(blocks.sizes.size), 1.0
+    if normed:
+        kernel, scale = normalised(kernel, a.eps)
         passed, kept = 1 / scale, norm_gain(a.norm, a.d_model, fixed_scale=fixed)
     elif a.block == "post-ln" and (layer > 0 or name != "attention"):
         kept = norm_gain(a.norm, a.d_model, fixed_scale=True)  # the norm below removes the token's own direction

@@ -104,7 +104,10 @@ def feedforward_estimate(architecture: Architecture, sigma_xp: float, layer: int
 
 
 def input_scales(architecture: Architecture, growth: Growth | ForwardPass) -> Array:
-    """(N, 2) what the norm before each sub-layer divides by, attention first; 1 where there is none."""
+    """(N, 2) what the norm before each sub-layer divides by, attention first; 1 where there is none.
+
+    By standard deviations: the mean of sinusoidal positions, which RMSNorm has in its length, is left out.
+    """
     a, std = architecture, np.asarray(growth.residual_std)
     if a.block not in ("pre-ln", "peri-ln"):
         return np.ones((a.n_layers, 2))
