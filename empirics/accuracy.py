@@ -137,7 +137,7 @@ def on_text(rows: Sequence[Row]) -> list[str]:
     ]
     for r in rows:
         case = known[r.label]
-        distinct = gradient_growth(case.architecture, case.seq_len).value
+        distinct = gradient_growth(case.architecture, case.seq_len, distinct=True).value
         error = math.log(distinct / r.measured)
         cells = (f"{distinct:.4g}", f"{100 * error:+.1f} %", "inside" if r.in_domain else "unknown")
         lines.append(f"| {_cells(r)} | {' | '.join(cells)} |")

@@ -14,7 +14,7 @@ SEEDS = (0, 1, 2)
 MORE_SEEDS = tuple(range(8))  # deep, and on a text: growth of one network differs by 7 to 8 % from the next one's
 MANY_SEEDS = tuple(range(32))  # deep and Post-LN: by 20 %
 BATCH = 4
-VOCABULARY = 8192  # large, so that few tokens of a sequence are equal and the prediction may take them as distinct
+VOCABULARY = 8192  # large, so that few tokens of a sequence are equal
 WIDTHS, DEPTHS, LENGTHS = (64, 128, 256, 512), (4, 8, 24), (32, 128)
 GRID_METHODS = ("Vanilla", "Scaled Embed", "Embed LN")
 BASE_WIDTH, BASE_DEPTH, BASE_LENGTH = 256, 8, 64
@@ -27,7 +27,7 @@ class Case(NamedTuple):
 
     Attributes:
         text: whose tokens the networks read; the prediction knows which of them are equal. Empty for random tokens,
-            which it takes as distinct.
+            two of which are equal once in V.
     """
 
     group: str

@@ -45,7 +45,7 @@ def predict(architecture: Architecture, tokens: Tensor) -> Growth:
     """The growth at initialisation on (B, T) tokens, with what does not hold there among its `reasons`.
 
     Where tokens repeat and the sequences are short enough it is that of the very tokens, the geometric mean over
-    sequences (the first few, which is what a mean of them needs); else tokens are taken as distinct.
+    sequences (the first few, which is what a mean of them needs); else they are taken as random.
     """
     rows = tokens.cpu().numpy().astype(np.int64)
     share = min(len(set(row)) / len(row) for row in rows.tolist())
@@ -53,7 +53,7 @@ def predict(architecture: Architecture, tokens: Tensor) -> Growth:
         growth = gradient_growth(architecture, rows.shape[1], distinct=share == 1)
         if share >= NEARLY_DISTINCT:
             return growth
-        repeats = f"tokens repeat, and beyond {LONGEST_EXACT} tokens the prediction takes them as distinct"
+        repeats = f"tokens repeat, and beyond {LONGEST_EXACT} tokens the prediction takes them as random"
         return replace(growth, in_domain=False, reasons=(*growth.reasons, repeats))
     each = [gradient_growth(architecture, row.size, tokens=row) for row in rows[:MOST_EXACT]]
 

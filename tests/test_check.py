@@ -300,9 +300,9 @@ def test_at_risk_outside_the_domain_is_told_what_mends_the_conditions() -> None:
 
 def test_outside_the_domain_the_obstacle_is_what_to_change() -> None:
     sound = replace(preset("wide"), context=4096).with_embedding("scaled-embed")
-    many = check(replace(sound, vocab_size=1024), 512)
+    many = check(replace(sound, vocab_size=256), 512)
     assert many.outcome == "unknown"
-    assert many.next == ("--seq-len 256: so few tokens of the vocabulary seldom repeat; the verdict is then stable",)
+    assert many.next == ("--seq-len 256: no more tokens than the vocabulary has; the verdict is then stable",)
     assert check(many.architecture, 256).outcome == "stable"
     sharp = check(replace(sound, attention_scale=4.0), 64)
     assert (sharp.outcome, all(condition.holds for condition in sharp.conditions)) == ("unknown", True)

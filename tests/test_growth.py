@@ -95,10 +95,10 @@ def test_profile_and_answer_agree() -> None:
 
 
 def test_repeated_tokens_and_distinct_tokens() -> None:
-    """Distinct ids are the default; equal ids change the answer; all-equal ids are one token seen T times."""
+    """Ids that are handed in are seen to be distinct; equal ids change the answer."""
     a = preset("tiny")
-    distinct = gradient_growth(a, 20, tokens=np.arange(20))
-    assert distinct.value == pytest.approx(gradient_growth(a, 20, exact=True).value, rel=1e-12)
+    distinct = gradient_growth(a, 20, tokens=np.arange(20), distinct=True)
+    assert distinct.value == pytest.approx(gradient_growth(a, 20, distinct=True).value, rel=1e-12)
     repeated = gradient_growth(a, 20, tokens=np.arange(20) // 4)
     assert abs(repeated.value / distinct.value - 1) > 0.01
     assert not repeated.in_domain

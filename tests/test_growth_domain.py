@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from helpers.weights import architecture
 
+from empirics.data import random_tokens
 from empirics.model import ACTIVATIONS
 from empirics.probes import measure_growth
 from theory import growth_domain
@@ -113,7 +114,7 @@ OUTSIDE: dict[str, tuple[Architecture, str]] = {
     "units": (wide(d_ffn=1, activation="relu-squared", gated=True), "networks of d_model=128, d_ffn=1"),
     "shortcut": (narrow(shortcut_multiplier=0.0, n_layers=12), "networks of d_model=32"),
     "post-ln": (narrow(block="post-ln", init=INITS["xavier"]), "networks of d_model=32"),
-    "vocabulary": (wide(vocab_size=63), "16 tokens of a vocabulary of 63 repeat"),
+    "vocabulary": (wide(vocab_size=15, logit_multiplier=0.5), "16 tokens of a vocabulary of 15 repeat"),
 }
 
 
@@ -144,13 +145,32 @@ def test_more_layers_than_were_measured_are_outside() -> None:
 
 
 def test_random_tokens_that_repeat_are_outside() -> None:
-    """Up to an eighth of them are expected to; those that are handed in are counted instead."""
-    a = replace(preset("tiny"), vocab_size=128)
-    assert reason(a, 32) == ""
-    assert reason(a, 33) == ("33 tokens of a vocabulary of 128 repeat, which the prediction assumes they do not")
+    """Up to as many as the vocabulary has are inside; those that are handed in are counted instead."""
+    a = replace(preset("tiny"), vocab_size=32)
+    assert reason(a, 32) == reason(a, 32, distinct=True) == ""
+    assert reason(a, 33) == (
+        "33 tokens of a vocabulary of 32 repeat more often than was measured: at most once on average"
+    )
     assert reason(a, 33, tokens=np.arange(33) % 32) == ""
-    assert reason(a, 128, distinct=True) == ""  # known not to
-    assert "repeat" in reason(a, 129, distinct=True)
+
+
+def test_random_tokens_are_equal_once_in_the_vocabulary() -> None:
+    """Attention of as many tokens as the vocabulary has; control: taken as distinct, its growth is too small."""
+    init = Init(name="attention", hidden=1e-3, embedding=0.02, position=1.0, head="fan-in", value="fan-in")
+    a = wide(vocab_size=128, positions="none", n_layers=1, init=replace(init, writers="fan-in"))
+    seeds = tuple(range(12))
+    found, _, _ = measure_growth(
+        a, seeds=seeds, batches=lambda seed: random_tokens(128, seed=seed, batch_size=4, seq_len=128)
+    )
+    assert found.log_sd is not None
+    error = found.log_sd[0] / math.sqrt(len(seeds))
+    gap, control = (
+        math.log(gradient_growth(a, 128, distinct=distinct).value / found.values[0]) for distinct in (False, True)
+    )
+    print(f"random tokens: {gap:+.1%} +- {error:.1%}, as if distinct {control:+.1%}")
+    assert reason(a, 128) == ""
+    assert abs(gap) <= 0.02 + 3 * error
+    assert control < -0.08 - 3 * error
 
 
 @pytest.mark.parametrize("size", [0.0, 1e-300, 1e-160, 1e-90, 1e-40])

@@ -65,10 +65,12 @@ class Stream(NamedTuple):
         return Stream(self.varied.over_outer(scale), self.mean.over_outer(scale)), scale
 
 
-def embedding_gram(architecture: Architecture, blocks: Blocks, tokens: NDArray[np.int64] | None) -> Stream:
-    """The stream entering the first block; equal tokens share their row."""
+def embedding_gram(
+    architecture: Architecture, blocks: Blocks, tokens: NDArray[np.int64] | None, *, distinct: bool = False
+) -> Stream:
+    """The stream entering the first block; equal tokens share their row, and random ones do so once in V."""
     a, n = architecture, blocks.sizes.size
-    off = np.zeros((n, n)) if tokens is None else (tokens[:, None] == tokens[None, :]).astype(np.float64)
+    off = equality(tokens, n, 0.0 if distinct else 1 / a.vocab_size)
     raw = (a.embedding_multiplier * a.stds.embedding) ** 2
     gram, mean = Gram(np.full(n, raw), raw * off), Gram(np.zeros(n), np.zeros((n, n)))
     # Positions are added before an embedding norm, so that the norm sees both.
@@ -80,6 +82,11 @@ def embedding_gram(architecture: Architecture, blocks: Blocks, tokens: NDArray[n
         gram, mean = gram + _products(table - means), _products(means)
     stream = Stream(gram, mean)
     return stream.normalised(a.norm, a.eps)[0] if a.embedding_norm else stream
+
+
+def equality(ids: NDArray[np.int64] | None, n: int, chance: float) -> Array:
+    """(n, n) 1 where two ids are equal; where there are none, the chance that two random ones are."""
+    return np.full((n, n), chance) if ids is None else (ids[:, None] == ids[None, :]).astype(np.float64)
 
 
 def _sinusoidal_table(architecture: Architecture, blocks: Blocks) -> Array:

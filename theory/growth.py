@@ -103,6 +103,7 @@ class ForwardPass:
     n_tokens: int
     blocks: Blocks
     tokens: NDArray[np.int64] | None
+    distinct: bool
     updates: tuple[_Update, ...]
     stream: Gram
     residual_std: tuple[float, ...]
@@ -111,12 +112,12 @@ class ForwardPass:
     own: float
 
     @np.errstate(over="ignore", invalid="ignore")  # what is not finite is reported in `reasons`
-    def growth(self, targets: NDArray[np.int64] | None = None, *, distinct: bool = False) -> Growth:
+    def growth(self, targets: NDArray[np.int64] | None = None) -> Growth:
         """The way back from the loss, and whether all of it is in the model's domain."""
         a, blocks, residual_std = self.architecture, self.blocks, self.residual_std
         n_blocks = blocks.sizes.size
         final, scale = normalised(self.stream, a.eps) if a.final_norm else (self.stream, np.ones(n_blocks))
-        gradient = head_gradient(a, final, targets).over_outer(scale)
+        gradient = head_gradient(a, final, targets, distinct=self.distinct).over_outer(scale)
         if a.final_norm:
             norms = [blocks.trace(gradient)]
         else:
@@ -154,7 +155,6 @@ class ForwardPass:
             own_logit=a.logit_multiplier * a.stds.head * a.d_model * math.sqrt(own_share * entering) if a.tied else 0.0,
             own_share=own_share,
             tokens=self.tokens,
-            distinct=distinct,
         )
         if not all(map(math.isfinite, (*profile, *residual_std))):
             reasons = (*reasons, "the recursion breaks down: a mean square overflows or comes out negative")
@@ -182,11 +182,11 @@ def gradient_growth(
 
     Args:
         n_tokens: sequence length T.
-        tokens: (T,) token ids; equal ids share an embedding. Distinct tokens unless given.
-        targets: (T,) ids of the next tokens, for the loss gradient's own correlations. Distinct unless given.
+        tokens: (T,) token ids; equal ids share an embedding. Random unless given: two are equal once in V.
+        targets: (T,) ids of the next tokens, for the loss gradient's own correlations. Random unless given.
         attention: `expanded` counts the fluctuation of softmax rows around their mean, forwards and backwards;
             `uniform` does not. Both keep the gradient through the logits.
-        distinct: the tokens are known to be distinct, not random ones that few of are expected to repeat.
+        distinct: the tokens, and the targets, are known to be distinct.
         exact: one block a position whatever the length (time grows like T^3 N).
 
     Raises:
@@ -196,9 +196,14 @@ def gradient_growth(
     if targets is not None and np.shape(targets) != (n_tokens,):
         raise ValueError(f"targets has shape {np.shape(targets)}; give one id for each of n_tokens={n_tokens}")
     forward = forward_pass(
-        architecture, n_tokens, tokens=tokens, attention=attention, exact=exact or targets is not None
+        architecture,
+        n_tokens,
+        tokens=tokens,
+        attention=attention,
+        exact=exact or targets is not None,
+        distinct=distinct,
     )
-    return forward.growth(targets, distinct=distinct)
+    return forward.growth(targets)
 
 
 @np.errstate(over="ignore", invalid="ignore")
@@ -209,6 +214,7 @@ def forward_pass(
     tokens: NDArray[np.int64] | None = None,
     attention: AttentionModel = "expanded",
     exact: bool = False,
+    distinct: bool = False,
 ) -> ForwardPass:
     """The residual stream at initialisation, and from there `growth`; arguments as in `gradient_growth`.
 
@@ -221,7 +227,7 @@ def forward_pass(
         raise ValueError(f"tokens has shape {np.shape(tokens)}; give one id for each of n_tokens={n_tokens}")
     require_scale(a)
     blocks = Blocks.of(n_tokens, exact=exact or tokens is not None)
-    stream = embedding_gram(a, blocks, tokens)
+    stream = embedding_gram(a, blocks, tokens, distinct=distinct)
     updates: list[_Update] = []
     residual_std = [_root(blocks.trace(stream.varied) / n_tokens)]
     branch_std: list[float] = []
@@ -264,6 +270,7 @@ def forward_pass(
         n_tokens=n_tokens,
         blocks=blocks,
         tokens=tokens,
+        distinct=distinct,
         updates=tuple(updates),
         stream=stream.read(a.norm if a.final_norm else None),
         residual_std=tuple(residual_std),

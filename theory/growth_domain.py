@@ -24,7 +24,6 @@ MIN_DISTINCT = 16  # tokens that repeat; measured 3 to 5 % high at 16
 MIN_WIDTH = 32  # narrower, fluctuations between tokens and heads are no longer small
 MIN_QK_HEAD = 8  # n normal numbers' inverse square length scatters without bound for n < 5; measured 27 % off at 4
 MAX_LAYERS = 96  # docs/accuracy.md measures up to 24, where errors do not grow with depth; beyond this it is a guess
-MAX_REPEATED = 1 / 8  # expected share of random tokens that occurred before; measured 16 % off at 1/2, 8 % at 1/8
 
 # A log-normal's geometric mean lies below its root mean square by the variance of its logarithm, v/4 where that of its
 # square is v: 8 %, the stated accuracy. Measured errors: below 10 % inside; 20 to 180 % at 0.6 to 5.
@@ -72,7 +71,6 @@ def reasons(
     own_logit: float,
     own_share: float,
     tokens: NDArray[np.int64] | None,
-    distinct: bool,
 ) -> tuple[str, ...]:
     """Why the prediction is outside its domain; empty inside.
 
@@ -81,7 +79,7 @@ def reasons(
         head_variance: of the output logits. own_logit: of a token itself at a tied head; 0 untied.
         own_share: the token's embedding in the mean square of the head's input.
     """
-    a, found = architecture, list(lasting(architecture, n_tokens, tokens=tokens, distinct=distinct))
+    a, found = architecture, list(lasting(architecture, n_tokens, tokens=tokens))
     if logit_variance > MAX_LOGIT_VARIANCE:
         found.append(f"{SHARP_LOGITS} {logit_variance:.3g}, above {MAX_LOGIT_VARIANCE}")
     if scattered > MAX_SCATTER:
@@ -103,7 +101,6 @@ def lasting(
     n_tokens: int,
     *,
     tokens: NDArray[np.int64] | None = None,
-    distinct: bool = False,
 ) -> tuple[str, ...]:
     """Those of the reasons that are in the sizes and tokens: no embedding and no initialisation takes them away."""
     a, found = architecture, list[str]()
@@ -116,9 +113,10 @@ def lasting(
             f"{a.n_layers} layers are more than {MAX_LAYERS}: how the recursion's error adds up over so "
             "many was never measured"
         )
-    if tokens is None and n_tokens > (1 if distinct else 2 * MAX_REPEATED) * a.vocab_size:
+    if tokens is None and n_tokens > a.vocab_size:
         found.append(
-            f"{n_tokens} tokens of a vocabulary of {a.vocab_size} repeat, which the prediction assumes they do not"
+            f"{n_tokens} tokens of a vocabulary of {a.vocab_size} repeat more often than was measured: at most once "
+            "on average"
         )
     if a.norm_depth_scaling and a.block != "pre-ln":
         found.append(f"LayerNorm scaling is predicted with pre-ln alone, not with {a.block}")

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from theory.architecture import Architecture
+from theory.embedding_gram import equality
 from theory.grams import Gram
 from theory.kernels import gauss_hermite
 from theory.softmax_moments import softmax_moments
@@ -18,7 +19,9 @@ from theory.softmax_moments import softmax_moments
 SMALLEST = 1e-300  # mean square of the head's input; its inverse fits a double
 
 
-def head_gradient(architecture: Architecture, final: Gram, targets: NDArray[np.int64] | None) -> Gram:
+def head_gradient(
+    architecture: Architecture, final: Gram, targets: NDArray[np.int64] | None, *, distinct: bool = False
+) -> Gram:
     """Gram of the loss gradient at the head's input, up to a factor: (y - p_t).(y' - p_t') over the vocabulary.
 
     y is a target, p_t the predicted distribution: a softmax of independent logits, whose covariance between tokens is
@@ -31,7 +34,7 @@ def head_gradient(architecture: Architecture, final: Gram, targets: NDArray[np.i
     together = softmax_moments(vocabulary, np.abs(covariance)).gain
     together = np.where(covariance < 0, -np.exp(np.minimum(covariance, 0.0)) * together, together)
     rest = 1 - 1 / a.vocab_size
-    same = np.zeros((n, n)) if targets is None else (targets[:, None] == targets[None, :]).astype(np.float64)
+    same = equality(targets, n, 0.0 if distinct else 1 / a.vocab_size)
     return Gram(1 + (rest * itself - 1) / a.vocab_size, same + (rest * together - 1) / a.vocab_size)
 
 

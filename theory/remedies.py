@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from theory.architecture import Architecture, EmbeddingTreatment
 from theory.conditions import GROWTH_LIMIT, Condition, Outcome, conditions_of, in_words, outcome_of
 from theory.growth import Growth, forward_pass
-from theory.growth_domain import MAX_LAYERS, MAX_LOGIT_VARIANCE, MAX_REPEATED, SHARP_LOGITS, lasting
+from theory.growth_domain import MAX_LAYERS, MAX_LOGIT_VARIANCE, SHARP_LOGITS, lasting
 
 TREATMENTS: tuple[EmbeddingTreatment, ...] = ("scaled-embed", "embed-ln")
 TRAIN = "train; at the next change of width, depth or initialisation, check again"
@@ -141,11 +141,11 @@ def _factor(nearest: _Try) -> float:
 def _into_the_domain(architecture: Architecture, seq_len: int, growth: Growth) -> tuple[str, ...]:
     """What takes away that which puts a verdict outside the domain."""
     lines: list[str] = []
-    fewer = max(int(2 * MAX_REPEATED * architecture.vocab_size), 1)
+    fewer = architecture.vocab_size
     if seq_len > fewer:
         forward = forward_pass(architecture, fewer)
         outcome = outcome_of(forward.growth(), conditions_of(forward))
-        lines.append(f"--seq-len {fewer}: so few tokens of the vocabulary seldom repeat; the verdict is then {outcome}")
+        lines.append(f"--seq-len {fewer}: no more tokens than the vocabulary has; the verdict is then {outcome}")
     if architecture.n_layers > MAX_LAYERS:
         lines.append(f"--layers {MAX_LAYERS}: the largest depth whose growth is predicted")
     if any(reason.startswith(SHARP_LOGITS) for reason in growth.reasons):

@@ -156,7 +156,7 @@ def _reasons(architecture: Architecture, growth: Growth, found: Sequence[Conditi
 
 
 def _assumptions(architecture: Architecture) -> tuple[str, ...]:
-    assumed = ["initialisation, no dropout", "uniformly random, distinct tokens", "float32 or wider residual stream"]
+    assumed = ["initialisation, no dropout", "uniformly random tokens", "float32 or wider residual stream"]
     if architecture.gated or architecture.activation == "relu-squared":
         assumed.append("eq. (15) extended to gates and squares by the root mean square slope")
     if architecture.block != "pre-ln" or architecture.parallel:
