@@ -13,10 +13,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from empirics.model import ACTIVATIONS
+from theory import growth_domain
 from theory.architecture import method, preset
 from theory.gram_maps import AttentionMap, FeedForwardMap, alibi_slopes, rotation_correlation, steepest_alibi_slope
 from theory.grams import Blocks, Gram, causal
 from theory.growth import gradient_growth
+from theory.initialisation import Init
 from theory.logits import norm_gain
 from theory.softmax_moments import exact_moments, softmax_moments
 
@@ -114,6 +116,25 @@ def test_coarse_blocks_within_one_per_cent(name: str, model: Any) -> None:
     assert coarse.value == pytest.approx(exact.value, rel=0.01)
     assert coarse.residual_std == pytest.approx(exact.residual_std, rel=0.01)
     assert coarse.gradient == pytest.approx(exact.gradient, rel=0.01)
+
+
+@pytest.mark.parametrize(("window", "logits", "room"), [(2, 1.0, 1e-9), (16, 1.0, 0.01), (16, 3.9, 0.03)])
+def test_blocks_are_a_part_of_the_shortest_window(
+    window: int, logits: float, room: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neighbours that a window sees are more alike than a block's mean; control: blocks of any size are too large."""
+    a = replace(preset("tiny"), n_layers=8, positions="none", window=window, context=512)
+    init = Init(name="unit", hidden="fan-in", embedding=1.0, position=1.0, head="fan-in", query_key=logits**0.25 / 8)
+    a = replace(a, init=init)
+    exact, coarse = (gradient_growth(a, 320, exact=exact) for exact in (True, False))
+    assert coarse.in_domain
+    assert coarse.value == pytest.approx(exact.value, rel=room)
+    monkeypatch.setattr(growth_domain, "largest_block", lambda *_: 0)
+    any_size = gradient_growth(a, 320)
+    gaps = [found.value / exact.value - 1 for found in (coarse, any_size)]
+    print(f"window {window}: {gaps[0]:+.2%}, in blocks of any size {gaps[1]:+.1%}")
+    assert any_size.value > (1 + 2 * room) * exact.value
+    assert any_size.reasons == (f"320 tokens are too many for a window of {window}, whose neighbours are too alike",)
 
 
 # --- the maps against simulation --------------------------------------------------------------------------------

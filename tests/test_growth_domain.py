@@ -74,12 +74,12 @@ INSIDE: dict[str, tuple[Architecture, int, float]] = {
 SLOW = ("24 layers", "no shortcut", "Post-LN")
 
 
-def measured(a: Architecture, n_tokens: int, seeds: int) -> tuple[float, float]:
+def measured(a: Architecture, n_tokens: int, seeds: int, sequences: int = 4) -> tuple[float, float]:
     """Mean log growth and its standard error, on distinct tokens."""
 
     def batches(seed: int) -> Any:
         generator = np.random.default_rng(seed)
-        rows = [[generator.permutation(a.vocab_size)[:n_tokens] for _ in range(4)] for _ in range(2)]
+        rows = [[generator.permutation(a.vocab_size)[:n_tokens] for _ in range(sequences)] for _ in range(2)]
         return np.array(rows[0]), np.array(rows[1])
 
     growth, _, _ = measure_growth(a, seeds=tuple(range(seeds)), batches=batches)
@@ -97,6 +97,19 @@ def test_just_inside_the_domain(name: str) -> None:
     gap = math.log(gradient_growth(a, n_tokens).value) - found
     print(f"{name}: {gap:+.1%} +- {error:.1%}")
     assert abs(gap) <= allowed / 100 + 3 * error
+
+
+def test_a_short_window_over_a_long_sequence(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Control: in blocks of any size the growth is too large."""
+    a = wide(d_model=64, d_head=16, d_ffn=256, positions="none", window=2, context=192)
+    found, error = measured(a, 192, 8, sequences=1)
+    assert reason(a, 192) == ""
+    gap = math.log(gradient_growth(a, 192).value) - found
+    monkeypatch.setattr(growth_domain, "largest_block", lambda *_: 0)
+    control = math.log(gradient_growth(a, 192).value) - found
+    print(f"window 2: {gap:+.1%} +- {error:.1%}, in blocks of any size {control:+.1%}")
+    assert abs(gap) <= 0.04 + 3 * error
+    assert control > 0.08 + 3 * error
 
 
 # --- outside ------------------------------------------------------------------------------------------------------
@@ -171,6 +184,18 @@ def test_random_tokens_are_equal_once_in_the_vocabulary() -> None:
     assert reason(a, 128) == ""
     assert abs(gap) <= 0.02 + 3 * error
     assert control < -0.08 - 3 * error
+
+
+def test_neighbours_too_alike_for_blocks_are_outside() -> None:
+    """Short windows over more tokens than blocks can tell apart, and ALiBi with strong logits in blocks at all."""
+    a = wide(positions="none", window=8)
+    assert reason(a, 512) == ""
+    assert reason(a, 1024) == "1024 tokens are too many for a window of 8, whose neighbours are too alike"
+    assert reason(replace(a, window=64), 1024) == ""
+    alibi = with_logits(wide(positions="alibi"), 2)
+    assert reason(alibi, 128) == ""
+    assert "ALiBi's neighbours are too alike over 200 tokens" in reason(alibi, 200)
+    assert reason(with_logits(alibi, 0.2), 200) == ""
 
 
 @pytest.mark.parametrize("size", [0.0, 1e-300, 1e-160, 1e-90, 1e-40])

@@ -83,15 +83,19 @@ class Blocks:
     starts: Array
 
     @staticmethod
-    def of(n_tokens: int, *, exact: bool = False) -> Blocks:
-        """Single positions up to `EXACT_POSITIONS` (or throughout), then runs growing by 4 % of their start."""
+    def of(n_tokens: int, *, exact: bool = False, largest: int = 0) -> Blocks:
+        """Single positions up to `EXACT_POSITIONS` (or throughout), then runs growing by 4 % of their start.
+
+        Args:
+            largest: size of a run; 0 for any.
+        """
         n_tokens = require_tokens(n_tokens)
         sizes: list[int] = []
         start = 0
         single = n_tokens if exact or n_tokens <= EXACT_POSITIONS else SINGLES
         while start < n_tokens:
             size = 1 if start < single else max(1, round(GROWTH * start))
-            size = min(size, n_tokens - start)
+            size = min(size, n_tokens - start, largest or n_tokens)
             sizes.append(size)
             start += size
         size_array = np.array(sizes, dtype=np.float64)

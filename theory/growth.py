@@ -154,6 +154,7 @@ class ForwardPass:
             head_variance=head_variance(a, entering),
             own_logit=a.logit_multiplier * a.stds.head * a.d_model * math.sqrt(own_share * entering) if a.tied else 0.0,
             own_share=own_share,
+            block=int(np.max(blocks.sizes)),
             tokens=self.tokens,
         )
         if not all(map(math.isfinite, (*profile, *residual_std))):
@@ -226,7 +227,8 @@ def forward_pass(
     if tokens is not None and np.shape(tokens) != (n_tokens,):
         raise ValueError(f"tokens has shape {np.shape(tokens)}; give one id for each of n_tokens={n_tokens}")
     require_scale(a)
-    blocks = Blocks.of(n_tokens, exact=exact or tokens is not None)
+    largest = growth_domain.largest_block(a, n_tokens)
+    blocks = Blocks.of(n_tokens, exact=exact or tokens is not None, largest=largest)
     stream = embedding_gram(a, blocks, tokens, distinct=distinct)
     updates: list[_Update] = []
     residual_std = [_root(blocks.trace(stream.varied) / n_tokens)]
