@@ -186,6 +186,35 @@ def test_random_tokens_are_equal_once_in_the_vocabulary() -> None:
     assert control < -0.08 - 3 * error
 
 
+def test_a_token_that_fills_the_rows_is_outside() -> None:
+    """Half of all places, with strong logits; the same number of tokens, spread evenly, is inside."""
+    a, uneven, even = wide(positions="none"), np.where(np.arange(64) % 2, 0, np.arange(64)), np.arange(64) % 33
+    assert reason(with_logits(a, 1), 64, tokens=uneven) == reason(with_logits(a, 3.9), 64, tokens=even) == ""
+    found = reason(with_logits(a, 3.9), 64, tokens=uneven)
+    assert found == "a few tokens fill the rows of attention: their weights shift by 0.93 of themselves, above 0.28"
+
+
+@pytest.mark.parametrize(("logits", "inside"), [(1.1, True), (3.9, False)])
+def test_uneven_rows_are_measured(logits: float, inside: bool) -> None:
+    """A token in half of all places: within the stated accuracy while it is inside, and not where it is not."""
+    a, pattern = with_logits(wide(positions="none"), logits), np.where(np.arange(64) % 2, 0, np.arange(64))
+    seeds = tuple(range(12))
+
+    def batches(seed: int) -> Any:
+        generator = np.random.default_rng(seed)
+        rows = [generator.permutation(a.vocab_size)[:64] for _ in range(4)]
+        return np.array([row[pattern] for row in rows]), np.array([generator.permutation(row) for row in rows])
+
+    found, _, _ = measure_growth(a, seeds=seeds, batches=batches)
+    assert found.log_sd is not None
+    error = found.log_sd[0] / math.sqrt(len(seeds))
+    predicted = gradient_growth(a, 64, tokens=pattern, distinct=True)
+    gap = math.log(predicted.value / found.values[0])
+    print(f"logit variance {logits}: {gap:+.1%} +- {error:.1%}, {predicted.reasons}")
+    assert predicted.in_domain == inside
+    assert (abs(gap) <= 0.08 + 3 * error) == inside
+
+
 def test_neighbours_too_alike_for_blocks_are_outside() -> None:
     """Short windows over more tokens than blocks can tell apart, and ALiBi with strong logits in blocks at all."""
     a = wide(positions="none", window=8)

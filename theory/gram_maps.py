@@ -43,11 +43,14 @@ class Applied(NamedTuple):
     output: Gram matrix of the branch. backward: from the gradient's Gram matrix at the output to that at the input.
     logit_variance: largest variance of a row's logits around their mean, or of what their gradient is multiplied by if
         a soft-cap makes that the larger; 0 without attention.
+    uneven: mean square, over the rows and by their weights, of the relative shift of a weight that `_Rows.shift` takes
+        to first order; 0 without attention and in blocks of several tokens.
     """
 
     output: Gram
     backward: Callable[[Gram], Gram]
     logit_variance: float = 0.0
+    uneven: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -116,6 +119,7 @@ class AttentionMap:
             output=over_heads(forward(*head, mixture) for head, mixture in zip(heads, mixtures, strict=True)),
             backward=lambda gradient: over_heads(backward(*head, gradient) for head in heads),
             logit_variance=largest,
+            uneven=sum(row.uneven for row in rows) / len(rows),
         )
 
     def _averaged(self, p: Averaging, kernel: Gram, covariance: Gram) -> tuple[Sides, Sides]:
@@ -142,7 +146,7 @@ class _Rows:
     variance: (B,) of a row's logits around their mean. first: (B,) E[S_t] over its value at equal logits, a soft-cap's
         slopes in it.
     itself: (B,) factor on E[p_t p_t'] - mean of a row with itself. second: Gram of factors on E[S_t K S_t'].
-    shift: (T, T) change of the mean row by unequal tokens (blocks of one token alone).
+    shift: (T, T) change of the mean row by unequal tokens (blocks of one token alone). uneven: as in `Applied`.
     """
 
     variance: Array
@@ -151,6 +155,7 @@ class _Rows:
     second: Gram
     shift: Array
     logits: float
+    uneven: float
 
     @staticmethod
     def of(p: Averaging, covariance: Gram, logits: float, capped: Capped | None) -> _Rows:
@@ -173,17 +178,28 @@ class _Rows:
         first = np.where(varied, moments.slope, 1.0)
         itself = np.where(varied, moments.gain / np.where(unit > 0, unit, 1.0), logits * covariance.diag)
         square, shift = np.where(varied, moments.square, 1.0), np.zeros((0, 0))
+        uneven = 0.0
         if p.blocks.single:
             dense, weights = covariance.dense(), p.dense()
             inner = weights @ dense
             k = covariance.diag[None, :] - 2 * inner + np.sum(inner * weights, axis=1)[:, None]
             k = k - np.sum(weights * k, axis=1)[:, None]
-            shift = weights * k * (0.5 * logits * covariance.diag * first)[:, None]
+            relative_shift = k * (0.5 * logits * covariance.diag)[:, None]
+            uneven = float(np.mean(np.sum(weights * relative_shift**2, axis=1)))
+            shift = weights * relative_shift * first[:, None]
         if capped is not None:
             cap = capped.at(count)
             first, itself, square = first * cap.slope, itself * cap.gain, square * cap.square
         second = Gram(square, np.outer(first, first))
-        return _Rows(variance=variance, first=first, itself=itself, second=second, shift=shift, logits=logits)
+        return _Rows(
+            variance=variance,
+            first=first,
+            itself=itself,
+            second=second,
+            shift=shift,
+            logits=logits,
+            uneven=uneven,
+        )
 
     def at_their_mean(self) -> _Rows:
         """The same rows without fluctuation or shift."""

@@ -95,7 +95,7 @@ class ForwardPass:
     Attributes:
         stream: Gram matrix of the residual stream at its end, as the final norm sees it.
         residual_std, branch_std: as in `Growth`.
-        logit_variance: largest of attention.
+        logit_variance, uneven: largest of attention.
         own: root mean square of what a token's embedding has become in its stream.
     """
 
@@ -109,6 +109,7 @@ class ForwardPass:
     residual_std: tuple[float, ...]
     branch_std: tuple[float, ...]
     logit_variance: float
+    uneven: float
     own: float
 
     @np.errstate(over="ignore", invalid="ignore")  # what is not finite is reported in `reasons`
@@ -155,6 +156,7 @@ class ForwardPass:
             own_logit=a.logit_multiplier * a.stds.head * a.d_model * math.sqrt(own_share * entering) if a.tied else 0.0,
             own_share=own_share,
             block=int(np.max(blocks.sizes)),
+            uneven=self.uneven,
             tokens=self.tokens,
         )
         if not all(map(math.isfinite, (*profile, *residual_std))):
@@ -233,7 +235,8 @@ def forward_pass(
     updates: list[_Update] = []
     residual_std = [_root(blocks.trace(stream.varied) / n_tokens)]
     branch_std: list[float] = []
-    logit_variance, own = 0.0, a.embedding_multiplier * a.stds.embedding  # size of a token's embedding in the stream
+    logit_variance, uneven = 0.0, 0.0
+    own = a.embedding_multiplier * a.stds.embedding  # size of a token's embedding in the stream
     if a.embedding_norm:
         own /= math.sqrt(raw_variance(a) + a.eps)
     for layer in range(a.n_layers):
@@ -249,6 +252,7 @@ def forward_pass(
                 output = branch.applied.output
                 branch_std.append(_root(blocks.trace(output) / n_tokens))
                 logit_variance = max(logit_variance, branch.applied.logit_variance)
+                uneven = max(uneven, branch.applied.uneven)
                 added = output if branch.after is None else output.over_outer(1 / branch.after)
                 added = added * a.residual_multiplier**2
                 total = total._replace(varied=total.varied + added)
@@ -278,6 +282,7 @@ def forward_pass(
         residual_std=tuple(residual_std),
         branch_std=tuple(branch_std),
         logit_variance=logit_variance,
+        uneven=uneven,
         own=own,
     )
 

@@ -25,6 +25,9 @@ SHARP_LOGITS = "attention logits have variance"  # so begins the reason; `theory
 # in any. Each of ALiBi's heads decays within a few tokens: 5 % off at logits of variance 1, 15 % at 4.
 BLOCK_OF_WINDOW, MAX_BLOCKS, WIDE_WINDOW = 8, 512, 64
 MAX_COARSE_LOGITS = 1.0
+# A token that fills much of a row varies less against it than others do, and loses weight: a relative shift d of the
+# mean row, taken to first order. A square has (1 + d + d^2/2)^2 = 1 + 2 d + 2 d^2, a growth d^2: the stated accuracy.
+MAX_UNEVEN = 0.08
 MIN_DISTINCT = 16  # tokens that repeat; measured 3 to 5 % high at 16
 MIN_WIDTH = 32  # narrower, fluctuations between tokens and heads are no longer small
 MIN_QK_HEAD = 8  # n normal numbers' inverse square length scatters without bound for n < 5; measured 27 % off at 4
@@ -76,6 +79,7 @@ def reasons(
     own_logit: float,
     own_share: float,
     block: int,
+    uneven: float,
     tokens: NDArray[np.int64] | None,
 ) -> tuple[str, ...]:
     """Why the prediction is outside its domain; empty inside.
@@ -98,6 +102,11 @@ def reasons(
     if own_logit > math.log(a.vocab_size) and own_share < 0.5:
         found.append(
             f"the tied head knows its own token (logit {own_logit:.3g}), and its gradient runs along the embedding"
+        )
+    if tokens is not None and uneven > MAX_UNEVEN:
+        found.append(
+            f"a few tokens fill the rows of attention: their weights shift by {math.sqrt(uneven):.2g} of themselves, "
+            f"above {math.sqrt(MAX_UNEVEN):.2g}"
         )
     window = shortest_window(a)
     if 0 < window < WIDE_WINDOW and block > max(window // BLOCK_OF_WINDOW, 1):
