@@ -34,8 +34,9 @@ def _accuracy(arguments: argparse.Namespace) -> int:
     if not chosen_cases and not sharp:
         raise ValueError(f"no case or sharp statement has {only!r} in its name; --list prints them")
     norms = norm_rows(Path(arguments.out), sharp)
-    records = run_all([case.spec for case in chosen_cases], Path(arguments.out), title="networks")
-    emit(markdown(records, norms), arguments.markdown)
+    out = Path(arguments.out)
+    records = run_all([case.spec for case in chosen_cases], out, title="networks")
+    emit(markdown(list(zip(chosen_cases, records, strict=True)), norms, out / "data"), arguments.markdown)
     return 0
 
 

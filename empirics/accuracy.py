@@ -1,7 +1,7 @@
 """How right the sharp statements are: growth of `accuracy_cases`, and norms of sub-layers.
 
-One record a case, two processes, resumable; the tables are made from the records. Nothing is fitted: a prediction
-is evaluated from the configuration that is then built and measured.
+One record a case, two processes, resumable. What was measured is read from the records; the predictions beside it are
+made anew with the tables, from the configurations alone. Nothing is fitted.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from empirics.accuracy_cases import BATCH, MANY_SEEDS, MORE_SEEDS, SEEDS, VOCABULARY, cases
-from empirics.norm_samples import measure, settings
+from empirics.accuracy_cases import BATCH, MANY_SEEDS, MORE_SEEDS, SEEDS, VOCABULARY, Case, cases
+from empirics.initialisation import InitialisationSpec, predicted_growth, text_of
+from empirics.norm_samples import claim, measure, settings
 from theory.growth import gradient_growth
 from theory.records import read_record, write_record
 from theory.statements import Statement
@@ -32,18 +33,18 @@ class Row(NamedTuple):
     in_domain: bool
 
 
-def row(record: Mapping[str, Any]) -> Row:
-    """A record as a row of the table."""
-    predicted = next(p for p in record["predictions"] if p["quantity"] == "gradient_growth" and p["kind"] == "sharp")
+def row(record: Mapping[str, Any], spec: InitialisationSpec, cache: Path | None = None) -> Row:
+    """What was measured of a case, beside what is predicted of it now."""
+    growth = predicted_growth(spec, text_of(spec, cache))
     measured = next(m for m in record["measurements"] if m["quantity"] == "gradient_growth")
-    value, truth = float(predicted["values"][0] or math.nan), float(measured["values"][0])
+    truth = float(measured["values"][0])
     return Row(
         label=record["label"],
-        predicted=value,
+        predicted=growth.value,
         measured=truth,
-        error=math.log(value / truth),
+        error=math.log(growth.value / truth),
         standard_error=measured["log_sd"][0] / math.sqrt(len(record["seeds"])),
-        in_domain=predicted["in_domain"],
+        in_domain=growth.in_domain,
     )
 
 
@@ -53,12 +54,11 @@ def norm_rows(out: Path, chosen: Mapping[str, Statement]) -> list[dict[str, Any]
     for name, statement in tqdm(chosen.items(), desc="norms", unit="statement", disable=None):
         path = out / f"norms-{name}.json"
         rows_of = settings(statement)
-        wanted = [[x.label, x.seeds, x.predicted(statement), x.inside(statement)] for x in rows_of]
         kept = (read_record(path) or {}).get("rows", [])
-        if [[r["label"], r["seeds"], r["predicted"], r["in_domain"]] for r in kept] != wanted:
+        if [[r["label"], r["seeds"]] for r in kept] != [[x.label, x.seeds] for x in rows_of]:
             kept = [measure(statement, setting) for setting in rows_of]
             write_record(path, kind="norms", body={"rows": kept})
-        rows += kept
+        rows += [r | claim(statement, setting) for r, setting in zip(kept, rows_of, strict=True)]
     return rows
 
 
@@ -96,9 +96,20 @@ GROUPS = {
 }
 
 
-def markdown(records: Sequence[Mapping[str, Any]], norms: Sequence[Mapping[str, Any]] = ()) -> str:
-    """The document: what was done, a summary and the tables."""
-    rows = {group: [row(r) for r in records if r["preset"] == group] for group in GROUPS}
+def markdown(
+    measured: Sequence[tuple[Case, Mapping[str, Any]]],
+    norms: Sequence[Mapping[str, Any]] = (),
+    cache: Path | None = None,
+) -> str:
+    """The document: what was done, a summary and the tables.
+
+    Args:
+        measured: cases with their records.
+        cache: folder that keeps tokenised text.
+    """
+    rows = {
+        group: [row(record, case.spec, cache) for case, record in measured if case.group == group] for group in GROUPS
+    }
     more = f"deep and on a text 0 to {MORE_SEEDS[-1]}, deep Post-LN 0 to {MANY_SEEDS[-1]}"
     seeds = f"{', '.join(map(str, SEEDS))} ({more})"
     lines = [

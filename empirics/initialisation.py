@@ -56,14 +56,13 @@ class InitialisationSpec:
 def initialisation(spec: InitialisationSpec, cache: Path | None) -> dict[str, Any]:
     """The record's body. Predictions use the configuration (and, on text, which tokens are equal), nothing measured,
     except eq. (20)'s |J^Z| and the a posteriori bounds, which say so."""
-    a = spec.architecture
-    corpus = load_corpus(spec.data, vocab_size=a.vocab_size, cache=cache) if spec.tokens == "text" else None
+    a, corpus = spec.architecture, text_of(spec, cache)
 
     def batches(seed: int) -> Batch:
         return _batch(spec, corpus, seed)
 
     measured = measure_growth(a, seeds=spec.seeds, batches=batches, device=spec.device) if spec.seeds else ()
-    growth = gradient_growth(a, spec.seq_len) if corpus is None else _growth_on(a, spec, corpus)
+    growth = predicted_growth(spec, corpus)
     predictions = _predictions(a, spec, growth)
     jacobians: dict[str, Any] | None = None
     if spec.jacobian_tokens:
@@ -88,6 +87,18 @@ def initialisation(spec: InitialisationSpec, cache: Path | None) -> dict[str, An
         "jacobians": plain(jacobians),
         "norm_jacobian": plain(_norm_jacobian(a, spec.seeds[0])) if spec.jacobian_tokens else None,
     }
+
+
+def text_of(spec: InitialisationSpec, cache: Path | None) -> Corpus | None:
+    """What the networks read, or None for random tokens."""
+    return (
+        load_corpus(spec.data, vocab_size=spec.architecture.vocab_size, cache=cache) if spec.tokens == "text" else None
+    )
+
+
+def predicted_growth(spec: InitialisationSpec, corpus: Corpus | None) -> Growth:
+    """From the configuration, and on a text from which of its tokens are equal."""
+    return gradient_growth(spec.architecture, spec.seq_len) if corpus is None else _growth_on(spec, corpus)
 
 
 def _norm_jacobian(architecture: Architecture, seed: int) -> dict[str, float]:
@@ -117,13 +128,13 @@ def _batch(spec: InitialisationSpec, corpus: Corpus | None, seed: int) -> Batch:
     return batch(corpus, seed=seed, step=0, batch_size=spec.batch_size, seq_len=spec.seq_len)
 
 
-def _growth_on(architecture: Architecture, spec: InitialisationSpec, corpus: Corpus) -> Growth:
+def _growth_on(spec: InitialisationSpec, corpus: Corpus) -> Growth:
     """The recursion on the measured batches' own token equalities; squared gradient norms add over sequences."""
     parts: list[Growth] = []
     for seed in spec.seeds:
         tokens, targets = _batch(spec, corpus, seed)
         for row, row_targets in zip(tokens, targets, strict=True):
-            parts.append(gradient_growth(architecture, spec.seq_len, tokens=row, targets=row_targets))
+            parts.append(gradient_growth(spec.architecture, spec.seq_len, tokens=row, targets=row_targets))
     gradient = np.sqrt(np.mean([np.square(part.gradient) for part in parts], axis=0))
     residual = np.sqrt(np.mean([np.square(part.residual_std) for part in parts], axis=0))
     return Growth(

@@ -386,6 +386,15 @@ def sharp_statements() -> dict[str, Statement]:
     return {name: statement for name, statement in catalogue().items() if statement.kind == "sharp"}
 
 
+def claim(statement: Statement, setting: Setting) -> dict[str, Any]:
+    """What a statement says of a setting: its value, its target, and whether it claims it there."""
+    return {
+        "predicted": setting.predicted(statement),
+        "target": statement.target,
+        "in_domain": setting.inside(statement),
+    }
+
+
 def measure(statement: Statement, setting: Setting) -> dict[str, Any]:
     """One row: predicted, mean and standard error of the drawn norms; JSON-ready."""
     norms = torch.tensor([setting.draw(seed) for seed in range(setting.seeds)], dtype=torch.float64)
@@ -394,9 +403,7 @@ def measure(statement: Statement, setting: Setting) -> dict[str, Any]:
         "statement": statement.name,
         "label": setting.label,
         "seeds": setting.seeds,
-        "predicted": setting.predicted(statement),
         "measured": mean,
         "standard_error": (norms.std() / math.sqrt(setting.seeds)).item() / mean,
-        "target": statement.target,
-        "in_domain": setting.inside(statement),
+        **claim(statement, setting),
     }
