@@ -50,7 +50,7 @@ def test_printed_predictions_are_what_is_predicted_now(label: str) -> None:
         assert (predicted, verdict) == ("unknown", "unknown: no prediction")
         assert f"- {label}: {why}." in lines()
         return
-    growth = gradient_growth(a, 48)
+    growth = gradient_growth(a, 48, distinct=True)
     assert predicted == f"{growth.value:.4g}", STALE
     assert (block, order) == (a.block, "parallel" if a.parallel else "serial")
     assert embedding == ("normalised" if a.embedding_norm else f"{a.embedding_multiplier:.4g}")

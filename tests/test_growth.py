@@ -119,7 +119,7 @@ def test_growth_of_a_small_network(treatment: Any, target: float) -> None:
     """Theory against a network that is built and differentiated: within its target and three standard errors."""
     a, seeds = preset("tiny").with_embedding(treatment), (0, 1, 2, 3)
     growth_measured, _, residual = measure_growth(a, seeds=seeds, batches=lambda seed: distinct_tokens(a, seed, 4, 64))
-    predicted = gradient_growth(a, 64)
+    predicted = gradient_growth(a, 64, distinct=True)
     measured = growth_measured.values[0]
     assert growth_measured.log_sd is not None
     error = growth_measured.log_sd[0] / math.sqrt(len(seeds))
