@@ -350,7 +350,7 @@ LLAMA = {
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama", "gemma2"])
 def test_growth_of_the_real_class_is_predicted_from_its_config(kind: str) -> None:
-    predicted = gradient_growth(parse_config(REAL[kind]).architecture, LENGTH)
+    predicted = gradient_growth(parse_config(REAL[kind]).architecture, LENGTH, distinct=True)
     measured, error = measured_growth(REAL[kind], seeds=6, length=LENGTH)
     assert predicted.in_domain
     # The target is 5 %; the measurement's own standard error is allowed three times over.
@@ -361,7 +361,7 @@ def test_a_wrong_initialisation_would_show() -> None:
     """Control: the flat initialisation read as the depth-scaled one misses the real class by more than the target."""
     flat: Architecture = parse_config(LLAMA).architecture
     measured, error = measured_growth(LLAMA, seeds=3, length=LENGTH)
-    wrong = gradient_growth(replace(flat, init=replace(flat.init, depth_scaled=True)), LENGTH).value
+    wrong = gradient_growth(replace(flat, init=replace(flat.init, depth_scaled=True)), LENGTH, distinct=True).value
     assert abs(wrong / measured - 1) > 0.05 + 3 * error
 
 
@@ -372,7 +372,7 @@ def test_a_wrong_initialisation_would_show() -> None:
     ids=["gpt2 128", "gpt2 256", "llama grouped", "llama"],
 )
 def test_growth_of_the_real_class_is_within_five_percent(config: dict[str, Any]) -> None:
-    predicted = gradient_growth(parse_config(config).architecture, LENGTH).value
+    predicted = gradient_growth(parse_config(config).architecture, LENGTH, distinct=True).value
     measured, error = measured_growth(config, seeds=32, length=LENGTH)
     assert error < 0.02
     assert predicted == pytest.approx(measured, rel=0.05)
@@ -383,7 +383,7 @@ def test_growth_of_every_class_meets_the_targets() -> None:
     """Median |error| at most 2 %, worst at most 8 %, `unknown` for at most two; the errors are known to 2 %."""
     errors: dict[str, float] = {}
     for kind, config in REAL.items():
-        predicted = gradient_growth(parse_config(config).architecture, LENGTH)
+        predicted = gradient_growth(parse_config(config).architecture, LENGTH, distinct=True)
         measured, error = measured_growth(config, seeds=32, length=LENGTH)
         off = predicted.value / measured - 1
         print(f"{kind:12} measured {measured:9.4f} (+- {error:.2%})  predicted {predicted.value:9.4f}  {off:+.1%}")

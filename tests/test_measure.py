@@ -100,7 +100,7 @@ def test_a_reduced_class_is_predicted_as_reduced(tmp_path: Path, capsys: pytest.
     assert "num_hidden_layers 3 -> 2" in answer["reduced"]
     assert answer["measured_architecture"]["d_model"] == 128
     assert answer["predicted"]["gradient_growth"] == pytest.approx(
-        gradient_growth(network(path, width=128, n_layers=2).architecture, 32).value  # type: ignore[arg-type]
+        gradient_growth(network(path, width=128, n_layers=2).architecture, 32, distinct=True).value  # type: ignore[arg-type]
     )
 
 
