@@ -422,10 +422,12 @@ def test_the_head_s_gradient_is_the_evaluated_one() -> None:
 @pytest.mark.parametrize("norm", ["layernorm", "rmsnorm"])
 def test_normalised_logits_are_the_evaluated_ones(norm: str) -> None:
     for kind in ("head", "full"):
-        a = replace(preset("tiny"), norm=norm, qk_norm=kind, attention_scale=None)
-        width = a.d_head if kind == "head" else a.d_head * a.n_heads
-        values = {symbol("d_head"): a.d_head if norm == "layernorm" else width, entry("w"): width}
-        places = (6, 7) if norm == "layernorm" else (4, 5)
-        variance, gain = (evaluate(numbered("qk-norm", place).right, values) for place in places)
+        a = replace(preset("tiny"), norm=norm, qk_norm=kind, attention_scale=None, n_kv_heads=1)
+        key, query = (a.d_head if kind == "head" else a.d_head * heads for heads in (a.n_kv_heads, a.n_heads))
         found = attention_logits(a)
-        assert (found.variance, found.gradient) == pytest.approx((variance, gain), rel=1e-12)
+        for width, gain in ((query, found.queries), (key, found.keys)):
+            values = {symbol("d_head"): a.d_head if norm == "layernorm" else width}
+            values |= {entry("w"): width, entry("w_q"): query + key - width}
+            places = (6, 7) if norm == "layernorm" else (4, 5)
+            lines = [evaluate(numbered("qk-norm", place).right, values) for place in places]
+            assert (found.variance, gain) == pytest.approx(lines, rel=1e-12)

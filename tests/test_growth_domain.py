@@ -117,6 +117,7 @@ def test_a_short_window_over_a_long_sequence(monkeypatch: pytest.MonkeyPatch) ->
 OUTSIDE: dict[str, tuple[Architecture, str]] = {
     "steep": (with_logits(wide(attention_softcap=2.0), 400), "attention logits have variance 21.2, above 4.0"),
     "heads": (wide(**(HEADS | {"n_heads": 32, "n_kv_heads": 32, "d_head": 4}), attention_scale=0.5), "heads of 4 are"),
+    "keys": (wide(**{"qk_norm": "full", "n_kv_heads": 1, "d_head": 4}), "keys of 4 are too narrow for QK-norm"),
     "head": (wide(logit_multiplier=2.6), "output logits have variance 6.76, above 6.32"),
     "stream": (wide(final_norm=False, n_layers=24), "output logits have variance"),
     "tied": (
@@ -287,35 +288,45 @@ def test_a_cap_far_above_the_logits_changes_nothing() -> None:
     assert capped_moments(0.0, 1.0).variance == 0
 
 
-@pytest.mark.parametrize(("norm", "kind"), [("layernorm", "head"), ("layernorm", "full"), ("rmsnorm", "head")])
-def test_logits_and_gradients_of_normalised_heads(norm: Any, kind: Any) -> None:
-    """Four heads of 8 random queries and keys: a logit's variance, and the square of its gradient by the key."""
+@pytest.mark.parametrize(
+    ("norm", "kind", "groups"),
+    [("layernorm", "head", 4), ("layernorm", "full", 4), ("rmsnorm", "head", 4), ("layernorm", "full", 1)],
+)
+def test_logits_and_gradients_of_normalised_heads(norm: Any, kind: Any, groups: int) -> None:
+    """Four heads of 8, random queries and keys: a logit's variance, and the squares of its gradients by each."""
     heads, size, draws = 4, 8, 200_000
-    a = architecture(n_heads=heads, n_kv_heads=heads, d_head=size, qk_norm=kind, norm=norm)
+    a = architecture(n_heads=heads, n_kv_heads=groups, d_head=size, qk_norm=kind, norm=norm)
     generator = np.random.default_rng(0)
-    shape = (draws, 1 if kind == "head" else heads, size)
+    shapes = [(draws, 1 if kind == "head" else n, size) for n in (heads, groups)]
 
     def normed(x: Any) -> tuple[Any, Any]:
         centred = x - x.mean((1, 2), keepdims=True) if norm == "layernorm" else x
         scale = np.sqrt(np.mean(centred**2, axis=(1, 2), keepdims=True))
         return centred / scale, scale
 
-    (query, _), (key, scale) = normed(generator.standard_normal(shape)), normed(generator.standard_normal(shape))
-    logit = np.sum(query[:, 0] * key[:, 0], axis=1) / math.sqrt(size)
-    whole = np.zeros(shape)
-    whole[:, 0] = query[:, 0] / math.sqrt(size)
-    if norm == "layernorm":
-        whole = whole - whole.mean((1, 2), keepdims=True)
-    gradient = (whole - key * np.mean(whole * key, axis=(1, 2), keepdims=True)) / scale
+    sides = [normed(generator.standard_normal(shape)) for shape in shapes]
+    logit = np.sum(sides[0][0][:, 0] * sides[1][0][:, 0], axis=1) / math.sqrt(size)
     found = attention_logits(a)
-    for drawn, expected in (
-        (logit**2, found.variance),
-        (np.sum(gradient**2, axis=(1, 2)), found.variance * found.gradient),
-    ):
-        # 'full': the trace of one head's block, of order 1/width^2 beyond what is carried
-        room = 4 * drawn.std() / math.sqrt(draws) + (2 / shape[1] ** 2 / size if kind == "full" else 0)
-        assert abs(drawn.mean() - expected) <= room
-    assert found.gradient == norm_gain(norm, shape[1] * size)
+
+    def room(drawn: Any) -> float:
+        # 'full': the trace of one head's block, of order d_h/(w_q w_k) beyond what is carried
+        over = shapes[0][1] * shapes[1][1]
+        return 4 * drawn.std() / math.sqrt(draws) + (2 / over / size if kind == "full" else 0)
+
+    assert abs(np.mean(logit**2) - found.variance) <= room(logit**2)
+    for side, gain in enumerate((found.queries, found.keys)):
+        (own, scale), (other, _) = sides[side], sides[1 - side]
+        whole = np.zeros(shapes[side])
+        whole[:, 0] = other[:, 0] / math.sqrt(size)
+        if norm == "layernorm":
+            whole = whole - whole.mean((1, 2), keepdims=True)
+        gradient = (whole - own * np.mean(whole * own, axis=(1, 2), keepdims=True)) / scale
+        drawn = np.sum(gradient**2, axis=(1, 2))
+        assert abs(drawn.mean() - found.variance * gain) <= room(drawn)
+        assert gain == norm_gain(norm, shapes[side][1] * size)
+        if groups < heads:  # one width for both is not enough
+            swapped = (found.keys, found.queries)[side]
+            assert abs(drawn.mean() - found.variance * swapped) > room(drawn)
 
 
 @pytest.mark.parametrize(("activation", "gated"), [("relu", False), ("identity", True), ("silu", False)])

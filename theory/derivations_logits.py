@@ -167,10 +167,11 @@ def qk_norm() -> Derivation:
     centred = line(
         _MEAN_SQUARE_LN,
         "=",
-        1 + (d_head - 1) / (w - 1) ** 2,
+        1 + (d_head - 1) / ((w_q - 1) * (w - 1)),
         "isotropy orthogonal to 1",
-        "LayerNorm over w coordinates, a head's or all heads' at once: E[qhat_i qhat_j] is w/(w - 1) times (1 at i = "
-        "j) - 1/w, its sum of squares over a head's coordinates is this times d_h.",
+        "LayerNorm over w_q coordinates of a query and w of a key, a head's or all heads' at once, of which keys may "
+        "have fewer: E[khat_i khat_j] is w/(w - 1) times (1 at i = j) - 1/w; its product with the queries', summed "
+        "over a head's coordinates, is this times d_h.",
         source=QK,
         sample=_logit_variance_ln,
         tolerance=0.02,
@@ -181,9 +182,9 @@ def qk_norm() -> Derivation:
         "=",
         (w - 2) / (w - 3),
         "inverse chi-square",
-        "For w = d_h: N_k takes two directions, 1 being no part of qhat, so that 1 - 1/(w - 1) of |qhat|^2 is left; "
-        "and a normal key's 1/s_j^2 has mean w/(w - 3). For all heads' at once it is this but for terms of order "
-        "d_h/w^2.",
+        "For w = w_q = d_h: N_k takes two directions, 1 being no part of qhat, so that 1 - 1/(w - 1) of |qhat|^2 is "
+        "left; and a normal key's 1/s_j^2 has mean w/(w - 3). For all heads' at once it is this but for terms of order "
+        "d_h/(w w_q), and for a query the same with w_q for w.",
         source=QK,
         sample=_key_gain_ln,
         tolerance=0.02,
@@ -203,7 +204,7 @@ def qk_norm() -> Derivation:
 
 _KEY_GAIN = entry("E|N_k qhat|^2 E[k_i^2]/d_h", r"\mathbb{E}\|N_k \hat q\|^2\, \mathbb{E}[k_i^2]/d_h")
 _MEAN_SQUARE = entry("E[(qhat.khat)^2]/d_h", r"\mathbb{E}[(\hat q \cdot \hat k)^2]/d_h")
-w = entry("w")
+w, w_q = entry("w"), entry("w_q")
 _KEY_GAIN_LN = entry(
     "E|N_k qhat|^2 E[k_i^2]/E[(qhat.khat)^2]_LN",
     r"\frac{\mathbb{E}\|N_k \hat q\|^2\, \mathbb{E}[k_i^2]}{\mathbb{E}[(\hat q \cdot \hat k)^2]_{LN}}",
@@ -226,10 +227,11 @@ def _key_gain(rng: Rng) -> Values:
 
 
 def _logit_variance_ln(rng: Rng) -> Values:
-    """Heads of 4 out of 8 coordinates that are normalised together."""
-    width, size = 8, 4
-    query, key = (layer_norm(rng.normal(0, std, (width, 200_000)))[:size] for std in (3, 0.2))
-    return {_MEAN_SQUARE_LN: float(np.mean(np.sum(query * key, axis=0) ** 2)) / size, d_head: size, w: width}
+    """Heads of 4: of three queries normalised together, and of two keys."""
+    size, queries, keys = 4, 12, 8
+    query, key = (layer_norm(rng.normal(0, std, (width, 200_000)))[:size] for width, std in ((queries, 3), (keys, 0.2)))
+    products = float(np.mean(np.sum(query * key, axis=0) ** 2))
+    return {_MEAN_SQUARE_LN: products / size, d_head: size, w_q: queries, w: keys}
 
 
 def _key_gain_ln(rng: Rng) -> Values:

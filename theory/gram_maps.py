@@ -64,8 +64,8 @@ class AttentionMap:
         rotation: correlation that RoPE leaves between logits, by the distance of tokens; None without it.
         qk_eps: with QK-norm, the norm's eps over the variance gain of W_Q and W_K; None without. Logits are then those
             of the kernel's correlations, as far as eps is small.
-        logit_gradient: variance gain of the way back through the normalisation of a query or key, times their mean
-            square.
+        query_gain, key_gain: variance gains of the way back through the normalisation of a query and of a key, times
+            their mean square.
         capped: what a soft-cap makes of the logits, whose variance is then `logits`; None without one.
         model: `expanded` counts the fluctuation of softmax rows around their mean, `uniform` does not. Both keep
             the gradient through the logits.
@@ -76,7 +76,8 @@ class AttentionMap:
     averagings: tuple[Averaging, ...]
     rotation: Gram | None = None
     qk_eps: float | None = None
-    logit_gradient: float = 1.0
+    query_gain: float = 1.0
+    key_gain: float = 1.0
     capped: Capped | None = None
     model: AttentionModel = "expanded"
 
@@ -111,8 +112,8 @@ class AttentionMap:
                 values = values + row.spread_shifted(p, gradient)
             # Weighted by the covariance of queries the logits' gradient runs through the keys, and the other way round.
             keys = _spread(p, kernel, inner, gradient * row.second * covariance)
-            logits = self._rotated(keys + gradient * row.second * contracted).over_outer(norms)
-            return values + logits * (self.logits * self.logit_gradient)
+            both = keys * self.key_gain + gradient * row.second * contracted * self.query_gain
+            return values + self._rotated(both).over_outer(norms) * self.logits
 
         heads = list(zip(self.averagings, rows, contracted, strict=True))
         return Applied(

@@ -372,7 +372,8 @@ def attention_map(
         averagings=tuple(causal(blocks, window=window, slope=slope) for slope in slopes),
         rotation=None if base is None else _rotation(a, base, a.rope_slowing(layer), tuple(blocks.sizes.tolist())),
         qk_eps=None if a.qk_norm == "none" else a.eps / max(a.d_model * stds.query * stds.key, 1e-300),
-        logit_gradient=logits.gradient,
+        query_gain=logits.queries,
+        key_gain=logits.keys,
         capped=logits.capped,
         model=model,
     )

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from theory.architecture import Activation, Architecture
 from theory.kernels import activation_function, gauss_hermite
+from theory.logits import normalised_widths
 from theory.words import counted
 
 Array = NDArray[np.float64]
@@ -138,8 +139,9 @@ def lasting(
 ) -> tuple[str, ...]:
     """Those of the reasons that are in the sizes and tokens: no embedding and no initialisation takes them away."""
     a, found = architecture, list[str]()
-    if a.qk_norm == "head" and a.d_head < MIN_QK_HEAD:
-        found.append(f"heads of {a.d_head} are too narrow for QK-norm: below {MIN_QK_HEAD} their scale scatters")
+    if a.qk_norm != "none" and (width := min(normalised_widths(a))) < MIN_QK_HEAD:
+        kind = "heads" if a.qk_norm == "head" else "keys"
+        found.append(f"{kind} of {width} are too narrow for QK-norm: below {MIN_QK_HEAD} their scale scatters")
     if a.d_model < MIN_WIDTH:
         found.append(f"d_model={a.d_model} is below {MIN_WIDTH}, too narrow for a large-width prediction")
     if a.n_layers > MAX_LAYERS:
