@@ -37,6 +37,8 @@ _COUNTS = 65  # and in log n
 _LARGEST_COUNT = 2.0**20
 _SMALLEST_COUNT = 1.001
 _NODES = 65  # of the logit's own integral
+_FARTHEST = 9.5  # of it, in standard deviations
+_SINH_STEP = 0.08  # under a soft-cap, of asinh of the logit over the narrower of its widths
 _STEP = 0.2  # of the integral over log x
 
 
@@ -114,15 +116,20 @@ class Capped(NamedTuple):
 
 @lru_cache(maxsize=128)
 def capped_moments(variance: float, cap: float) -> Capped:
-    """What a soft-cap makes of independent logits that have this variance before it."""
-    if variance == 0:
-        one = np.ones(_COUNTS)
-        return Capped(0.0, one, one, one, 1.0)
-    z, weights = _normal(variance, cap)
-    logits, slope = _soft_cap(math.sqrt(variance) * z, cap)
+    """What a soft-cap makes of independent logits that have this variance before it.
+
+    Of capped logits above the largest variance of the table the factors are 1: no softmax is computed there.
+    """
+    one = np.ones(_COUNTS)
+    z, weights = normal_grid(variance, cap)
+    logits, slope = soft_cap(math.sqrt(variance) * z, cap)
     capped, counts = float(logits**2 @ weights), np.exp(np.linspace(_FIRST, _LAST, _COUNTS)) + 1 - 0.05
-    with_cap, without = exact_moments(counts, variance, cap), exact_moments(counts, capped)
+    if capped == 0:
+        return Capped(0.0, one, one, one, 1.0)
     before = variance / capped
+    if not capped <= LARGEST:
+        return Capped(capped, one, one, one, before * float(slope**2 @ weights))
+    with_cap, without = exact_moments(counts, variance, cap), exact_moments(counts, capped)
     return Capped(
         variance=capped,
         gain=with_cap.gain / without.gain,
@@ -132,18 +139,25 @@ def capped_moments(variance: float, cap: float) -> Capped:
     )
 
 
-def _normal(variance: float, cap: float) -> tuple[Array, Array]:
+def normal_grid(variance: float, cap: float) -> tuple[Array, Array]:
     """Trapezoids for a standard normal: on an infinite line they converge beyond every power for entire integrands.
 
-    A saturated slope is a peak, sigma / c times narrower.
+    A saturated slope is a peak, sigma / c times narrower: z = w sinh(t) resolves both, w the smaller width, with few
+    more nodes for any sigma and c.
     """
-    finer = 1 + int(min(4 * math.sqrt(variance) / cap, 100)) if cap else 1
-    z = np.linspace(-9.5, 9.5, finer * (_NODES - 1) + 1)
-    weights = np.exp(-z * z / 2)
+    width = min(cap / math.sqrt(variance), 1.0) if cap and variance else 0.0
+    if width == 0:
+        z = np.linspace(-_FARTHEST, _FARTHEST, _NODES)
+        weights = np.exp(-z * z / 2)
+    else:
+        farthest = math.asinh(_FARTHEST / width)
+        t = np.linspace(-farthest, farthest, 2 * math.ceil(farthest / _SINH_STEP) + 1)
+        z = width * np.sinh(t)
+        weights = np.exp(-z * z / 2) * np.cosh(t)
     return z, weights / weights.sum()
 
 
-def _soft_cap(z: Array, cap: float) -> tuple[Array, Array]:
+def soft_cap(z: Array, cap: float) -> tuple[Array, Array]:
     """c tanh(z/c) and its slope; z and 1 for c = 0, which is no cap."""
     if cap == 0:
         return z, np.ones_like(z)
@@ -153,13 +167,14 @@ def _soft_cap(z: Array, cap: float) -> tuple[Array, Array]:
 def exact_moments(counts: Array, variance: float, cap: float = 0.0) -> Moments:
     """The three numbers by quadrature, for an array of counts and one variance, that before a soft-cap."""
     deviation = math.sqrt(variance)
-    z, weights = _normal(variance, cap)
-    logs, slopes = _soft_cap(deviation * z, cap)
+    z, weights = normal_grid(variance, cap)
+    logs, slopes = soft_cap(deviation * z, cap)
     passed = slopes**2
     n = counts[:, None]
     # x S is of order one: S runs from n e^{-deviation} to n e^{a/2} and, for few tokens, to the largest e^z.
-    low = -math.log(float(counts[-1])) - max(variance, 9.0 * deviation) - 40.0
-    high = math.log(60.0) + 9.0 * deviation
+    largest = 9.0 * deviation if cap == 0 else min(9.0 * deviation, cap)
+    low = -math.log(float(counts[-1])) - (max(variance, largest) if cap == 0 else largest) - 40.0
+    high = math.log(60.0) + largest
     y = np.linspace(low, high, int((high - low) / _STEP))
     step = y[1] - y[0]
     exponent = -np.exp(np.minimum(y[:, None] + logs[None, :], 7.0))
