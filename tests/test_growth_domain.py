@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import tracemalloc
 from dataclasses import replace
 from typing import Any
 
@@ -18,7 +19,7 @@ from theory.architecture import Architecture, preset
 from theory.grams import Gram
 from theory.growth import gradient_growth
 from theory.growth_domain import MAX_SCATTER, hidden_kurtosis, max_head_variance, scatter
-from theory.head import head_gradient, head_tilt
+from theory.head import head_gradient, head_tilt, head_variance, own_gradient, own_word
 from theory.initialisation import INITS, Init, Rule
 from theory.logits import attention_logits, norm_gain
 from theory.softmax_moments import capped_moments, exact_moments
@@ -114,6 +115,10 @@ def test_a_short_window_over_a_long_sequence(monkeypatch: pytest.MonkeyPatch) ->
 
 # --- outside ------------------------------------------------------------------------------------------------------
 
+TIED_WIDE: dict[str, Any] = {
+    "d_model": 256, "tied": True, "vocab_size": 64, "embedding_multiplier": 16.0,
+    "init": replace(UNIT, embedding=1 / 16),
+}  # fmt: skip
 OUTSIDE: dict[str, tuple[Architecture, str]] = {
     "steep": (with_logits(wide(attention_softcap=2.0), 400), "attention logits have variance 21.2, above 4.0"),
     "heads": (wide(**(HEADS | {"n_heads": 32, "n_kv_heads": 32, "d_head": 4}), attention_scale=0.5), "heads of 4 are"),
@@ -122,6 +127,14 @@ OUTSIDE: dict[str, tuple[Architecture, str]] = {
     "stream": (wide(final_norm=False, n_layers=24), "output logits have variance"),
     "tied": (
         wide(d_model=512, tied=True, residual_multiplier=0.05, init=replace(UNIT, embedding=0.05)),
+        "the tied head knows its own token",
+    ),
+    "tied, few units": (
+        wide(**(TIED_WIDE | {"n_layers": 1, "residual_multiplier": 0.9, "d_ffn": 16})),
+        "the tied head knows its own token",
+    ),
+    "tied, post-ln": (
+        wide(**(TIED_WIDE | {"block": "post-ln", "residual_multiplier": 0.7, "embedding_multiplier": 1.0})),
         "the tied head knows its own token",
     ),
     "depth": (narrow(), "networks of d_model=32, d_ffn=128 and branches this strong scatter"),
@@ -289,6 +302,23 @@ def test_a_cap_far_above_the_logits_changes_nothing() -> None:
 
 
 @pytest.mark.parametrize(
+    ("variance", "cap"),
+    [(1.2e5, 0.02), (3e4, 50.0), (1e6, 8.0), (1e8, 1e4), (1e300, 1e-3), (1e-300, 1.0), (9.0, 1e-200)],
+)
+def test_capped_moments_of_any_size_are_cheap(variance: float, cap: float) -> None:
+    tracemalloc.start()
+    capped = capped_moments(variance, cap)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 256 * 2**20
+    assert np.all(np.isfinite([*capped.gain, *capped.slope, *capped.square, capped.variance, capped.steepness]))
+    if cap < 1e-2 * math.sqrt(variance) and capped.variance > 0:
+        # Saturated: the slope is a peak in z of height 1 and of integral 2 c, its square's is 4 c/3.
+        peak_of_square = 4 * cap / 3 / math.sqrt(2 * math.pi * variance)
+        assert capped.steepness == pytest.approx(variance / capped.variance * peak_of_square, rel=1e-3)
+
+
+@pytest.mark.parametrize(
     ("norm", "kind", "groups"),
     [("layernorm", "head", 4), ("layernorm", "full", 4), ("rmsnorm", "head", 4), ("layernorm", "full", 1)],
 )
@@ -412,6 +442,70 @@ def test_the_gradient_at_the_head(final_norm: bool) -> None:
     assert max(gaps(a)) <= 4
     assert min(gaps(replace(a, final_norm=not final_norm))) > 4
     assert gaps(replace(a, logit_multiplier=0.1))[1] > 4  # as if the softmax were flat
+
+
+TIED = {"vocab_size": 128, "tied": True, "init": replace(UNIT, embedding=128**-0.5)}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"block": "post-ln", "final_norm": False, "n_layers": 2, "residual_multiplier": 0.3},
+        {"n_layers": 8, "residual_multiplier": 0.5, "embedding_multiplier": 128**0.5},
+    ],
+)
+def test_a_tied_head_that_knows_its_word(changes: Any) -> None:
+    """Its gradient lies along the rows of its own tokens, less what a norm takes out; an untied head's does not."""
+    a = wide(**(TIED | changes))
+    assert reason(a) == ""
+    found, error = measured(a, 16, 10)
+    assert abs(math.log(gradient_growth(a, 16).value) - found) <= 0.08 + 3 * error
+    untied = gradient_growth(replace(a, tied=False, init=replace(a.init, head=a.stds.head)), 16).value
+    assert abs(math.log(untied) - found) > 0.08
+
+
+def test_rows_of_a_tied_head_behind_a_norm() -> None:
+    """W'(p - y) of tokens with a part along their own rows and a part that they share, over random tables."""
+    a = wide(d_model=256, n_heads=2, n_kv_heads=2, tied=True, vocab_size=256, init=replace(UNIT, embedding=1 / 16))
+    length, draws, d, share = 4, 200, a.d_model, np.array([0.3, 0.5, 0.7, 0.9])
+    generator = np.random.default_rng(0)
+    common = math.sqrt(0.5)
+    total, grams = np.zeros((draws, length, length)), np.zeros((length, length))
+    for draw in range(draws):
+        table = generator.standard_normal((a.vocab_size, d)) * a.stds.head
+        rest = common * generator.standard_normal(d) + math.sqrt(0.5) * generator.standard_normal((length, d))
+        x = np.sqrt(share)[:, None] * table[:length] / a.stds.head + np.sqrt(1 - share)[:, None] * rest
+        x *= math.sqrt(d) / np.linalg.norm(x, axis=1, keepdims=True)
+        p = np.exp(x @ table.T)
+        p /= p.sum(1, keepdims=True)
+        p[np.arange(length), length + np.arange(length)] -= 1
+        g = p @ table
+        g -= x * np.sum(g * x, axis=1, keepdims=True) / d
+        total[draw], grams = g @ g.T / (d * a.stds.head**2), grams + x @ x.T / d / draws
+    final = Gram(np.ones(length), grams)
+    predicted = own_gradient(final, own_word(a, final, share), share).dense() + head_gradient(a, final, None).dense()
+    scale = np.trace(predicted)
+    # 1/d-corrections of the norm, fluctuations of the logit (variance 2/d of its square) in p
+    assert np.trace(total, axis1=1, axis2=2).mean() == pytest.approx(scale, rel=0.03)
+    off = np.sum(total * (1 - np.eye(length)), axis=(1, 2)).mean()
+    assert off == pytest.approx(np.sum(predicted * (1 - np.eye(length))), abs=0.03 * scale)
+    assert abs(off - np.sum(head_gradient(a, final, None).dense() * (1 - np.eye(length)))) > 0.03 * scale
+
+
+def test_a_saturated_output_has_no_tilt() -> None:
+    """The target's slope and the others' are what reaches the token, with the variance before the cap."""
+    a = wide(**{"d_model": 32, "d_head": 8, "d_ffn": 128, "n_layers": 2, "vocab_size": 50_000, "block": "post-ln"})
+    a = replace(a, final_norm=False, logit_multiplier=30.0, logit_softcap=2.9, residual_multiplier=0.2)
+    one = Gram(np.ones(1), np.ones((1, 1)))
+    tilt, capped = float(head_tilt(a, one).diag[0]), head_variance(a) / a.d_model
+    assert tilt < 1e-3 < 0.2 < capped
+    assert reason(a) == ""
+    value = gradient_growth(a, 16).value
+    found, error = measured(a, 16, 16)
+    assert abs(math.log(value) - found) <= 0.04 + 3 * error
+    assert abs(math.log(value * math.sqrt((1 + tilt) / (1 + capped))) - found) > 0.08
+    mild = replace(a, logit_multiplier=1.0, logit_softcap=20.0)
+    assert head_tilt(mild, one).diag[0] == pytest.approx(head_variance(mild) / mild.d_model, rel=0.03)
 
 
 def test_the_largest_real_head_is_inside() -> None:

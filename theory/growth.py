@@ -37,7 +37,7 @@ from theory.embedding_gram import (
 from theory.gram_maps import Applied, AttentionMap, AttentionModel, FeedForwardMap, alibi_slopes, rotation_correlation
 from theory.grams import Blocks, Gram, causal, normalised
 from theory.growth_domain import scatter
-from theory.head import head_gradient, head_tilt, head_variance
+from theory.head import head_gradient, head_tilt, head_variance, own_gradient, own_word
 from theory.logits import attention_logits, lost_directions, norm_gain
 from theory.routing import Routing
 
@@ -118,16 +118,20 @@ class ForwardPass:
         a, blocks, residual_std = self.architecture, self.blocks, self.residual_std
         n_blocks = blocks.sizes.size
         final, scale = normalised(self.stream, a.eps) if a.final_norm else (self.stream, np.ones(n_blocks))
-        gradient = head_gradient(a, final, targets, distinct=self.distinct).over_outer(scale)
+        own_share = np.clip(self.own**2 / np.maximum(self.stream.diag, SMALLEST_SQUARE), 0.0, 1.0)
+        own = own_word(a, final, own_share) if a.tied else np.zeros(n_blocks)
+        isotropic = head_gradient(a, final, targets, distinct=self.distinct)
+        behind_norm = own_gradient(final, own, own_share)
         if a.final_norm:
+            gradient = (isotropic + behind_norm).over_outer(scale)
             norms = [blocks.trace(gradient)]
         else:
-            tilted = gradient + head_tilt(a, final)
-            norms = [blocks.trace(tilted)]
+            gradient = isotropic + head_tilt(a, final) + Gram(own**2, np.zeros((n_blocks, n_blocks)))
+            norms = [blocks.trace(gradient)]
             # Post-LN's last norm is the one that takes the tilt out, with the token's direction and the mean.
-            post = a.block == "post-ln"
-            gradient = gradient * norm_gain(a.norm, a.d_model, fixed_scale=True) if post else tilted
-        scattered = 0.0
+            if a.block == "post-ln":
+                gradient = isotropic * norm_gain(a.norm, a.d_model, fixed_scale=True) + behind_norm
+        scattered, through = 0.0, {"attention": 0.0, "feedforward": 0.0}
         for update in reversed(self.updates):
             if update.after is not None:
                 gradient = gradient.over_outer(1 / update.after)
@@ -139,22 +143,23 @@ class ForwardPass:
                 passed[branch.name] = blocks.trace(added)
             gradient = total
             norms.append(blocks.trace(gradient))
-            shares = (
-                np.array(part / norms[-1] if norms[-1] else 0.0)
-                for part in (sum(passed.values()), passed.get("feedforward", 0.0))
-            )
-            scattered += float(scatter(a, *shares))
+            passed = {name: part / norms[-1] if norms[-1] else 0.0 for name, part in passed.items()}
+            shares = sum(passed.values()), passed.get("feedforward", 0.0)
+            scattered += float(scatter(a, *map(np.array, shares)))
+            for name, part in passed.items():
+                through[name] += part
         profile = tuple(_root(norm / norms[0]) for norm in reversed(norms))
         entering = blocks.trace(final) / self.n_tokens
-        own_share = self.own**2 / max(residual_std[-1] ** 2, SMALLEST_SQUARE)
+        written = {name: sum(std**2 for std in self.branch_std[n::2]) for n, name in enumerate(through)}
         reasons = growth_domain.reasons(
             a,
             self.n_tokens,
             logit_variance=self.logit_variance,
             scattered=scattered,
             head_variance=head_variance(a, entering),
-            own_logit=a.logit_multiplier * a.stds.head * a.d_model * math.sqrt(own_share * entering) if a.tied else 0.0,
-            own_share=own_share,
+            along_own=growth_domain.along_own(
+                a, self.n_tokens, float(np.mean(own**2)), float(np.mean(own_share)), written, through
+            ),
             block=int(np.max(blocks.sizes)),
             uneven=self.uneven,
             tokens=self.tokens,

@@ -7,6 +7,7 @@ outside it, by the recursion's own answer; no prediction depends on them.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from functools import lru_cache
 
 import numpy as np
@@ -37,6 +38,7 @@ MAX_LAYERS = 96  # docs/accuracy.md measures up to 24, where errors do not grow 
 # A log-normal's geometric mean lies below its root mean square by the variance of its logarithm, v/4 where that of its
 # square is v: 8 %, the stated accuracy. Measured errors: below 10 % inside; 20 to 180 % at 0.6 to 5.
 MAX_SCATTER = 0.32
+MAX_MISSED = 0.16  # share of the squared growth that is known to be left out: 8 % of the growth
 
 
 def scatter(architecture: Architecture, share: Array, feedforward: Array) -> Array:
@@ -77,8 +79,7 @@ def reasons(
     logit_variance: float,
     scattered: float,
     head_variance: float,
-    own_logit: float,
-    own_share: float,
+    along_own: float,
     block: int,
     uneven: float,
     tokens: NDArray[np.int64] | None,
@@ -87,8 +88,7 @@ def reasons(
 
     Args:
         logit_variance: largest of attention. scattered: sum of `scatter` over the updates, as the gradient has it.
-        head_variance: of the output logits. own_logit: of a token itself at a tied head; 0 untied.
-        own_share: the token's embedding in the mean square of the head's input.
+        head_variance: of the output logits. along_own: as the function of this name has it.
     """
     a, found = architecture, list(lasting(architecture, n_tokens, tokens=tokens))
     if logit_variance > MAX_LOGIT_VARIANCE:
@@ -100,9 +100,10 @@ def reasons(
         )
     if head_variance > (limit := max_head_variance(a.vocab_size)):
         found.append(f"output logits have variance {head_variance:.3g}, above {limit:.3g}: the softmax is sharp")
-    if own_logit > math.log(a.vocab_size) and own_share < 0.5:
+    if along_own > MAX_MISSED:
         found.append(
-            f"the tied head knows its own token (logit {own_logit:.3g}), and its gradient runs along the embedding"
+            f"the tied head knows its own token: a share {along_own:.3g} of the gradient's square, above {MAX_MISSED}, "
+            "comes of what runs along the branches' own outputs, or is lost along the embedding"
         )
     if tokens is not None and uneven > MAX_UNEVEN:
         found.append(
@@ -129,6 +130,45 @@ def largest_block(architecture: Architecture, n_tokens: int) -> int:
     """Of positions that share a value, 0 for any: a part of the shortest window, as far as they are not too many."""
     window = shortest_window(architecture)
     return max(window // BLOCK_OF_WINDOW, -(-n_tokens // MAX_BLOCKS), 1) if window else 0
+
+
+def along_own(
+    architecture: Architecture,
+    n_tokens: int,
+    own_square: float,
+    share: float,
+    written: Mapping[str, float],
+    through: Mapping[str, float],
+) -> float:
+    r"""Share of the squared gradient that a tied head's own rows add to or take from what the recursion has; 0 untied.
+
+    Of the row e of a token x the final norm leaves e - (e.x) x/|x|^2, whose squared cosine with the branches' outputs f
+    is the embedding's share s in |x|^2. Along f the recursion, which has f random, misses two things, both at leading
+    order. The feed-forward W_2 h sends W_2'W_2 h = (1 + d/m) h back, and a ReLU lets all of it pass where it lets half
+    of others. Attention W A u sends A'W'W A u, in all N layers along the same A'A u, of whose square a norm
+    before takes the diagonal. Both are upper estimates. An output norm takes f out; the norms of post-ln take
+    the embedding out as well.
+
+    Args:
+        own_square: of `head.own_word`. share: s.
+        written, through: mean squares of the outputs, and shares of the squared gradient, of all "attention" and all
+            "feedforward".
+    """
+    a, outputs = architecture, sum(written.values())
+    whole = 1 + own_square * (1 - share)
+    embedding = own_square * (1 - share) ** 2 / whole if a.block == "post-ln" else 0.0
+    if not outputs or a.block in ("peri-ln", "branch-ln") or (a.block == "pre-ln" and not a.final_norm):
+        return embedding
+    inverse = 1 / np.arange(1, n_tokens + 1)
+    columns = np.cumsum((inverse**2)[::-1])  # the diagonal of A'A
+    coherent = n_tokens * max(np.sum(2 * inverse - inverse**2) - np.sum(columns**2), 0.0) / np.sum(inverse) ** 2
+    units = a.d_ffn * (a.experts_per_token if a.n_experts else 1)
+    gains = {
+        "attention": coherent * (1 + (1 + a.d_model / (a.n_heads * a.d_head)) / a.n_layers),
+        "feedforward": 2 * a.d_model / (units * a.n_layers),
+    }
+    along = own_square * share * (1 - share) / whole
+    return max(embedding, along * sum(gain * through[name] * written[name] / outputs for name, gain in gains.items()))
 
 
 def lasting(

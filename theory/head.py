@@ -14,7 +14,9 @@ from theory.architecture import Architecture
 from theory.embedding_gram import equality
 from theory.grams import Gram
 from theory.kernels import gauss_hermite
-from theory.softmax_moments import softmax_moments
+from theory.softmax_moments import normal_grid, soft_cap, softmax_moments
+
+Array = NDArray[np.float64]
 
 SMALLEST = 1e-300  # mean square of the head's input; its inverse fits a double
 
@@ -43,7 +45,42 @@ def head_tilt(architecture: Architecture, final: Gram) -> Gram:
 
     Logits m W x tilt p towards the rows of W along x. The norm before the head, orthogonal to its token, takes it out.
     """
-    return final * (_variance_gain(architecture, final) / architecture.d_model)
+    a, mean_square = architecture, float(np.mean(final.diag))
+    variance, cap = _uncapped(a, mean_square), a.logit_softcap
+    if cap and variance:
+        z, weights = normal_grid(variance, cap)
+        logits, slopes = soft_cap(math.sqrt(variance) * z, cap)
+        p = np.exp(logits) * weights
+        # Stein: E_p[l'^2 + l''] over the standard deviation is E_p[z l']; over the square of the target's slope.
+        variance = float(z * slopes @ p / p.sum()) ** 2 / max(float(slopes**2 @ weights), SMALLEST)
+    return final * (variance / max(mean_square, SMALLEST) / a.d_model)
+
+
+def own_word(architecture: Architecture, final: Gram, share: Array) -> Array:
+    """(B,) weight, in the same units, of a token's own row in its gradient at a tied head: its probability p.
+
+    The row has the logit m sigma d sqrt(share <x, x>/d), others a mean e^l of e^(variance/2); a soft-cap's slopes are
+    taken in.
+
+    Args:
+        share: (B,) of the token's embedding in the mean square of the head's input.
+    """
+    a, mean_square = architecture, float(np.mean(final.diag))
+    z, weights, cap = *normal_grid(_uncapped(a, mean_square), a.logit_softcap), a.logit_softcap
+    deviation = math.sqrt(_uncapped(a, mean_square))
+    logits, slopes = soft_cap(deviation * z, cap)
+    own, slope = soft_cap(a.logit_multiplier * a.stds.head * a.d_model * np.sqrt(share * final.diag), cap)
+    others = math.log(a.vocab_size) + math.log(float(np.exp(logits - np.max(logits)) @ weights)) + np.max(logits)
+    return slope / math.sqrt(max(float(slopes**2 @ weights), SMALLEST)) / (1 + np.exp(np.minimum(others - own, 700.0)))
+
+
+def own_gradient(final: Gram, weight: Array, share: Array) -> Gram:
+    """Gram of the part of the gradient along the own rows, behind a norm that takes out the direction of the token x.
+
+    Of a row e it leaves e - (e.x) x/|x|^2: 1 - share of its square, and with other tokens what they share with x.
+    """
+    along = weight * np.sqrt(share / np.maximum(final.diag, SMALLEST))
+    return Gram(weight**2 * (1 - share), final.off * np.outer(along, along))
 
 
 def _variance_gain(architecture: Architecture, final: Gram) -> float:
@@ -54,9 +91,13 @@ def _variance_gain(architecture: Architecture, final: Gram) -> float:
 
 def head_variance(architecture: Architecture, mean_square: float = 1.0) -> float:
     """Variance of an output logit of a token of this mean square, soft-capped where the logits are."""
-    a = architecture
-    variance, cap = (a.logit_multiplier * a.stds.head) ** 2 * a.d_model * mean_square, a.logit_softcap
+    variance, cap = _uncapped(architecture, mean_square), architecture.logit_softcap
     if cap == 0:
         return variance
     nodes, weights = gauss_hermite()
     return float((cap * np.tanh(math.sqrt(variance) * nodes / cap)) ** 2 @ weights)
+
+
+def _uncapped(architecture: Architecture, mean_square: float) -> float:
+    a = architecture
+    return (a.logit_multiplier * a.stds.head) ** 2 * a.d_model * mean_square

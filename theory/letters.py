@@ -44,6 +44,8 @@ _INDICES = {
 }
 
 _PROBABILITIES = {
+    "head-gradient:s": "squared cosine of a token and its row of a tied head",
+    "p_x": "probability of the token's own word",
     "update-scatter:a": "branches' share of the mean square after the update",
     "post-norm-gain:a": "branches' share of the mean square after the update",
     "a_F": "the feed-forward's share",
@@ -80,6 +82,10 @@ _PROBABILITIES = {
 }
 
 _SIGNED = {
+    "E[l''.p]": "mean over heads of a softmax row times the second derivatives of the cap",
+    "E_p[l'^2+l'']": "mean of l'^2 + l'' over logits weighted by e^l",
+    "x.x'": "product of two tokens of length 1",
+    "(e-x(x.e)).(e'-x'(x'.e'))": "product of what is left of two tokens' rows",
     "(p-y).(p'-y')": "product of two tokens' loss gradients at the logits",
     "E[(p-y).(p'-y')]": "its mean over the vocabulary's order, or over heads",
     "E[W'a.W'b]": "mean product of W'a and W'b over heads W",
@@ -100,6 +106,11 @@ _SIGNED = {
 }
 
 _SCALARS = {
+    "E[l'^2.(p-p^2)]": "mean over heads of the squared slopes times p - p^2",
+    "E_p[z l']": "mean of z l' over logits weighted by e^l",
+    "head-gradient:v": "variance of a logit, before a soft-cap",
+    "l_x": "logit of the token's own word",
+    "|e-x(x.e)|^2": "square of what is left of the token's row",
     "(E[s^2] E[1/s^2])_1": "mean of s^2 times mean of 1/s^2 at the first norm",
     "E[s^2] E[1/s^2] - 1": "the same at a later norm, less 1",
     "E[1/s^2] - 1": "mean of 1/s^2 where the mean square before the norm is 1, less 1",
@@ -119,7 +130,8 @@ _SCALARS = {
     "e_2[l'^2](x)": "the same with its square",
     "head-gradient:m": "factor on the output logits",
     "V": "size of the vocabulary",
-    "qk-norm:w": "coordinates that are normalised together",
+    "qk-norm:w": "coordinates that are normalised together, of a key where queries have more",
+    "w_q": "coordinates of a query that are normalised together",
     "E[(qhat.khat)^2]_LN/d_h": "variance of a logit over directions, with LayerNorm",
     "E|N_k qhat|^2 E[k_i^2]/E[(qhat.khat)^2]_LN": "LayerNorm's backward gain of a key, likewise, over that variance",
     "softmax-moments:n": "logits of a row",
@@ -280,6 +292,7 @@ _SCALARS = {
 }
 
 _COLUMNS = {
+    "E[W'l'p]": "mean of W'(l' p) over heads W, l' the slopes of a soft-cap, (d, 1)",
     "E[W'p]": "mean of W'p over heads W, (d, 1)",
     "dL/dl": "gradient of the loss at one token's logits, (V, 1)",
     "head-gradient:p": "predicted distribution, (V, 1)",
