@@ -63,6 +63,8 @@ INSIDE: dict[str, tuple[Architecture, int, float]] = {
     "a soft-cap as large as its logits": (with_logits(wide(attention_softcap=2.0), 4), 32, 4),
     "QK-norm of heads of 8": (wide(**HEADS, attention_scale=8**-0.5), 32, 4),
     "QK-norm of heads of 32, logits of 3.5": (wide(qk_norm="head", attention_scale=(3.5 / 32) ** 0.5), 32, 4),
+    "QK-norm of heads of 8, eps a tenth": (wide(**HEADS, attention_scale=8**-0.5, eps=0.1), 16, 8),
+    "heads of 4, logits of 3.9": (with_logits(wide(n_heads=32, n_kv_heads=32, d_head=4), 3.9), 16, 4),
     "output logits of variance 6.25": (wide(logit_multiplier=2.5), 32, 4),
     "output logits of variance 6.25, 24 layers": (wide(logit_multiplier=2.5, n_layers=24), 16, 4),
     "no final norm": (wide(final_norm=False), 32, 4),
@@ -136,6 +138,11 @@ OUTSIDE: dict[str, tuple[Architecture, str]] = {
     "tied, post-ln": (
         wide(**(TIED_WIDE | {"block": "post-ln", "residual_multiplier": 0.7, "embedding_multiplier": 1.0})),
         "the tied head knows its own token",
+    ),
+    "eps": (wide(**(HEADS | {"attention_scale": 2 / 8**0.5, "eps": 1.0})), "eps=1 is as large as the mean square"),
+    "small heads": (
+        with_logits(wide(n_heads=64, n_kv_heads=64, d_head=2), 3.5),
+        "heads of 2 are narrower than the variance",
     ),
     "depth": (narrow(), "networks of d_model=32, d_ffn=128 and branches this strong scatter"),
     "units": (wide(d_ffn=1, activation="relu-squared", gated=True), "networks of d_model=128, d_ffn=1"),

@@ -45,12 +45,14 @@ class Applied(NamedTuple):
         a soft-cap makes that the larger; 0 without attention.
     uneven: mean square, over the rows and by their weights, of the relative shift of a weight that `_Rows.shift` takes
         to first order; 0 without attention and in blocks of several tokens.
+    qk_kept: with QK-norm, the smallest share of queries' and keys' mean square in what they are divided by; 1 without.
     """
 
     output: Gram
     backward: Callable[[Gram], Gram]
     logit_variance: float = 0.0
     uneven: float = 0.0
+    qk_kept: float = 1.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -121,6 +123,7 @@ class AttentionMap:
             backward=lambda gradient: over_heads(backward(*head, gradient) for head in heads),
             logit_variance=largest,
             uneven=sum(row.uneven for row in rows) / len(rows),
+            qk_kept=1.0 if self.qk_eps is None else float(np.min(kernel.diag / norms**2)),
         )
 
     def _averaged(self, p: Averaging, kernel: Gram, covariance: Gram) -> tuple[Sides, Sides]:

@@ -95,7 +95,7 @@ class ForwardPass:
     Attributes:
         stream: Gram matrix of the residual stream at its end, as the final norm sees it.
         residual_std, branch_std: as in `Growth`.
-        logit_variance, uneven: largest of attention.
+        logit_variance, uneven, qk_kept: largest two and smallest of `gram_maps.Applied`, of all layers.
         own: root mean square of what a token's embedding has become in its stream.
     """
 
@@ -110,6 +110,7 @@ class ForwardPass:
     branch_std: tuple[float, ...]
     logit_variance: float
     uneven: float
+    qk_kept: float
     own: float
 
     @np.errstate(over="ignore", invalid="ignore")  # what is not finite is reported in `reasons`
@@ -155,6 +156,7 @@ class ForwardPass:
             a,
             self.n_tokens,
             logit_variance=self.logit_variance,
+            qk_kept=self.qk_kept,
             scattered=scattered,
             head_variance=head_variance(a, entering),
             along_own=growth_domain.along_own(
@@ -240,7 +242,7 @@ def forward_pass(
     updates: list[_Update] = []
     residual_std = [_root(blocks.trace(stream.varied) / n_tokens)]
     branch_std: list[float] = []
-    logit_variance, uneven = 0.0, 0.0
+    logit_variance, uneven, qk_kept = 0.0, 0.0, 1.0
     own = a.embedding_multiplier * a.stds.embedding  # size of a token's embedding in the stream
     if a.embedding_norm:
         own /= math.sqrt(raw_variance(a) + a.eps)
@@ -258,6 +260,7 @@ def forward_pass(
                 branch_std.append(_root(blocks.trace(output) / n_tokens))
                 logit_variance = max(logit_variance, branch.applied.logit_variance)
                 uneven = max(uneven, branch.applied.uneven)
+                qk_kept = min(qk_kept, branch.applied.qk_kept)
                 added = output if branch.after is None else output.over_outer(1 / branch.after)
                 added = added * a.residual_multiplier**2
                 total = total._replace(varied=total.varied + added)
@@ -288,6 +291,7 @@ def forward_pass(
         branch_std=tuple(branch_std),
         logit_variance=logit_variance,
         uneven=uneven,
+        qk_kept=qk_kept,
         own=own,
     )
 

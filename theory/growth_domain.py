@@ -77,6 +77,7 @@ def reasons(
     n_tokens: int,
     *,
     logit_variance: float,
+    qk_kept: float,
     scattered: float,
     head_variance: float,
     along_own: float,
@@ -87,12 +88,22 @@ def reasons(
     """Why the prediction is outside its domain; empty inside.
 
     Args:
-        logit_variance: largest of attention. scattered: sum of `scatter` over the updates, as the gradient has it.
+        logit_variance, qk_kept: as `growth.ForwardPass` has them.
+        scattered: sum of `scatter` over the updates, as the gradient has it.
         head_variance: of the output logits. along_own: as the function of this name has it.
     """
     a, found = architecture, list(lasting(architecture, n_tokens, tokens=tokens))
     if logit_variance > MAX_LOGIT_VARIANCE:
         found.append(f"{SHARP_LOGITS} {logit_variance:.3g}, above {MAX_LOGIT_VARIANCE}")
+    if logit_variance > a.d_head and a.qk_norm != "head":
+        # Given its query q a logit has variance a |q|^2 / d_h, of which the softmax's moments take the mean alone:
+        # measured 10 to 17 % high at a = 3.9 and heads of 2 and 1, 3 % at 4, nothing at 8.
+        found.append(f"heads of {a.d_head} are narrower than the variance {logit_variance:.3g} of their logits")
+    if (missed := eps_in_qk_norm(a, qk_kept) * min(logit_variance, 1.0)) > MAX_MISSED:
+        found.append(
+            f"eps={a.eps:g} is as large as the mean square that QK-norm divides by: a share {missed:.3g} of the "
+            f"gradient through the logits is not there, above {MAX_MISSED}"
+        )
     if scattered > MAX_SCATTER:
         found.append(
             f"networks of d_model={a.d_model}, d_ffn={a.d_ffn} and branches this strong scatter: the square of the "
@@ -130,6 +141,19 @@ def largest_block(architecture: Architecture, n_tokens: int) -> int:
     """Of positions that share a value, 0 for any: a part of the shortest window, as far as they are not too many."""
     window = shortest_window(architecture)
     return max(window // BLOCK_OF_WINDOW, -(-n_tokens // MAX_BLOCKS), 1) if window else 0
+
+
+def eps_in_qk_norm(architecture: Architecture, kept: float) -> float:
+    """What the recursion has too much of the gradient through logits whose QK-norm has an eps; 0 without either.
+
+    It takes the scale of n numbers, of relative variance 2/n, as if eps were 0: a mean 1/s^2 of n/(n - 2), of which a
+    share k = s^2/(s^2 + eps) leaves k^2 of the excess. And the normalised query and key have mean squares below k, by
+    2/n of k (1 - k) each: x/(x + eps) is concave.
+    """
+    if architecture.qk_norm == "none":
+        return 0.0
+    width = max(min(normalised_widths(architecture)), 3)
+    return 2 / (width - 2) * (1 - kept**2) + 4 / width * kept * (1 - kept)
 
 
 def along_own(
