@@ -22,7 +22,7 @@ from theory.growth_domain import MAX_SCATTER, hidden_kurtosis, max_head_variance
 from theory.head import head_gradient, head_tilt, head_variance, own_gradient, own_word
 from theory.initialisation import INITS, Init, Rule
 from theory.logits import attention_logits, norm_gain
-from theory.softmax_moments import capped_moments, exact_moments
+from theory.softmax_moments import capped_moments, exact_moments, square_scatter
 
 UNIT = Init(name="unit", hidden="fan-in", embedding=1.0, position=1.0, head="fan-in")
 
@@ -54,6 +54,13 @@ def reason(a: Architecture, n_tokens: int = 16, **given: Any) -> str:
     return "".join(found.reasons)
 
 
+def one_head(variance: float) -> Architecture:
+    """A layer of attention alone, of one head, over embeddings that it drowns."""
+    parts: dict[str, Rule] = {"hidden": 1e-4, "embedding": 0.02, "value": "fan-in", "writers": "fan-in"}
+    a = wide(n_layers=1, n_heads=1, n_kv_heads=1, d_head=128, d_ffn=64, init=replace(UNIT, **parts))
+    return with_logits(replace(a, positions="none"), variance)
+
+
 # --- inside: networks that are built and measured ----------------------------------------------------------------
 
 HEADS = {"n_heads": 16, "n_kv_heads": 16, "d_head": 8, "qk_norm": "head"}
@@ -65,6 +72,7 @@ INSIDE: dict[str, tuple[Architecture, int, float]] = {
     "QK-norm of heads of 32, logits of 3.5": (wide(qk_norm="head", attention_scale=(3.5 / 32) ** 0.5), 32, 4),
     "QK-norm of heads of 8, eps a tenth": (wide(**HEADS, attention_scale=8**-0.5, eps=0.1), 16, 8),
     "heads of 4, logits of 3.9": (with_logits(wide(n_heads=32, n_kv_heads=32, d_head=4), 3.9), 16, 4),
+    "one head, logits of 1": (one_head(1.0), 32, 8),
     "output logits of variance 6.25": (wide(logit_multiplier=2.5), 32, 4),
     "output logits of variance 6.25, 24 layers": (wide(logit_multiplier=2.5, n_layers=24), 16, 4),
     "no final norm": (wide(final_norm=False), 32, 4),
@@ -140,6 +148,7 @@ OUTSIDE: dict[str, tuple[Architecture, str]] = {
         "the tied head knows its own token",
     ),
     "eps": (wide(**(HEADS | {"attention_scale": 2 / 8**0.5, "eps": 1.0})), "eps=1 is as large as the mean square"),
+    "one head": (one_head(2.5), "outputs of 1 head scatter with the softmax rows"),
     "small heads": (
         with_logits(wide(n_heads=64, n_kv_heads=64, d_head=2), 3.5),
         "heads of 2 are narrower than the variance",
@@ -306,6 +315,17 @@ def test_a_cap_far_above_the_logits_changes_nothing() -> None:
     assert (capped.variance, capped.steepness) == pytest.approx((1, 1), abs=1e-6)
     np.testing.assert_allclose([capped.gain, capped.slope, capped.square], 1, atol=1e-6)
     assert capped_moments(0.0, 1.0).variance == 0
+
+
+def test_the_scatter_of_a_row_s_squares() -> None:
+    generator, draws = np.random.default_rng(0), 100_000
+    for n, variance in ((4, 1.0), (32, 4.0)):
+        p = np.exp(math.sqrt(variance) * generator.standard_normal((draws, n)))
+        squares = np.sum(p**2, axis=1) / p.sum(1) ** 2
+        relative = squares / squares.mean()
+        error = np.std((relative - 1) ** 2) / math.sqrt(draws)
+        assert abs(relative.var() - square_scatter(n, variance)) <= 4 * error
+    assert square_scatter(1, 4.0) == pytest.approx(0, abs=1e-6)
 
 
 @pytest.mark.parametrize(

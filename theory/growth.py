@@ -119,7 +119,7 @@ class ForwardPass:
         a, blocks, residual_std = self.architecture, self.blocks, self.residual_std
         n_blocks = blocks.sizes.size
         final, scale = normalised(self.stream, a.eps) if a.final_norm else (self.stream, np.ones(n_blocks))
-        own_share = np.clip(self.own**2 / np.maximum(self.stream.diag, SMALLEST_SQUARE), 0.0, 1.0)
+        own_share = np.clip((self.own / np.sqrt(np.maximum(self.stream.diag, SMALLEST_SQUARE))) ** 2, 0.0, 1.0)
         own = own_word(a, final, own_share) if a.tied else np.zeros(n_blocks)
         isotropic = head_gradient(a, final, targets, distinct=self.distinct)
         behind_norm = own_gradient(final, own, own_share)
@@ -151,12 +151,13 @@ class ForwardPass:
                 through[name] += part
         profile = tuple(_root(norm / norms[0]) for norm in reversed(norms))
         entering = blocks.trace(final) / self.n_tokens
-        written = {name: sum(std**2 for std in self.branch_std[n::2]) for n, name in enumerate(through)}
+        written = {name: float(np.sum(np.square(self.branch_std[n::2]))) for n, name in enumerate(through)}
         reasons = growth_domain.reasons(
             a,
             self.n_tokens,
             logit_variance=self.logit_variance,
             qk_kept=self.qk_kept,
+            attention_squared=self._attention_squared(),
             scattered=scattered,
             head_variance=head_variance(a, entering),
             along_own=growth_domain.along_own(
@@ -176,6 +177,13 @@ class ForwardPass:
             in_domain=not reasons,
             reasons=reasons,
         )
+
+    def _attention_squared(self) -> float:
+        """Sum over the layers of the squared share of their attention in the stream's mean square at its end."""
+        a, steps = self.architecture, len(self.architecture.updates)
+        left = steps * (a.n_layers - np.arange(a.n_layers)) - 1  # updates that are still to come
+        shares = np.array(self.branch_std[::2]) / max(self.residual_std[-1], math.sqrt(SMALLEST_SQUARE))
+        return float(np.sum((shares * a.residual_multiplier * np.float64(a.shortcut_multiplier) ** left) ** 4))
 
 
 def gradient_growth(

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from theory.architecture import Activation, Architecture
 from theory.kernels import activation_function, gauss_hermite
 from theory.logits import normalised_widths
+from theory.softmax_moments import square_scatter
 from theory.words import counted
 
 Array = NDArray[np.float64]
@@ -78,6 +79,7 @@ def reasons(
     *,
     logit_variance: float,
     qk_kept: float,
+    attention_squared: float,
     scattered: float,
     head_variance: float,
     along_own: float,
@@ -89,16 +91,27 @@ def reasons(
 
     Args:
         logit_variance, qk_kept: as `growth.ForwardPass` has them.
+        attention_squared: sum over the layers of the squared share of attention in the stream's mean square at its end.
         scattered: sum of `scatter` over the updates, as the gradient has it.
         head_variance: of the output logits. along_own: as the function of this name has it.
     """
     a, found = architecture, list(lasting(architecture, n_tokens, tokens=tokens))
     if logit_variance > MAX_LOGIT_VARIANCE:
         found.append(f"{SHARP_LOGITS} {logit_variance:.3g}, above {MAX_LOGIT_VARIANCE}")
-    if logit_variance > a.d_head and a.qk_norm != "head":
+    elif logit_variance > a.d_head and a.qk_norm != "head":
         # Given its query q a logit has variance a |q|^2 / d_h, of which the softmax's moments take the mean alone:
         # measured 10 to 17 % high at a = 3.9 and heads of 2 and 1, 3 % at 4, nothing at 8.
         found.append(f"heads of {a.d_head} are narrower than the variance {logit_variance:.3g} of their logits")
+    if a.block == "pre-ln" and a.final_norm:
+        # Attention's mean square at a token is that of its softmax rows, |p_t|^2 averaged over heads, and so is the
+        # way back. The final norm divides by it: E[1/s^2] is above 1/E[s^2]. A norm of each branch or sum cancels it.
+        spread = square_scatter(n_tokens, min(MAX_LOGIT_VARIANCE, logit_variance)) / a.n_heads
+        if (missed := attention_squared * spread) > MAX_MISSED:
+            heads = counted(a.n_heads, "head")
+            found.append(
+                f"outputs of {heads} scatter with the softmax rows: their squares have relative variance {missed:.3g}, "
+                f"above {MAX_MISSED}"
+            )
     if (missed := eps_in_qk_norm(a, qk_kept) * min(logit_variance, 1.0)) > MAX_MISSED:
         found.append(
             f"eps={a.eps:g} is as large as the mean square that QK-norm divides by: a share {missed:.3g} of the "

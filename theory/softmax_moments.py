@@ -171,12 +171,7 @@ def exact_moments(counts: Array, variance: float, cap: float = 0.0) -> Moments:
     logs, slopes = soft_cap(deviation * z, cap)
     passed = slopes**2
     n = counts[:, None]
-    # x S is of order one: S runs from n e^{-deviation} to n e^{a/2} and, for few tokens, to the largest e^z.
-    largest = 9.0 * deviation if cap == 0 else min(9.0 * deviation, cap)
-    low = -math.log(float(counts[-1])) - (max(variance, largest) if cap == 0 else largest) - 40.0
-    high = math.log(60.0) + largest
-    y = np.linspace(low, high, int((high - low) / _STEP))
-    step = y[1] - y[0]
+    y, step = _log_places(float(counts[-1]), variance, cap)
     exponent = -np.exp(np.minimum(y[:, None] + logs[None, :], 7.0))
     base = np.exp(exponent) * weights
     once, *powers = [np.exp(np.minimum(k * (y[:, None] + logs[None, :]), 40.0)) * base for k in (1, 2, 3, 4)]
@@ -201,3 +196,34 @@ def exact_moments(counts: Array, variance: float, cap: float = 0.0) -> Moments:
         slope=(passing - kept) / rest,
         square=(second - 2 * third + fourth + pairs) * counts / rest,
     )
+
+
+def _log_places(most: float, variance: float, cap: float = 0.0) -> tuple[Array, float]:
+    """ln x of the integral for up to `most` tokens, and its step.
+
+    x S is of order one: S runs from n e^{-deviation} to n e^{a/2} and, for few tokens, to the largest e^l.
+    """
+    largest = 9.0 * math.sqrt(variance)
+    largest, smallest = (largest, max(variance, largest)) if cap == 0 else (min(largest, cap),) * 2
+    low, high = -math.log(most) - smallest - 40.0, math.log(60.0) + largest
+    y = np.linspace(low, high, int((high - low) / _STEP))
+    return y, float(y[1] - y[0])
+
+
+@lru_cache(maxsize=128)
+def square_scatter(count: int, variance: float) -> float:
+    """Relative variance of sum p^2 over rows of independent logits: E[(sum p^2)^2] = n E p_1^4 + n (n-1) E p_1^2 p_2^2.
+
+    >>> round(square_scatter(32, 4.0), 2), round(square_scatter(2, 1.0), 2)
+    (0.41, 0.04)
+    """
+    z, weights = normal_grid(variance, 0.0)
+    y, step = _log_places(count, variance)
+    grown = y[:, None] + math.sqrt(variance) * z
+    zero, second, fourth = (
+        (np.exp(np.minimum(k * grown, 40.0) - np.exp(np.minimum(grown, 7.0))) * weights).sum(1) for k in (0, 2, 4)
+    )
+    once, twice = (np.exp(np.maximum((count - k) * np.log(np.maximum(zero, 1e-300)), -700.0)) * step for k in (1, 2))
+    squares = count * float(second @ once)
+    product = count * float(fourth @ once) / 6 + count * (count - 1) * float(second**2 @ twice) / 6
+    return product / squares**2 - 1
