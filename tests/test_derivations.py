@@ -29,11 +29,11 @@ from theory.derivation import (
 from theory.derivations_bounds import layer_norm_proof
 from theory.derivations_expressions import Norm, Transposed, array, entry, evaluate
 from theory.grams import Gram
-from theory.growth import _post_norm, gradient_growth, growth_closed_form
-from theory.growth_domain import scatter
+from theory.growth import gradient_growth, growth_closed_form
 from theory.head import head_gradient, head_tilt, head_variance
-from theory.logits import attention_logits
+from theory.logits import attention_logits, norm_gain
 from theory.random_matrix import feedforward_edge
+from theory.scatter import inner_loss, output_norm_gain, post_norm, scatter
 from theory.softmax_moments import exact_moments
 from theory.sources import Source
 from theory.symbols import symbol
@@ -53,7 +53,7 @@ KINDS = {
     **dict.fromkeys(("gaussian-opnorm-estimate", "norm-jacobian-estimate"), "estimate"),
     **dict.fromkeys(("rmsnorm-jacobian-estimate", "ffn-gated-estimate"), "estimate"),
     **dict.fromkeys(("embedding-estimate", "embedding-normalised-estimate"), "estimate"),
-    **dict.fromkeys(("update-scatter", "post-norm-gain", "head-gradient"), "sharp"),
+    **dict.fromkeys(("update-scatter", "post-norm-gain", "output-norm-gain", "head-gradient"), "sharp"),
     **dict.fromkeys(("norm-backward-gain", "softmax-moments"), "exact"),
 }
 # Tails and a product of maxima that nothing attains: how far below the bound their checks may stay.
@@ -384,19 +384,28 @@ def test_what_scatters_is_the_evaluated_one(norm: str) -> None:
     a = replace(preset("tiny"), norm=norm, block="post-ln")
     values = {
         entry("a"): SHARE,
+        entry("a_A"): SHARE / 2,
         entry("a_F"): SHARE / 2,
+        entry("n"): a.n_kv_heads * a.d_head,
         entry("kappa_4"): 6,
+        entry("chi"): 2,
         symbol("d"): a.d_model,
         symbol("d_ffn"): a.d_ffn,
     }
     share, fed = np.array([SHARE]), np.array([SHARE / 2])
-    v = evaluate(numbered("update-scatter", 5).right, values)
-    assert scatter(a, share, fed)[0] == pytest.approx(v, rel=1e-12)
-    gain, kept = _post_norm(a, share, fed, first=False)
+    v = evaluate(numbered("update-scatter", 6).right, values)
+    assert scatter(a, share - fed, fed)[0] == pytest.approx(v, rel=1e-12)
+    gain, kept = post_norm(a, share - fed, fed, first=False)
     lines = [evaluate(numbered("post-norm-gain", place).right, values | {entry("v"): v}) for place in (1, 3, 5)]
     assert gain[0] - 1 == pytest.approx(lines[norm == "layernorm"], rel=1e-12)
     assert 1 - kept == pytest.approx(lines[2], rel=1e-12)
-    first, _ = _post_norm(a, share, fed, first=True)
+    below, normed = (numbered("output-norm-gain", place).right for place in (5, 3))
+    assert inner_loss(a, "feedforward") * SHARE == pytest.approx(evaluate(below, values), rel=1e-12)
+    narrow = evaluate(numbered("output-norm-gain", 4).right, values)
+    inside = {"feedforward": 1 + evaluate(normed, values), "attention": narrow}
+    for name, gain in inside.items():
+        assert output_norm_gain(a, name) == pytest.approx(gain * norm_gain(a.norm, a.d_model), rel=1e-12)
+    first, _ = post_norm(a, share - fed, fed, first=True)
     # Of d degrees instead of d - 1 there is one more; over the whole mean square LayerNorm's is d/(d - 1) more.
     width, of_variance = a.d_model, numbered("post-norm-gain", 0).right
     over = evaluate(of_variance, {d: width}) * width / (width - 1)

@@ -169,6 +169,12 @@ output_gram, gradient_gram = (
 )
 kappa = entry("kappa", r"\kappa", signed=True)
 r, cotangent = entry("r"), entry("|v|^2", r"\| v \|^2")
+own, share = entry("g.g", r"g \cdot g"), entry("a")
+along, mean_along = (
+    entry("|D'g|^2", r"\| D^\top g \|^2"),
+    entry("E[|D'g|^2/|g|^2]", r"\mathbb{E}[\| D^\top g \|^2 / \| g \|^2]"),
+)
+router_gradient = entry("|du_r|^2", r"\| \nabla_u^{\mathrm{router}} \|^2")
 
 
 def _pair(rng: Rng) -> Values:
@@ -186,6 +192,8 @@ def _pair(rng: Rng) -> Values:
         products: float(np.sum(slopes(first) * slopes(second))),
         overlap: float(g @ h),
         agreement: float(p @ q),
+        own: float(g @ g),
+        along: float(np.sum((slopes(first).T @ g) ** 2)),
         e: [{g_e: g[i], h_e: h[i], p_e: p[i], q_e: q[i]} for i in range(EXPERTS)],
     }
 
@@ -210,6 +218,29 @@ def _layer(rng: Rng) -> Values:
     return {
         **{output_gram: output, shared: together, kappa: correlation},
         **{gradient_gram: squared, slopes_shared: mean_slopes, r: variance, cotangent: 1.0, shared_itself: itself},
+    }
+
+
+def _below_a_norm(rng: Rng) -> Values:
+    """One of four linear experts, gates over all; the gradient is orthogonal to x + f, half of which is f."""
+    width, variance = 24, 4.0
+    sums = np.zeros(3)
+    u = rng.normal(0, 1, width)
+    u *= np.sqrt(width) / np.linalg.norm(u)
+    for _ in range(DRAWS):
+        router = rng.normal(0, np.sqrt(variance / width), (EXPERTS, width))
+        outputs = rng.normal(0, 1, (EXPERTS, width))  # W_e u
+        g, p = _gates(router @ u, 1, renormalised=False)
+        slope, f = np.diag(g) - np.outer(g, p), g @ outputs
+        x, v = rng.normal(0, 1, (2, width))
+        x -= f * (x @ f) / (f @ f)
+        y = f / np.linalg.norm(f) + x / np.linalg.norm(x)
+        v -= y * (v @ y) / (y @ y)
+        gradient = router.T @ (slope.T @ (outputs @ v))
+        sums += [gradient @ gradient / (v @ v), np.sum(slope**2), np.sum((slope.T @ g) ** 2) / (g @ g)]
+    squared, mean_slopes, mean_own = sums / DRAWS
+    return {router_gradient: squared, slopes_shared: mean_slopes, mean_along: mean_own, r: variance, share: 0.5} | {
+        cotangent: 1.0
     }
 
 
@@ -249,9 +280,31 @@ def routing() -> Derivation:
         explanation="D = diag(g) - g p' has dg/dl, as long as the chosen stay chosen; B is the mean of this trace.",
         sample=_pair,
     )
+    radial = Step(
+        left=along,
+        right=SumOver((g_e**2 - p_e * own) ** 2, e),
+        relation="=",
+        rule="softmax Jacobian",
+        source=OWN,
+        explanation="D'g for the same D: how the router moves the output along itself.",
+        sample=_pair,
+    )
+    below = Step(
+        left=router_gradient,
+        right=r * (slopes_shared - share * mean_along) * cotangent,
+        relation="~=",
+        rule="projection",
+        source=OWN,
+        explanation="Below a norm of y = x + f, v is orthogonal to y. The router's gradient is D'F v with F F' the "
+        "identity times |F|^2, kappa = 1; of it F y = |F|^2 g is lost, |F|^4 |D'g|^2/|y|^2, and |F|^2 |g|^2 = |f|^2 is "
+        "the part a of |y|^2. One expert alone has all of it along itself: what is left is 1 - a.",
+        sample=_below_a_norm,
+        tolerance=0.08,
+        accuracy=ACCURACY,
+    )
     return Derivation(
         name="routing",
         title="Experts behind a router, in expectation over the routing",
-        steps=(forward, backward, trace),
+        steps=(forward, backward, trace, radial, below),
         assumptions=("independent normal weights", "large width", "no token is dropped"),
     )

@@ -19,7 +19,14 @@ _sp: Any = sp
 OWN = Source(key="spikecheck", label="fluctuations at finite width")
 
 d, m = symbol("d"), symbol("d_ffn")
-a, a_F, kappa = entry("a"), entry("a_F"), entry("kappa_4", r"\kappa_4")
+a, a_A, a_F, kappa = entry("a"), entry("a_A"), entry("a_F"), entry("kappa_4", r"\kappa_4")
+n, values = entry("n"), entry("Var(mean z^2)", r"\mathrm{Var}(\overline{z^2})")
+chi, chi_relu = entry("chi"), entry("chi^relu", r"\chi^{\mathrm{relu}}")
+product, pulled = entry("h.W_2'v", r"h \cdot W_2^\top v", signed=True), entry("f.v", r"f \cdot v", signed=True)
+along = entry("along h", r"\mathbb{E}[\,\| D \hat h \|^2\,] / \| D \|^2")
+normed = entry("E[|Du|^2/|h|^2] - 1", r"\mathbb{E}[\| D u \|^2 / \| h \|^2] - 1")
+normed_values = entry("E[|u|^2/|z|^2]", r"\mathbb{E}[\| u \|^2 / \| z \|^2]")
+less = entry("1 - E[|Du|^2/s^2]", r"1 - \mathbb{E}[\| D u \|^2 / s^2]")
 kappa_gated, kappa_relu = entry("kappa_4'", r"\kappa_4'"), entry("kappa_4^relu", r"\kappa_4^{\mathrm{relu}}")
 hidden = entry("Var(mean h^2)", r"\mathrm{Var}(\overline{h^2})")
 given = entry("Var(|x+f|^2/d | h)", r"\mathrm{Var}(\|x + f\|^2/d \mid h)")
@@ -85,10 +92,45 @@ def _given(rng: Rng) -> Values:
     return {given: (radial + across) / width**2, a: share, d: width}
 
 
+def _values(rng: Rng) -> Values:
+    degrees = int(rng.integers(2, 100))
+    return {values: chi_square_mean(lambda q: (q / degrees - 1) ** 2, degrees), n: degrees}
+
+
 def _scatter(rng: Rng) -> Values:
+    """A ReLU branch, and one of 24 values of the same size beside it."""
     x, f, share = _update(rng)
-    squares = np.mean((x + f) ** 2, axis=1)
-    return {total: float(np.var(squares)), a: share, a_F: share, kappa: 6.0, m: UNITS, d: WIDTH}
+    z = rng.normal(0, 1, (DRAWS, 24))
+    other = np.sqrt(share / 24) * np.linalg.norm(z, axis=1, keepdims=True) * rng.normal(0, 1, f.shape)
+    squares = np.mean((x + f + other) ** 2, axis=1)
+    whole = 1 + share  # of which the shares are parts
+    shares = {a: 2 * share / whole, a_A: share / whole, a_F: share / whole}
+    return {total: float(np.var(squares)) / whole**2, **shares, kappa: 6.0, m: UNITS, n: 24, d: WIDTH}
+
+
+def _transposed(rng: Rng) -> Values:
+    W, h, v = rng.normal(0, 1, (6, 9)), rng.normal(0, 1, 9), rng.normal(0, 1, 6)
+    return {product: float(h @ (W.T @ v)), pulled: float((W @ h) @ v)}
+
+
+def _hidden(rng: Rng) -> Values:
+    """ReLU units h with slopes D; the mean over u, isotropic but for what it has lost along h, is taken by hand."""
+    h = np.maximum(rng.normal(0, 1, (DRAWS, 64)), 0)
+    slopes, squares = (h > 0).astype(np.float64), h * h
+    length, share = squares.sum(1), float(rng.uniform(0.3, 0.7))
+    parallel, whole = (slopes * squares).sum(1) / length, slopes.sum(1)
+    s_squared = 1 - share + share * length / length.mean()
+    passed = np.mean((whole - share * parallel) / s_squared) / whole.mean() / np.mean(1 / s_squared)
+    return {
+        **{chi: 2.0, kappa: 6.0, m: 64, a: share, along: float(np.mean(parallel)) / float(whole.mean())},
+        **{normed: float(np.mean((whole - parallel) / length) * length.mean() / whole.mean()) - 1},
+        **{chi_relu: float(np.mean(slopes * squares) / np.mean(slopes) / np.mean(squares)), less: 1 - float(passed)},
+    }
+
+
+def _normal_values(rng: Rng) -> Values:
+    degrees = int(rng.integers(5, 100))
+    return {normed_values: (degrees - 1) * chi_square_mean(lambda q: 1 / q, degrees), n: degrees}
 
 
 def _norm(rng: Rng) -> Values:
@@ -143,6 +185,14 @@ def update_scatter() -> Derivation:
         tolerance=0.04,
         accuracy="exact; sampled: the variance over 200000 draws of 8 units, four standard errors of 1 %",
     )
+    inside = own(
+        values,
+        "=",
+        2 / n,
+        "variance of a chi-square",
+        "Attention's W_O reads values z that W_V makes: normal, n = n_kv d_head of them where heads read alike.",
+        sample=_values,
+    )
     normal = own(
         given,
         "=",
@@ -164,10 +214,11 @@ def update_scatter() -> Derivation:
     scatter = own(
         total,
         "~=",
-        2 * (1 - (1 - a) ** 2) / d + a_F**2 * (kappa - 1) / m,
+        2 * (1 - (1 - a) ** 2) / d + 2 * a_A**2 / n + a_F**2 * (kappa - 1) / m,
         "law of total variance",
-        "The mean square of f goes with |h|^2/m, a_F its share of the whole; what the two fluctuations have in common "
-        "is of order 1/(d d_ffn). A convention of `growth` holds the sum over the updates against 0.32.",
+        "The mean square of a branch goes with |z|^2/n and |h|^2/m, a_A and a_F their shares of the whole; what the "
+        "fluctuations have in common is of order 1/(d d_ffn). Conventions of `growth` hold the sum over the updates "
+        "against 0.32, and what has added up in the stream against 0.16.",
         sample=_scatter,
         tolerance=0.06,
         accuracy=f"within 6 % at d = {WIDTH} and {UNITS} units: {SAMPLED} have 1 %, the rest is of order kappa_4/d_ffn",
@@ -175,10 +226,10 @@ def update_scatter() -> Derivation:
     return Derivation(
         name="update-scatter",
         title="How much a token's mean square scatters after an update",
-        steps=(kink, gate, units, normal, folded, scatter),
+        steps=(kink, gate, units, inside, normal, folded, scatter),
         assumptions=(
-            "a norm has fixed the token's own mean square, 1 - a of the whole; branches have the shares a, of them the "
-            "feed-forward a_F, and are normal given its hidden units",
+            "a norm has fixed the token's own mean square, 1 - a of the whole; branches have the shares a = a_A + a_F "
+            "and are normal given the values and hidden units",
             "independent normal weights",
         ),
     )
@@ -253,4 +304,76 @@ def post_norm_gain() -> Derivation:
             "the gradient has no preferred axis but for what norms took",
             "eps = 0, unit gain",
         ),
+    )
+
+
+@register_derivation
+def output_norm_gain() -> Derivation:
+    """What a norm over a narrow branch, or one below which it is a part, does to the branch's gradient."""
+    own = partial(line, source=OWN)
+    first_order = "of first order in 1/m, at m = 64; sampled: mean of 40000 draws"
+    transposed = own(
+        product,
+        "=",
+        pulled,
+        "transposition",
+        "The norm of f = W_2 h takes out of the gradient v what is along f: 0 here, and u = W_2'v has nothing along h.",
+        sample=_transposed,
+    )
+    overlap = own(
+        chi_relu,
+        "=",
+        _sp.Integer(2),
+        "normal moments",
+        "chi = E[h^2 D^2]/(E[h^2] E[D^2]) of a hidden unit and its slope: of ReLU (1/2)/(1/4); 1 of the identity.",
+        sample=_hidden,
+        tolerance=0.02,
+        accuracy="exact; sampled: mean of 40000 draws",
+    )
+    parallel = own(
+        along,
+        "~=",
+        chi / m,
+        "law of large numbers",
+        "What a u of m equal parts loses of |D u|^2 with the direction of h: sum h^2 D^2/|h|^2 of sum D^2.",
+        sample=_hidden,
+        tolerance=0.05,
+        accuracy=first_order,
+    )
+    whole = own(
+        normed,
+        "~=",
+        (kappa - 2 * chi) / m,
+        "second order in the fluctuation",
+        "Over the means of |D u|^2, |u|^2 = m, and of |h|^2. 1/|h|^2 adds its variance, (kappa - 1)/m; its covariance "
+        "with the slopes takes (chi - 1)/m; and the direction chi/m. Over d independent numbers there is, besides, the "
+        "gain of norm-backward-gain.",
+        sample=_hidden,
+        tolerance=0.2,
+        accuracy=f"within 20 %: {first_order}",
+    )
+    normal = own(
+        normed_values,
+        "=",
+        (n - 1) / (n - 2),
+        "mean of an inverse chi-square",
+        "Attention's values have no slopes: one of n directions is lost, and 1/|z|^2 is that of n normal numbers.",
+        sample=_normal_values,
+    )
+    below = own(
+        less,
+        "~=",
+        a * (2 * chi - 1) / m,
+        "product of the two lines",
+        "Below a Post-LN norm the branch is the part a of what is normalised: over E|D u|^2 E[1/s^2], a of the "
+        "direction, chi/m, and a of the covariance, (chi - 1)/m. Of values a/n.",
+        sample=_hidden,
+        tolerance=0.15,
+        accuracy=f"within 15 %: {first_order}",
+    )
+    return Derivation(
+        name="output-norm-gain",
+        title="What a norm over narrow branches does to their gradient",
+        steps=(transposed, overlap, parallel, whole, normal, below),
+        assumptions=("independent normal weights", "the gradient has no preferred axis but for what norms took"),
     )

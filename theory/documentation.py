@@ -64,7 +64,10 @@ QUESTIONS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("What does the single-head assumption cost?", ("single-head", "attention-upper-aposteriori")),
     ("Why a shortcut std of 1 and not more?", ("shortcut-scale", "closed-form")),
     ("What do a softmax and a soft-cap make of the gradient?", ("softmax-moments", "soft-cap", "head-gradient")),
-    ("What does a finite width add to the growth?", ("update-scatter", "post-norm-gain", "norm-backward-gain")),
+    (
+        "What does a finite width add to the growth?",
+        ("update-scatter", "post-norm-gain", "output-norm-gain", "norm-backward-gain"),
+    ),
     ("Why is Pre-LN more stable than Post-LN?", ("post-ln", "deepnorm")),
     ("What do other layouts and multipliers do?", ("residual-scaling", "normalised-branch", "growth-conservation")),
 )

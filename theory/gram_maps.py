@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 from theory.architecture import Activation
 from theory.grams import Averaging, Gram, Sides
 from theory.kernels import activation_kernel
-from theory.routing import Routing
+from theory.routing import Own, Routing
 from theory.softmax_moments import Capped, softmax_moments
 
 Array = NDArray[np.float64]
@@ -46,6 +46,8 @@ class Applied(NamedTuple):
     uneven: mean square, over the rows and by their weights, of the relative shift of a weight that `_Rows.shift` takes
         to first order; 0 without attention and in blocks of several tokens.
     qk_kept: with QK-norm, the smallest share of queries' and keys' mean square in what they are divided by; 1 without.
+    routed: Gram of the slopes that run through a router, which `backward` has in it, and what a norm above makes of
+        them; None without a router.
     """
 
     output: Gram
@@ -53,6 +55,7 @@ class Applied(NamedTuple):
     logit_variance: float = 0.0
     uneven: float = 0.0
     qk_kept: float = 1.0
+    routed: tuple[Gram, Own] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -270,11 +273,16 @@ class FeedForwardMap:
         on, on_slope = entries(kernel.diag, kernel.diag, kernel.diag)
         off, off_slope = entries(kernel.off, kernel.diag[:, None], kernel.diag[None, :])
         output, slopes = Gram(on, off), Gram(on_slope, off_slope)
-        if self.routing is not None:
-            shared, through_router = self.routing.overlaps(kernel)
-            slopes = shared * slopes + through_router * output * self.routing.gain
-            output = shared * output
-        return Applied(output=output, backward=lambda gradient: gradient * slopes)
+        if self.routing is None:
+            return Applied(output=output, backward=lambda gradient: gradient * slopes)
+        shared, turning = self.routing.overlaps(kernel)
+        through_router = turning * output * self.routing.gain
+        slopes = shared * slopes + through_router
+        return Applied(
+            output=shared * output,
+            backward=lambda gradient: gradient * slopes,
+            routed=(through_router, self.routing.own(kernel)),
+        )
 
 
 MANY_PAIRS = 1024

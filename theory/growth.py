@@ -36,10 +36,10 @@ from theory.embedding_gram import (
 )
 from theory.gram_maps import Applied, AttentionMap, AttentionModel, FeedForwardMap, alibi_slopes, rotation_correlation
 from theory.grams import Blocks, Gram, causal, normalised
-from theory.growth_domain import scatter
 from theory.head import head_gradient, head_tilt, head_variance, own_gradient, own_word
-from theory.logits import attention_logits, lost_directions, norm_gain
+from theory.logits import attention_logits, norm_gain
 from theory.routing import Routing
+from theory.scatter import inner_loss, output_norm_error, output_norm_gain, post_norm, scatter, stream_scatter
 
 Array = NDArray[np.float64]
 
@@ -72,8 +72,9 @@ class _Branch(NamedTuple):
     name: str
     applied: Applied
     passed: Array  # (B,) the input norm's 1/s, or 1 without one
-    kept: float  # share of the gradient that the input norm lets through
+    kept: float  # share of the gradient that the input norm lets through, over LayerNorm scaling's divisor
     after: Array | None  # (B,) the output norm's 1/s
+    size: Array  # (B,) mean square of what it adds to the stream
 
 
 class _Update(NamedTuple):
@@ -96,6 +97,7 @@ class ForwardPass:
         stream: Gram matrix of the residual stream at its end, as the final norm sees it.
         residual_std, branch_std: as in `Growth`.
         logit_variance, uneven, qk_kept: largest two and smallest of `gram_maps.Applied`, of all layers.
+        stream_scatter: largest relative variance of a token's mean square, as tokens have it on average.
         own: root mean square of what a token's embedding has become in its stream.
     """
 
@@ -111,6 +113,7 @@ class ForwardPass:
     logit_variance: float
     uneven: float
     qk_kept: float
+    stream_scatter: float
     own: float
 
     @np.errstate(over="ignore", invalid="ignore")  # what is not finite is reported in `reasons`
@@ -132,21 +135,27 @@ class ForwardPass:
             # Post-LN's last norm is the one that takes the tilt out, with the token's direction and the mean.
             if a.block == "post-ln":
                 gradient = isotropic * norm_gain(a.norm, a.d_model, fixed_scale=True) + behind_norm
-        scattered, through = 0.0, {"attention": 0.0, "feedforward": 0.0}
+        # Each norm takes its token's direction out: over the places of a token's gradient, the sum of |g|^2/|x|^2.
+        radial = gradient.diag / scale**2 if a.final_norm else np.zeros(n_blocks)
+        scattered, below_norms, through = 0.0, 0.0, {"attention": 0.0, "feedforward": 0.0}
         for update in reversed(self.updates):
             if update.after is not None:
                 gradient = gradient.over_outer(1 / update.after)
-            total = gradient * a.shortcut_multiplier**2 * update.kept
+                radial = gradient.diag * update.after**2
+            total, below = gradient * a.shortcut_multiplier**2 * update.kept, radial * a.shortcut_multiplier**4
             passed: dict[str, float] = {}
             for branch in update.branches:
-                added = _backward(a, branch, gradient)
+                added = _backward(a, branch, gradient, _share(branch.size * radial, gradient.diag))
                 total = total + added
+                if a.block in ("pre-ln", "peri-ln"):
+                    below = below + added.diag * branch.passed**2
                 passed[branch.name] = blocks.trace(added)
-            gradient = total
+            gradient, radial = total, below
             norms.append(blocks.trace(gradient))
             passed = {name: part / norms[-1] if norms[-1] else 0.0 for name, part in passed.items()}
-            shares = sum(passed.values()), passed.get("feedforward", 0.0)
+            shares = [passed.get(name, 0.0) for name in through]
             scattered += float(scatter(a, *map(np.array, shares)))
+            below_norms += output_norm_error(a, *shares)
             for name, part in passed.items():
                 through[name] += part
         profile = tuple(_root(norm / norms[0]) for norm in reversed(norms))
@@ -159,6 +168,8 @@ class ForwardPass:
             qk_kept=self.qk_kept,
             attention_squared=self._attention_squared(),
             scattered=scattered,
+            stream=self.stream_scatter,
+            norms=below_norms,
             head_variance=head_variance(a, entering),
             along_own=growth_domain.along_own(
                 a, self.n_tokens, float(np.mean(own**2)), float(np.mean(own_share)), written, through
@@ -250,6 +261,7 @@ def forward_pass(
     updates: list[_Update] = []
     residual_std = [_root(blocks.trace(stream.varied) / n_tokens)]
     branch_std: list[float] = []
+    scattered, most = np.zeros(blocks.sizes.size), 0.0
     logit_variance, uneven, qk_kept = 0.0, 0.0, 1.0
     own = a.embedding_multiplier * a.stds.embedding  # size of a token's embedding in the stream
     if a.embedding_norm:
@@ -258,12 +270,10 @@ def forward_pass(
         for names in a.updates:
             first = not updates
             branches: list[_Branch] = []
-            total = shortcut = stream.scaled(a.shortcut_multiplier**2)
+            total = stream.scaled(a.shortcut_multiplier**2)
             own *= a.shortcut_multiplier
-            feedforward = np.zeros(blocks.sizes.size)
             for name in names:
                 branch = _branch(a, blocks, layer, name, stream, attention, fixed=first and a.embedding_norm)
-                branches.append(branch)
                 output = branch.applied.output
                 branch_std.append(_root(blocks.trace(output) / n_tokens))
                 logit_variance = max(logit_variance, branch.applied.logit_variance)
@@ -272,13 +282,17 @@ def forward_pass(
                 added = output if branch.after is None else output.over_outer(1 / branch.after)
                 added = added * a.residual_multiplier**2
                 total = total._replace(varied=total.varied + added)
-                if name == "feedforward":
-                    feedforward = added.diag
+                branches.append(branch._replace(size=added.diag))
+            seen = total.read(a.norm).diag
+            sizes = {branch.name: branch.size for branch in branches}
+            shares = [_share(sizes.get(n, np.zeros_like(scattered)), seen) for n in ("attention", "feedforward")]
+            gates = sum(b.applied.routed[1].scatter for b in branches if b.applied.routed is not None)
+            scattered = stream_scatter(a, scattered, *shares, gates=gates)
+            most = max(most, float(blocks.sizes @ scattered) / n_tokens)
             after, kept = None, 1.0
             if a.block == "post-ln":
-                seen = total.read(a.norm).diag
-                shares = [_share(part, seen) for part in (seen - shortcut.read(a.norm).diag, feedforward)]
-                gain, kept = _post_norm(a, *shares, first=first and not a.embedding_norm)
+                scattered = np.zeros_like(scattered)
+                gain, kept = post_norm(a, *shares, first=first and not a.embedding_norm)
                 if first:
                     kept = 1.0  # no norm is below
                 total, scale = total.normalised(a.norm, a.eps)
@@ -300,6 +314,7 @@ def forward_pass(
         logit_variance=logit_variance,
         uneven=uneven,
         qk_kept=qk_kept,
+        stream_scatter=most,
         own=own,
     )
 
@@ -317,40 +332,35 @@ def _branch(
     elif a.block == "post-ln" and (layer > 0 or name != "attention"):
         kept = norm_gain(a.norm, a.d_model, fixed_scale=True)  # the norm below removes the token's own direction
     if a.norm_depth_scaling:
-        kernel, passed = kernel * (1 / (layer + 1)), passed / math.sqrt(layer + 1)
+        kernel, kept = kernel * (1 / (layer + 1)), kept / (layer + 1)
     applied, after = sublayer.at(kernel), None
     if a.block in ("peri-ln", "branch-ln"):
         after = 1 / np.sqrt(applied.output.diag + a.eps)
-    return _Branch(name, applied, passed, kept, after)
+    return _Branch(name, applied, passed, kept, after, applied.output.diag)
 
 
-def _backward(a: Architecture, branch: _Branch, gradient: Gram) -> Gram:
-    """What a branch adds to the gradient at its input."""
+def _backward(a: Architecture, branch: _Branch, gradient: Gram, radial: Array) -> Gram:
+    """What a branch adds to the gradient at its input.
+
+    radial: (B,) squared cosine of its output with what the norms above took out, at a branch without a norm of its own.
+    """
     inner = gradient * a.residual_multiplier**2
     if branch.after is not None:
-        inner = inner.over_outer(1 / branch.after) * norm_gain(a.norm, a.d_model)
-    return branch.applied.backward(inner).over_outer(1 / branch.passed) * branch.kept
+        inner = inner.over_outer(1 / branch.after) * output_norm_gain(a, branch.name)
+    elif a.block == "post-ln":
+        inner = inner * (1 / (1 + inner_loss(a, branch.name) * float(np.mean(radial))))
+    found, routed = branch.applied.backward(inner), branch.applied.routed
+    if routed is not None:
+        slopes, own = routed
+        lost = radial * own.radial
+        seen = Gram(lost, np.sqrt(np.outer(lost, lost))) if branch.after is None else 1 - own.normed
+        found = found - inner * (slopes * seen)
+    return found.over_outer(1 / branch.passed) * branch.kept
 
 
 def _share(part: Array, whole: Array) -> Array:
     """Elementwise, and 0 where the whole is."""
     return np.clip(part / np.where(whole > 0, whole, 1.0), 0.0, 1.0)
-
-
-def _post_norm(a: Architecture, share: Array, feedforward: Array, *, first: bool) -> tuple[Array, float]:
-    """E[1/s^2] over 1/E[s^2] of the norm after an update, and what the norm below lets through.
-
-    The branches' share of the mean square is what fluctuates where a norm before has fixed the rest: s^2 has relative
-    variance `scatter`, and LayerNorm takes 1/d of the branches' mean square. In the first layer everything does:
-    d/(d-3) (LayerNorm) and d/(d-2). On its way down the shortcut the gradient has lost the direction of the norm
-    above, whose squared cosine with that of the norm below is 1 - share. Derivation `post-norm-gain`.
-    """
-    d, lost = a.d_model, lost_directions(a.norm)
-    if first:
-        gain = np.full(share.size, d / max(d - lost - 1, 1))
-    else:
-        gain = 1 + scatter(a, share, feedforward) + (lost - 1) * share / d
-    return gain, 1 - float(np.mean(share)) / d
 
 
 def growth_closed_form(architecture: Architecture, n_tokens: int) -> float:

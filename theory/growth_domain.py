@@ -8,18 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
 
-from theory.architecture import Activation, Architecture
-from theory.kernels import activation_function, gauss_hermite
+from theory.architecture import Architecture
 from theory.logits import normalised_widths
 from theory.softmax_moments import square_scatter
 from theory.words import counted
-
-Array = NDArray[np.float64]
 
 MAX_LOGIT_VARIANCE = 4.0  # beyond, two softmax rows are not independent to first order in their covariance
 SHARP_LOGITS = "attention logits have variance"  # so begins the reason; `theory.remedies` has its remedy
@@ -39,38 +35,9 @@ MAX_LAYERS = 96  # docs/accuracy.md measures up to 24, where errors do not grow 
 # A log-normal's geometric mean lies below its root mean square by the variance of its logarithm, v/4 where that of its
 # square is v: 8 %, the stated accuracy. Measured errors: below 10 % inside; 20 to 180 % at 0.6 to 5.
 MAX_SCATTER = 0.32
+# A norm divides by a mean square that is not every token's: E[1/s^2] E[s^2] = 1 + v of the square, and 8 % are v/2.
+MAX_STREAM_SCATTER = 0.16
 MAX_MISSED = 0.16  # share of the squared growth that is known to be left out: 8 % of the growth
-
-
-def scatter(architecture: Architecture, share: Array, feedforward: Array) -> Array:
-    r"""Relative variance of a token's mean square after an update at finite width, of a token whose scale was fixed.
-
-    .. math:: v = \frac{2}{d}\left(1 - (1 - a)^2\right) + a_F^2\, \frac{\kappa - 1}{m}
-
-    Why: |x + f|^2 with branches f of share a has the cross term's 4 a (1 - a)/d and their own 2 a^2/d; the sum over m
-        hidden units in W_2 F adds their kurtosis kappa = E[h^4]/E[h^2]^2. Nearly: f's entries are normal given h.
-        Derivation `update-scatter`.
-
-    Args:
-        share: a, the branches' part of the mean square. feedforward: the feed-forward's alone.
-    """
-    a = architecture
-    units = a.d_ffn * (a.experts_per_token if a.n_experts else 1)
-    kurtosis = hidden_kurtosis(a.activation, a.gated, a.stds.ffn_in**2 * a.d_model)
-    return 2 / a.d_model * (1 - (1 - share) ** 2) + feedforward**2 * (kurtosis - 1) / units
-
-
-@lru_cache(maxsize=64)
-def hidden_kurtosis(activation: Activation, gated: bool, variance: float) -> float:
-    """E[h^4]/E[h^2]^2 of a hidden unit F(z), or F(z) z', of normal z, z' with this variance; 3 for a linear one.
-
-    >>> round(hidden_kurtosis("relu", False, 1.0), 6), round(hidden_kurtosis("relu-squared", True, 1.0), 6)
-    (6.0, 70.0)
-    """
-    nodes, weights = gauss_hermite()
-    square = activation_function(activation, math.sqrt(min(max(variance, 1e-12), 1e6)) * nodes) ** 2
-    mean = float(square @ weights)
-    return (3.0 if gated else 1.0) * (float(square**2 @ weights) / mean**2 if mean > 0 else 3.0)
 
 
 def reasons(
@@ -81,6 +48,8 @@ def reasons(
     qk_kept: float,
     attention_squared: float,
     scattered: float,
+    stream: float,
+    norms: float,
     head_variance: float,
     along_own: float,
     block: int,
@@ -93,6 +62,7 @@ def reasons(
         logit_variance, qk_kept: as `growth.ForwardPass` has them.
         attention_squared: sum over the layers of the squared share of attention in the stream's mean square at its end.
         scattered: sum of `scatter` over the updates, as the gradient has it.
+        stream: largest of `stream_scatter`. norms: sum of `output_norm_error`; all three are of `theory.scatter`.
         head_variance: of the output logits. along_own: as the function of this name has it.
     """
     a, found = architecture, list(lasting(architecture, n_tokens, tokens=tokens))
@@ -117,10 +87,22 @@ def reasons(
             f"eps={a.eps:g} is as large as the mean square that QK-norm divides by: a share {missed:.3g} of the "
             f"gradient through the logits is not there, above {MAX_MISSED}"
         )
+    widths = f"d_model={a.d_model}, n_kv_heads*d_head={a.n_kv_heads * a.d_head}, d_ffn={a.d_ffn}"
     if scattered > MAX_SCATTER:
         found.append(
-            f"networks of d_model={a.d_model}, d_ffn={a.d_ffn} and branches this strong scatter: the square of the "
-            f"growth has relative variance {scattered:.3g}, above {MAX_SCATTER}"
+            f"networks of {widths} and branches this strong scatter: the square of the growth has relative variance "
+            f"{scattered:.3g}, above {MAX_SCATTER}"
+        )
+    elif stream > MAX_STREAM_SCATTER:
+        gates = " and gates of unequal size" if a.n_experts else ""
+        found.append(
+            f"tokens of {widths}{gates} scatter: their mean square in the stream has relative variance {stream:.3g}, "
+            f"above {MAX_STREAM_SCATTER}"
+        )
+    elif norms > MAX_STREAM_SCATTER:
+        found.append(
+            f"output norms over branches of {widths} divide by scales that scatter: the square of the growth is off by "
+            f"{norms:.3g}, above {MAX_STREAM_SCATTER}"
         )
     if head_variance > (limit := max_head_variance(a.vocab_size)):
         found.append(f"output logits have variance {head_variance:.3g}, above {limit:.3g}: the softmax is sharp")

@@ -15,6 +15,14 @@ the one that back-propagation takes, of the gates of the chosen. B is not dA/d(r
 makes the output jump, and no derivative sees that, so that with routing the backward multiplier is smaller than the
 derivative of the forward kernel.
 
+The router's share of the gradient moves the output partly along itself: its logits' gradient is D' F v, D = dg/dl and F
+the experts' outputs, and a v that a norm above has made orthogonal to y loses of it the share of f in y times
+
+.. math:: \frac{1}{B} E \frac{|D^T g|^2}{|g|^2} = \frac{1}{B} E \frac{\sum_e (g_e^2 - p_e |g|^2)^2}{|g|^2} ,
+
+all of it with one expert. Below a norm of f itself a token's gates count over its own |g|^2, not over A. Derivation
+`routing`.
+
 A and B are averages over many draws of the logits with a fixed seed: top-k order statistics under a softmax have no
 closed form. For a token with itself their standard errors are at most 0.5 and 2 % up to 128 experts; between two
 uncorrelated tokens, where A is 1/E, 2 % (measured in the tests).
@@ -23,6 +31,7 @@ uncorrelated tokens, where A is 1/E, 2 % (measured in the tests).
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
@@ -37,6 +46,18 @@ DRAWS = 2**17  # logits in all: many experts need fewer draws, as each draw aver
 ANGLES = 33  # of the correlation, arccos(rho); the overlaps are smooth in the angle where they have a root in rho
 OWN = 8  # times as many draws for a token with itself
 STEP = 0.05  # of the logarithm of the logits' variance, between tables
+
+
+class Own(NamedTuple):
+    """Of a token with itself.
+
+    scatter: Var(|g|^2)/A^2. radial: share of B that moves the output along itself. normed: what a norm of the output
+        leaves of B, over 1/A. Both are 0 where B is.
+    """
+
+    scatter: float
+    radial: float
+    normed: float
 
 
 class Overlaps(NamedTuple):
@@ -63,10 +84,7 @@ class Routing:
 
     def overlaps(self, kernel: Gram) -> Overlaps:
         """A and B between the tokens of an input with this Gram matrix; their lengths are taken as equal."""
-        variance = self.gain * float(np.mean(kernel.diag))
-        place = math.log(max(variance, 1e-12)) / STEP
-        low, high = (_tables(self.experts, self.chosen, self.renormalised, math.floor(place) + n) for n in (0, 1))
-        table = low + (high - low) * (place - math.floor(place))
+        table = self._at(_tables, kernel)
         norms = np.sqrt(np.outer(kernel.diag, kernel.diag))
         angle = np.arccos(np.clip(kernel.off / np.where(norms > 0, norms, 1.0), -1.0, 1.0))
         grid = np.linspace(0.0, math.pi, ANGLES)
@@ -74,6 +92,18 @@ class Routing:
             Gram(np.full(kernel.diag.size, values[0]), np.interp(angle, grid, values)) for values in table
         )
         return Overlaps(shared, slopes)
+
+    def own(self, kernel: Gram) -> Own:
+        """What the routing of one token does beyond its mean."""
+        return Own(*self._at(_own, kernel).tolist())
+
+    def _at(self, table: Callable[[int, int, bool, int], Array], kernel: Gram) -> Array:
+        """A table at the logits' variance, linear in its logarithm; not numbers where the input's are none."""
+        variance = self.gain * float(np.mean(kernel.diag))
+        place = math.log(max(variance, 1e-12)) / STEP if math.isfinite(variance) else 0.0
+        low, high = (table(self.experts, self.chosen, self.renormalised, math.floor(place) + n) for n in (0, 1))
+        found = low + (high - low) * (place - math.floor(place))
+        return found if math.isfinite(variance) else found * math.nan
 
 
 def gates(logits: Array, chosen: int, *, renormalised: bool) -> tuple[Array, Array]:
@@ -106,6 +136,20 @@ def _tables(experts: int, chosen: int, renormalised: bool, place: int) -> Array:
     own = routed(spread * rng.standard_normal((OWN * draws, experts)))  # the entry that decides most
     found[:, 0] = _means(*own, *own)
     return found
+
+
+@lru_cache(maxsize=64)
+def _own(experts: int, chosen: int, renormalised: bool, place: int) -> Array:
+    """(3,) `Own` at router logits of variance exp(STEP place), from the draws of the table's own entry."""
+    rng = np.random.default_rng(1)
+    logits = math.exp(0.5 * STEP * place) * rng.standard_normal((OWN * max(DRAWS // experts, 64), experts))
+    g, p = gates(logits, chosen, renormalised=renormalised)
+    own = np.sum(g * g, axis=1)
+    slopes = own * (1 + np.sum(p * p, axis=1)) - 2 * np.sum(g * g * p, axis=1)
+    along = np.sum((g * g - p * own[:, None]) ** 2, axis=1) / own
+    shared, whole = own.mean(), slopes.mean()
+    parts = [along.mean() / whole, shared * np.mean((slopes - along) / own) / whole] if whole > 0 else [0.0, 0.0]
+    return np.array([np.var(own) / shared**2, *parts])
 
 
 def _means(g: Array, p: Array, h: Array, q: Array) -> tuple[float, float]:
