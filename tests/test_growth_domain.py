@@ -14,7 +14,7 @@ from helpers.weights import architecture
 from empirics.data import random_tokens
 from empirics.model import ACTIVATIONS
 from empirics.probes import measure_growth
-from theory import growth_domain
+from theory import growth, growth_domain
 from theory.architecture import Architecture, preset
 from theory.grams import Gram
 from theory.growth import gradient_growth
@@ -64,6 +64,9 @@ def one_head(variance: float) -> Architecture:
 
 # --- inside: networks that are built and measured ----------------------------------------------------------------
 
+LOUD: dict[str, Any] = {"n_layers": 1, "init": replace(UNIT, embedding=0.02)}  # a stream that is its branches
+FED = replace(UNIT, embedding=0.02, value=0.001)  # and its feed-forward alone
+MULTI_QUERY: dict[str, Any] = {"n_kv_heads": 1}
 HEADS = {"n_heads": 16, "n_kv_heads": 16, "d_head": 8, "qk_norm": "head"}
 INSIDE: dict[str, tuple[Architecture, int, float]] = {
     # the network, tokens, and the largest error in per cent: that of the width and depth alone, or the stated accuracy
@@ -79,6 +82,8 @@ INSIDE: dict[str, tuple[Architecture, int, float]] = {
     "no final norm": (wide(final_norm=False), 32, 4),
     "Post-LN, 24 layers of width 32": (narrow(block="post-ln", residual_multiplier=0.3), 16, 8),
     "Post-LN, a large shortcut": (narrow(block="post-ln", shortcut_multiplier=3.0, n_layers=12), 16, 8),
+    "a query for one key and value of 24, a loud layer": (wide(**LOUD, **MULTI_QUERY, d_head=24), 32, 8),
+    "34 hidden units, a loud layer": (wide(**(LOUD | {"init": FED}), d_model=256, d_ffn=34), 16, 8),
     "no shortcut": (wide(shortcut_multiplier=0.0, n_layers=6), 32, 8),
     "24 layers of width 32": (narrow(init=INITS["paper"]), 16, 8),
     "16 hidden units": (narrow(d_ffn=16, n_layers=8), 16, 8),
@@ -153,6 +158,14 @@ OUTSIDE: dict[str, tuple[Architecture, str]] = {
     "small heads": (
         with_logits(wide(n_heads=64, n_kv_heads=64, d_head=2), 3.5),
         "heads of 2 are narrower than the variance",
+    ),
+    "stream of few values": (
+        wide(**LOUD, **MULTI_QUERY, d_head=8, window=1),
+        "tokens of d_model=128, n_kv_heads*d_head=8, d_ffn=512 scatter",
+    ),
+    "output norm": (
+        wide(block="peri-ln", d_ffn=12, residual_multiplier=0.3, n_layers=8, activation="relu-squared"),
+        "output norms over branches of d_model=128, n_kv_heads*d_head=128, d_ffn=12",
     ),
     "depth": (narrow(), "networks of d_model=32, n_kv_heads*d_head=32, d_ffn=128 and branches this strong"),
     "units": (
@@ -269,6 +282,40 @@ def test_weights_of_any_size_have_an_answer(size: float) -> None:
         answer = gradient_growth(a, 16)
         assert math.isfinite(answer.value)
         assert answer.value > 0
+
+
+@pytest.mark.parametrize("name", ["few units", "few values"])
+def test_a_stream_that_scatters_is_off(name: str) -> None:
+    """Half of its relative variance: what is outside is so for a reason, and was not for a quarter."""
+    few = wide(**(LOUD | {"init": FED}), d_model=256, d_ffn=17)
+    if name == "few values":
+        few = wide(
+            d_ffn=64,
+            n_kv_heads=1,
+            d_head=8,
+            window=1,
+            init=replace(UNIT, embedding=0.02, hidden=1e-4, value=128**-0.5, writers=32**-0.5, query_key=1e-4),
+        )
+    assert "scatter" in reason(few)
+    found, error = measured(few, 16, 40)
+    assert abs(math.log(gradient_growth(few, 16).value) - found) > 0.08 + 2 * error
+
+
+NARROW: dict[str, Architecture] = {
+    "8 values": wide(block="peri-ln", n_heads=1, n_kv_heads=1, d_head=8, n_layers=6),
+    "32 gated units": wide(block="peri-ln", d_ffn=32, activation="identity", gated=True),
+}
+
+
+@pytest.mark.parametrize("name", NARROW)
+def test_an_output_norm_over_a_narrow_branch(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Control: the gain of d independent numbers."""
+    a = NARROW[name]
+    assert reason(a) == ""
+    found, error = measured(a, 16, 40)
+    assert abs(math.log(gradient_growth(a, 16).value) - found) <= 0.02 + 2 * error
+    monkeypatch.setattr(growth, "output_norm_gain", lambda a, _: norm_gain(a.norm, a.d_model))
+    assert abs(math.log(gradient_growth(a, 16).value) - found) > 0.02 + 2 * error
 
 
 # --- what a finite width adds ------------------------------------------------------------------------------------

@@ -20,7 +20,8 @@ from theory.architecture import Architecture, preset
 from theory.gram_maps import FeedForwardMap
 from theory.grams import Gram
 from theory.growth import gradient_growth
-from theory.routing import ANGLES, DRAWS, OWN, STEP, Routing, _tables, gates
+from theory.initialisation import Init
+from theory.routing import ANGLES, DRAWS, OWN, STEP, Own, Routing, _tables, gates
 from theory.stack import paper_bound
 from theory.verdict import check
 
@@ -193,6 +194,82 @@ def test_growth_of_a_network_of_experts(chosen: int, renormalised: bool) -> None
     # Control: the same layer without router is another network, even where a single expert has a gate of 1: two
     # tokens share it more rarely.
     assert abs(math.log(dense.residual_std[-1] / last)) > spread
+
+
+def test_a_router_does_not_move_its_expert_along_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One of 8, gates over all, below an output norm: nothing comes through the router. Control: all of it does."""
+    init = Init(
+        name="loud", hidden=2 / math.sqrt(128), value=0.001, query_key="fan-in", writers="fan-in", embedding=1.0,
+        position=1.0, head="fan-in",
+    )  # fmt: skip
+    a = network(n_experts=8, experts_per_token=1, gates_renormalised=False, block="peri-ln", init=init, n_layers=4)
+    growth, _, _ = measure_growth(
+        a, seeds=tuple(range(8)), batches=lambda seed: random_tokens(2048, seed=seed, batch_size=4, seq_len=16)
+    )
+    assert growth.log_sd is not None
+    found, allowed = math.log(growth.values[0]), 0.03 + 3 * growth.log_sd[0] / math.sqrt(8)
+    predicted = gradient_growth(a, 16)
+    assert predicted.in_domain
+    assert abs(math.log(predicted.value) - found) <= allowed
+    monkeypatch.setattr(Routing, "own", lambda *_: Own(0.0, 0.0, 1.0))
+    assert abs(math.log(gradient_growth(a, 16).value) - found) > 2 * allowed
+
+
+@pytest.mark.parametrize(("experts", "chosen", "renormalised"), [(8, 1, False), (8, 2, True), (5, 5, False)])
+def test_what_norms_leave_of_the_router_s_gradient(experts: int, chosen: int, renormalised: bool) -> None:
+    """D'F v for v orthogonal to x + f, f half of it, and to f alone: means over draws to four standard errors."""
+    width, draws, variance = 256, 3000, 2.0
+    routing = Routing(experts=experts, chosen=chosen, gain=variance, renormalised=renormalised)
+    rng = np.random.default_rng(5)
+    g, p = gates(math.sqrt(variance) * rng.standard_normal((draws, experts)), chosen, renormalised=renormalised)
+    outputs, x, v = (rng.standard_normal((draws, *shape, width)) for shape in ((experts,), (), ()))
+    f = np.einsum("ne,new->nw", g, outputs)
+    unit = f / np.linalg.norm(f, axis=1, keepdims=True)
+    shared, slopes = (part.diag[0] for part in routing.overlaps(Gram(np.ones(1), np.ones((1, 1)))))
+    own, weight = routing.own(Gram(np.ones(1), np.ones((1, 1)))), np.mean(f * f, axis=1)
+
+    def passed(y: Array) -> Array:
+        """Squared gradient at the logits over that of v, without what is along y."""
+        y = y / np.linalg.norm(y, axis=1, keepdims=True)
+        left = np.einsum("new,nw->ne", outputs, v - y * np.sum(v * y, axis=1, keepdims=True))
+        turned = g * left - p * np.sum(g * left, axis=1, keepdims=True)
+        return np.sum(turned**2, axis=1) / width
+
+    half = passed(unit + x / np.linalg.norm(x, axis=1, keepdims=True))
+    alone = shared * passed(f) / weight
+    for drawn, expected in ((half, slopes * (1 - own.radial / 2)), (alone, slopes * own.normed)):
+        error = drawn.std() / math.sqrt(draws)
+        assert abs(drawn.mean() - expected) <= 4 * error + (0.02 + 3 / width) * slopes
+    if chosen == 1:
+        assert own[1:] == pytest.approx((1, 0), abs=1e-9)
+        assert abs(half.mean() - slopes) > 4 * half.std() / math.sqrt(draws) + 0.3 * slopes  # control: no norm
+
+
+def test_gates_that_differ_scatter_the_stream() -> None:
+    init = Init(
+        name="loud", hidden="fan-in", value=0.001, query_key="fan-in", embedding=0.05, position=1.0, head="fan-in"
+    )
+    a = network(n_experts=8, experts_per_token=1, gates_renormalised=False, init=init, n_layers=1)
+    (words,) = gradient_growth(a, 16).reasons
+    assert "gates of unequal size scatter" in words
+    assert gradient_growth(replace(a, gates_renormalised=True), 16).in_domain
+
+
+def test_routing_of_what_is_not_a_number() -> None:
+    """A stream that overflows has a reason, not an error."""
+    for size in (math.nan, math.inf):
+        routing = Routing(experts=2, chosen=1, gain=1.0, renormalised=True)
+        with np.errstate(invalid="ignore"):  # as the recursion has it
+            found = routing.overlaps(Gram(np.full(2, size), np.full((2, 2), size)))
+        assert all(np.isnan(part.diag).all() for part in found)
+    sharp = Init(name="sharp", hidden="fan-in", query_key=1.0, embedding=1.0, position=1.0, head="fan-in")
+    a = network(
+        n_layers=8, d_model=64, d_head=16, block="branch-ln", positions="none", n_experts=2, experts_per_token=1,
+        activation="identity", shortcut_multiplier=1.3, init=sharp,
+    )  # fmt: skip
+    answer = gradient_growth(a, 16)
+    assert not answer.in_domain
+    assert math.isnan(answer.value)
 
 
 def test_a_network_of_experts_trains_and_is_measured() -> None:
