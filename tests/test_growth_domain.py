@@ -84,7 +84,7 @@ INSIDE: dict[str, tuple[Architecture, int, float]] = {
     "Post-LN, a large shortcut": (narrow(block="post-ln", shortcut_multiplier=3.0, n_layers=12), 16, 8),
     "a query for one key and value of 24, a loud layer": (wide(**LOUD, **MULTI_QUERY, d_head=24), 32, 8),
     "34 hidden units, a loud layer": (wide(**(LOUD | {"init": FED}), d_model=256, d_ffn=34), 16, 8),
-    "no shortcut": (wide(shortcut_multiplier=0.0, n_layers=6), 32, 8),
+    "no shortcut": (wide(shortcut_multiplier=0.0, n_layers=5), 32, 8),
     "24 layers of width 32": (narrow(init=INITS["paper"]), 16, 8),
     "16 hidden units": (narrow(d_ffn=16, n_layers=8), 16, 8),
 }
