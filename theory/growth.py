@@ -76,6 +76,11 @@ class _Branch(NamedTuple):
     after: Array | None  # (B,) the output norm's 1/s
     size: Array  # (B,) mean square of what it adds to the stream
 
+    @property
+    def fixed(self) -> float:
+        """Part of the output's mean square that the output norm makes 1, eps not in it; 0 without one."""
+        return 0.0 if self.after is None else float(np.mean(self.applied.output.diag * self.after**2))
+
 
 class _Update(NamedTuple):
     """One update of the residual stream: its branches, and the norm after it in post-ln.
@@ -287,7 +292,9 @@ def forward_pass(
             sizes = {branch.name: branch.size for branch in branches}
             shares = [_share(sizes.get(n, np.zeros_like(scattered)), seen) for n in ("attention", "feedforward")]
             gates = sum(b.applied.routed[1].scatter for b in branches if b.applied.routed is not None)
-            scattered = stream_scatter(a, scattered, *shares, gates=gates)
+            fixed = {branch.name: branch.fixed for branch in branches}
+            loose = 1 - fixed.get("attention", 0.0), 1 - fixed.get("feedforward", 0.0)
+            scattered = stream_scatter(a, scattered, *shares, loose=loose, gates=gates)
             most = max(most, float(blocks.sizes @ scattered) / n_tokens)
             after, kept = None, 1.0
             if a.block == "post-ln":
@@ -346,14 +353,14 @@ def _backward(a: Architecture, branch: _Branch, gradient: Gram, radial: Array) -
     """
     inner = gradient * a.residual_multiplier**2
     if branch.after is not None:
-        inner = inner.over_outer(1 / branch.after) * output_norm_gain(a, branch.name)
+        inner = inner.over_outer(1 / branch.after) * (1 + branch.fixed * (output_norm_gain(a, branch.name) - 1))
     elif a.block == "post-ln":
         inner = inner * (1 / (1 + inner_loss(a, branch.name) * float(np.mean(radial))))
     found, routed = branch.applied.backward(inner), branch.applied.routed
     if routed is not None:
         slopes, own = routed
         lost = radial * own.radial
-        seen = Gram(lost, np.sqrt(np.outer(lost, lost))) if branch.after is None else 1 - own.normed
+        seen = Gram(lost, np.sqrt(np.outer(lost, lost))) if branch.after is None else branch.fixed * (1 - own.normed)
         found = found - inner * (slopes * seen)
     return found.over_outer(1 / branch.passed) * branch.kept
 

@@ -35,16 +35,24 @@ def scatter(architecture: Architecture, attention: Array, feedforward: Array) ->
 
 
 def stream_scatter(
-    architecture: Architecture, before: Array, attention: Array, feedforward: Array, gates: float = 0.0
+    architecture: Architecture,
+    before: Array,
+    attention: Array,
+    feedforward: Array,
+    *,
+    loose: tuple[float, float] = (1.0, 1.0),
+    gates: float = 0.0,
 ) -> Array:
-    """The same of a token whose mean square scattered before; an output norm fixes the branches' own.
+    """The same of a token whose mean square scattered before.
 
     Args:
+        loose: of attention's and the feed-forward's own mean square, the part that no output norm fixes: eps in it.
         gates: relative variance of the squares of an expert's gates, from token to token.
     """
     a, share = architecture, attention + feedforward
-    own = _crossed(a, share) if a.block in OUTPUT_NORMS else scatter(a, attention, feedforward) + feedforward**2 * gates
-    return (1 - share) ** 2 * before + own
+    own = (attention * loose[0]) ** 2 * inner_scatter(a, "attention")
+    own = own + (feedforward * loose[1]) ** 2 * (inner_scatter(a, "feedforward") + gates)
+    return (1 - share) ** 2 * before + _crossed(a, share) + own
 
 
 def _crossed(a: Architecture, share: Array) -> Array:
