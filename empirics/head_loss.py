@@ -15,13 +15,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+IGNORED = -100  # the target of a token that does not count, as in torch's cross entropy
 AT_ONCE, LEAST_TOKENS = 2**20, 128  # logits at once, of no fewer tokens; 2^18 and 2^19 were no faster
 
 
 class HeadLoss(torch.autograd.Function):
-    """Mean cross entropy of the logits W x, in nats a token.
+    """Mean cross entropy of the logits W x, in nats a token, over the tokens whose target is not `IGNORED`.
 
-    With p the softmax of W x and e the target's unit vector, the gradient in the logits of a token is (p - e) / N.
+    With p the softmax of W x, e the target's unit vector and N such tokens, the gradient in the logits of one is
+    (p - e) / N. Sums are in the precision of x, so that half precision will not do.
 
     Raises:
         RuntimeError: a second derivative is asked for.
@@ -37,13 +39,14 @@ class HeadLoss(torch.autograd.Function):
             logs = F.log_softmax(x @ weight_VD.mT, -1)
             loss += F.nll_loss(logs, targets, reduction="sum")
             excess = logs.exp_()  # in the memory of its logarithm
-            excess[torch.arange(len(targets), device=targets.device), targets] -= 1
+            excess[torch.arange(len(targets), device=targets.device), targets.clamp(min=0)] -= 1
+            excess[targets == IGNORED] = 0
             torch.mm(excess, weight_VD, out=gradient)
             if weight_gradient is not None:
                 torch.addmm(weight_gradient, excess.mT, x, out=weight_gradient)
         ctx.save_for_backward(x_gradient, weight_gradient)
-        ctx.n_tokens = len(targets_N)
-        return loss / len(targets_N)
+        ctx.n_tokens = int((targets_N != IGNORED).sum())
+        return loss / ctx.n_tokens
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor | None, None]:

@@ -495,10 +495,15 @@ class Transformer(nn.Module):
         return self(tokens_BT, places, targets_BT)
 
     def _in_parts(self, x_BTD: Tensor) -> bool:
-        """Whether the loss is taken a few tokens at a time: on a CPU, for its gradient, nothing rounded or compiled."""
-        kind, cap = x_BTD.device.type, self.architecture.logit_softcap
-        plain = not (cap or torch.is_autocast_enabled(kind) or torch.compiler.is_compiling())
-        return plain and kind == "cpu" and torch.is_grad_enabled()
+        """Whether the loss is taken a few tokens at a time: on a CPU, for its gradient, nothing rounded or compiled.
+
+        The head is not called then, so that one with hooks is left to be.
+        """
+        kind, cap, head = x_BTD.device.type, self.architecture.logit_softcap, self.head
+        hooks = (head._forward_pre_hooks, head._forward_hooks, head._backward_pre_hooks, head._backward_hooks)
+        plain = not (cap or any(hooks) or torch.is_autocast_enabled(kind) or torch.compiler.is_compiling())
+        exact = x_BTD.dtype in (torch.float32, torch.float64)
+        return plain and exact and kind == "cpu" and torch.is_grad_enabled()
 
     def attend(self, how: Kernel | Literal["auto"], *, device: str, dtype: torch.dtype, n_tokens: int) -> Kernel:
         """Have every layer attend one way, or the faster one; which one that is for sequences like these."""

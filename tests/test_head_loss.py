@@ -53,6 +53,21 @@ def test_loss_and_gradients_are_torch_s(at_once: int, monkeypatch: pytest.Monkey
     assert not any(torch.allclose(one, other) for one, other in zip(moved, expected, strict=True))
 
 
+@pytest.mark.parametrize("vocabulary", [V, 211])
+def test_a_token_that_is_ignored_does_not_count(vocabulary: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where -100 is an index from the end of the vocabulary, and where a part has no other token."""
+    monkeypatch.setattr(head_loss, "AT_ONCE", 1)
+    monkeypatch.setattr(head_loss, "LEAST_TOKENS", 4)
+    x, _, targets = drawn()
+    weight = torch.randn(vocabulary, D, generator=generator(1), dtype=torch.float64).requires_grad_()
+    targets[[0, 4, 5, 6, 7]] = -100
+    expected = gradients(F.cross_entropy(x @ weight.mT, targets), x, weight)
+    for one, other in zip(gradients(HeadLoss.apply(x, weight, targets), x, weight), expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-13, atol=1e-15)
+    with torch.no_grad():
+        assert HeadLoss.apply(x, weight, torch.full_like(targets, -100)).isnan()  # as torch has it
+
+
 def test_a_target_of_no_probability_has_a_finite_loss() -> None:
     x, weight, targets = torch.tensor([[300.0]]), torch.tensor([[1.0], [-1.0]]), torch.tensor([1])
     assert float(HeadLoss.apply(x, weight, targets)) == 600.0
@@ -87,3 +102,34 @@ def test_the_logits_of_all_tokens_are_never_there(monkeypatch: pytest.MonkeyPatc
             model.loss(tokens, tokens).backward()
         assert model.architecture.d_model < tokens.numel()
         assert largest.size == 1000 * (tokens.numel() if cap else model.architecture.d_model)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_summed_in_float32(dtype: torch.dtype) -> None:
+    """70000 nats are beyond float16, and beside 500 of them bfloat16 does not see one."""
+    model = build(architecture(vocab_size=V, context=8), seed=0, dtype=dtype)
+    tokens = torch.zeros(4000, 8, dtype=torch.long)
+    with torch.no_grad():
+        expected = model.loss(tokens, tokens)
+    assert float(expected) * tokens.numel() > torch.finfo(torch.float16).max
+    assert torch.equal(model.loss(tokens, tokens).detach(), expected)
+
+
+def test_hooks_on_the_head_are_called() -> None:
+    """Those of either pass; the loss is the same without them."""
+    model = build(architecture(vocab_size=V, context=8), seed=0)
+    tokens, called = torch.arange(16).reshape(2, 8) % V, list[str]()
+    expected = model.loss(tokens, tokens)
+    puts = {
+        "forward": model.head.register_forward_hook,
+        "before": model.head.register_forward_pre_hook,
+        "backward": model.head.register_full_backward_hook,
+        "before backward": model.head.register_full_backward_pre_hook,
+    }
+    for name, put in puts.items():
+        handle = put(lambda *_, name=name: called.append(name))  # type: ignore[arg-type]
+        loss = model.loss(tokens, tokens)
+        loss.backward()
+        handle.remove()
+        torch.testing.assert_close(loss, expected)
+    assert called == list(puts)
