@@ -19,6 +19,7 @@ from torch.nn.functional import linear, multi_head_attention_forward
 from torch.overrides import TorchFunctionMode
 
 from empirics.registry import Unavailable
+from empirics.running import outside_modes
 
 LONGEST = 512  # tokens of a long sequence that are judged; no later one changes them
 HIDDEN = -5e3  # a logit below it is a mask's: classes fill in -1e4, -1e9, the dtype's lowest or -infinity
@@ -82,7 +83,8 @@ class AttentionView(TorchFunctionMode):
         }.get(name)
         if look is not None:
             try:
-                look(*args, **kwargs)
+                with outside_modes():
+                    look(*args, **kwargs)
             except (RuntimeError, TypeError, ValueError) as reason:  # whoever is watched must not fail of it
                 self._show(str(reason).splitlines()[0])
         return func(*args, **kwargs)

@@ -19,7 +19,7 @@ from torch.utils import checkpoint
 from empirics.anatomy import Block
 from empirics.registry import Unavailable
 from empirics.running import (
-    close,
+    adds_the_same,
     evaluating,
     first_sequence,
     first_tensor,
@@ -31,7 +31,8 @@ from empirics.running import (
 
 Hooks = Callable[[], Sequence[Any]]  # puts hooks on, and gives their handles
 PLAIN = (bool, int, float, complex, str, torch.dtype, torch.device)
-EXACT, MULTIPLE = "exact", "multiple"  # first axes that are taken for the batch's: of its size, or of a multiple
+# First axes that are taken for the batch's: of its size, of a multiple of it, or of its size before one of tokens.
+EXACT, MULTIPLE, ALIKE = "exact", "multiple", "alike"
 
 
 class Reached(Exception):
@@ -103,8 +104,9 @@ def undisturbed(*modules: nn.Module) -> Iterator[None]:
         stack.enter_context(_without_checkpoints())
         stack.enter_context(torch.autocast(device, enabled=False))
         stack.enter_context(torch.enable_grad())
-        # Activation checkpointing counts what is saved inside it; only the innermost of such hooks are called.
-        stack.enter_context(torch.autograd.graph.saved_tensors_hooks(_itself, _itself))
+        # Activation checkpointing counts what is saved inside it; only the innermost of such hooks are called. Kept
+        # itself, an output would keep the graph that it is in, and be kept by it for good.
+        stack.enter_context(torch.autograd.graph.saved_tensors_hooks(Tensor.detach, lambda x: x))
         torch.backends.mha.set_fastpath_enabled(False)  # it calls no module
         try:
             yield
@@ -135,14 +137,10 @@ def _without_checkpoints() -> Iterator[None]:
             setattr(checkpoint, name, value)
 
 
-def _itself(x: Tensor) -> Tensor:
-    return x
-
-
 def of_one_sequence(block: Block, number: int, batch_axis: int) -> Block:
     """A block with the arguments of the first sequence alone, as constants; to be used `undisturbed`.
 
-    Which axes are the batch's is told by their size, and held to the block's output on the whole batch.
+    Which axes are the batch's is told by their size, and held to what the block adds to the stream in the whole batch.
 
     Args:
         number: the block's, under which a cache has its keys.
@@ -151,6 +149,8 @@ def of_one_sequence(block: Block, number: int, batch_axis: int) -> Block:
     Raises:
         Unavailable: its weights are in shards, it cannot be called on one sequence, or a cache has earlier tokens.
     """
+    if torch.is_inference_mode_enabled():
+        raise Unavailable("the pass is in inference mode; use torch.no_grad")
     if any(hasattr(p, "to_local") for p in block.module.parameters()) or not Again(block).whole:
         raise Unavailable("its weights are in shards while it runs")
     if any(hasattr(module, "_fsdp_wrapped_module") for module in block.module.modules()):
@@ -158,11 +158,13 @@ def of_one_sequence(block: Block, number: int, batch_axis: int) -> Block:
     whole = _detached(block, number, batch_axis, "")
     if block.x.ndim < 3 or block.x.shape[batch_axis] == 1:
         return whole
-    ones = [_detached(block, number, batch_axis, rule) for rule in (EXACT, MULTIPLE)]
+    ones = [_detached(block, number, batch_axis, rule) for rule in (EXACT, MULTIPLE, ALIKE)]
     expected, failed = first_sequence(Again(whole).at(whole.x), batch_axis), ""
+    if not expected.isfinite().all():
+        raise Unavailable("its output is not finite")
     for one in ones:
         try:
-            if close(Again(one).at(one.x), expected):
+            if adds_the_same(Again(one).at(one.x), expected, one.x):
                 return one
         except (RuntimeError, IndexError, TypeError) as error:  # shapes that do not go together
             failed = failed or f" ({_line(error)})"
@@ -184,7 +186,10 @@ def _detached(block: Block, number: int, batch_axis: int, rule: str) -> Block:
             return tensor
         if tensor.ndim == 1 and size != batch:  # where packed sequences end, as a kernel may take them on trust
             raise Unavailable("it is given a list that is neither of tokens nor of sequences; probe one sequence")
-        if batch_axis and tensor.ndim > 2 and tensor.shape[:2] == x.shape[:2]:
+        alike = tensor.ndim > 2 and tensor.shape[:2] == x.shape[:2]
+        if rule == ALIKE and not alike:
+            return tensor
+        if batch_axis and alike:
             return tensor[:, :1]
         if size == batch or (rule == MULTIPLE and tensor.ndim > 2 and size % batch == 0):
             return tensor[: size // batch]

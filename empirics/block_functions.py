@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from empirics.anatomy import Block, SubLayer, Wiring
 from empirics.block_calls import Again, Hooks, Reached
 from empirics.registry import Unavailable
-from empirics.running import factor, first_tensor, replaced, require_stream, stream_tensors, tolerance, with_first
+from empirics.running import adds_the_same, factor, first_tensor, replaced, require_stream, stream_tensors, with_first
 from empirics.spectral import Function
 
 UNFOUND = "its sub-layers are not told apart"
@@ -145,10 +145,9 @@ class Functions(Again):
             return self.run(between / self._shortcuts[0], _silent(attention))
 
         with torch.no_grad():
-            between, whole = first(x), self.run(x)
-            error = float((second(between) - whole).norm())
-        rounding = 64 * torch.finfo(x.dtype).eps * float(whole.norm())
-        if not error <= tolerance(x) * float((whole - x).norm()) + rounding:
+            between = first(x)
+            same = adds_the_same(second(between), self.run(x), x)
+        if not same:
             raise Unavailable("its halves, one after the other, are not the block")
         return (first, x), (second, between)
 

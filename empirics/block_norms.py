@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection
 from contextlib import ExitStack
+from contextvars import Context
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -15,8 +17,8 @@ from torch import Tensor, nn
 from empirics.anatomy import Anatomy, Block, forward
 from empirics.block_calls import of_one_sequence, undisturbed
 from empirics.block_functions import Functions
-from empirics.registry import Unavailable
-from empirics.running import evaluating, first_sequence, first_tensor, recomputing, removed
+from empirics.registry import Unavailable, reason
+from empirics.running import Hook, evaluating, first_sequence, first_tensor, recomputing, removed
 from empirics.spectral import Function, NormEstimate, lanczos_opnorm
 
 LAYER = (
@@ -77,17 +79,20 @@ class BlockNorms:
                 return
             self.running = True
             try:
-                self._enter(number, args, kwargs)
+                # In a context of its own: what a class collects in a variable of the pass's must not have these calls.
+                Context().run(self._enter, number, args, kwargs)
             finally:
                 self.running = False
             self._on_layer(number)
 
         def after(_: nn.Module, __: Any, output: Any) -> None:
             x = first_tensor((output,))
-            if STACK in self._names and x is not None and not recomputing():
+            if self._stack and x is not None and not recomputing():
                 self._left = first_sequence(x, self._anatomy.batch_axis).clone()
 
-        return [block.register_forward_pre_hook(before, with_kwargs=True), block.register_forward_hook(after)]
+        # What leaves the block itself, before another's hook changes it.
+        left = block.register_forward_hook(Hook(after), prepend=True)
+        return [block.register_forward_pre_hook(Hook(before), with_kwargs=True), left]
 
     def _enter(self, number: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Take the norms of a block that is about to be called."""
@@ -99,10 +104,10 @@ class BlockNorms:
                 self._rows[number] = {name: self._of(functions, name) for name in self._names if name != STACK}
         except Exception as error:  # whoever is watched must not fail of it
             self._rows[number] = dict.fromkeys(self._names, reason(error))
-            self._broken = f"layer {number}: {reason(error)}"
+            self._break(f"layer {number}: {reason(error)}")
             return
         if STACK in self._names and self._broken is None:
-            self._extend(functions, given=(args, kwargs))
+            self._extend(number, functions, Block(module, args, kwargs))
 
     def _of(self, functions: Functions, name: str) -> Norm:
         try:
@@ -113,35 +118,41 @@ class BlockNorms:
     def _opnorm(self, function: Function, x: Tensor) -> NormEstimate:
         found = lanczos_opnorm(function, x, tolerance=self._tolerance)
         require_derivative(function, x, found)
-        return found
+        return replace(found, direction=found.direction.new_empty(0))  # of every layer they are as large as its stream
 
-    def _extend(self, functions: Functions, given: Any) -> None:
+    def _extend(self, number: int, functions: Functions, given: Block) -> None:
         """Put a block on the stack, and take its norm when it is complete."""
-        block, number = functions.block, len(self._stack)
-        if number and (self._left is None or not torch.equal(self._left.to(block.x), block.x)):
-            self._broken = f"what enters layer {number} is not what leaves the one before it"
-        elif number and any(t.requires_grad and t is not first_tensor((given,)) for t in _tensors(given)):
-            self._broken = f"layer {number} is given more than the stream that depends on weights or on other layers"
-        if self._broken:
-            return
-        self._stack.append(functions)
-        if number + 1 < len(self._anatomy.blocks):
-            return
+        x = functions.block.x
+        if number != len(self._stack):
+            self._break("its layers are not called in their order")
+        elif number and (self._left is None or not torch.equal(self._left.to(x), x)):
+            self._break(f"what enters layer {number} is not what leaves the one before it")
+        elif number and any(t.requires_grad and t is not given.x for t in _tensors((given.args, given.kwargs))):
+            self._break(f"layer {number} is given more than the stream that depends on weights or on other layers")
+        else:
+            self._stack.append(functions)
+            if len(self._stack) == len(self._anatomy.blocks):
+                self._complete()
 
+    def _break(self, why: str) -> None:
+        """No stack; let go of what it was."""
+        self._broken, self._stack, self._left = self._broken or why, [], None
+
+    def _complete(self) -> None:
         def through(x: Tensor) -> Tensor:
             for each in self._stack:
                 x = each.run(x)
             return x
 
         if not all(each.whole for each in self._stack):
-            self._broken = "its weights are in shards, of which one layer's are there at a time"
+            self._break("its weights are in shards, of which one layer's are there at a time")
             return
         try:
             with undisturbed(*self._anatomy.blocks):
                 self._whole = self._opnorm(through, self._stack[0].block.x)
         except Exception as error:
             self._whole = reason(error)
-        self._stack = []
+        self._stack, self._left = [], None
 
 
 def require_derivative(function: Function, x: Tensor, found: NormEstimate) -> None:
@@ -162,12 +173,6 @@ def require_derivative(function: Function, x: Tensor, found: NormEstimate) -> No
         if abs(slope - found.value) <= QUOTIENT * found.value + rounding:
             return
     raise Unavailable("its derivative is not that of its values, or has none itself, as that of a fused kernel")
-
-
-def reason(error: Exception) -> str:
-    """An error in a line; by its kind unless it is one of our own."""
-    text = str(error).splitlines()[0] if str(error) else ""
-    return text if isinstance(error, Unavailable) else f"{type(error).__name__}: {text}"
 
 
 def _tensors(value: Any) -> list[Tensor]:

@@ -30,6 +30,12 @@ class Unavailable(ValueError):
     """The model or the batch has nothing that the probe could measure; the message says why."""
 
 
+def reason(error: Exception) -> str:
+    """An error in a line; by its kind unless it is one of our own."""
+    text = str(error).splitlines()[0] if str(error) else ""
+    return text if isinstance(error, Unavailable) else f"{type(error).__name__}: {text}"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reading(Measurement):
     """What one probe found on one model.

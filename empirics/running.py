@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+import copy
+import random
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes, _get_current_dispatch_mode
 
 
 @contextmanager
@@ -15,13 +19,71 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     """Every module in eval mode and uncompiled, and as it was afterwards; random states too."""
     training = [(module, module.training) for module in model.modules()]
     devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
-    with torch.random.fork_rng(devices=devices), run_eagerly(model):
+    others = random.getstate(), np.random.get_state()  # noqa: NPY002 (what a block may draw from)
+    with torch.random.fork_rng(devices=devices), run_eagerly(model), _kept(model):
         try:
             model.eval()
             yield
         finally:
             for module, was in training:
                 module.training = was
+            random.setstate(others[0])
+            np.random.set_state(others[1])  # noqa: NPY002
+
+
+OF_MODULES = vars(nn.Module()).keys()  # what every module has, as its weights and hooks
+
+
+@contextmanager
+def _kept(model: nn.Module) -> Iterator[None]:
+    """Whatever modules note in a pass is undone: counts in buffers, and losses, caches or lists that are attributes.
+
+    Attributes of torch's own modules are left alone: those that shard a model make themselves ready in a first pass.
+    """
+    tables = [module._buffers for module in model.modules()]
+    tables += [vars(module) for module in model.modules() if not type(module).__module__.startswith("torch.")]
+    notes = [(table, {key: value for key, value in table.items() if key not in OF_MODULES}) for table in tables]
+    values = {id(value): value for _, noted in notes for value in noted.values()}.values()
+    lists = [(it, copy.copy(it)) for it in values if isinstance(it, list | dict | set)]
+    tensors = [it for it in values if isinstance(it, Tensor) and not it.is_inference()]
+    copies = [(it, it.detach().clone(), it._version) for it in tensors]
+    try:
+        yield
+    finally:
+        for table, noted in notes:
+            for key in table.keys() - noted.keys() - OF_MODULES:
+                del table[key]
+            table.update(noted)
+        for it, was in lists:
+            it.clear()
+            it.extend(was) if isinstance(it, list) else it.update(was)
+        with torch.no_grad():
+            for it, was, version in copies:
+                if it._version != version:  # one that a backward pass waits for is not touched
+                    it.copy_(was)
+
+
+def outside_modes() -> AbstractContextManager[Any]:
+    """Past the dispatch modes of a pass: selective checkpointing would keep what is computed here for the backward."""
+    return nullcontext() if _get_current_dispatch_mode() is None else _disable_current_modes()
+
+
+class Hook:
+    """What looks at somebody's module in a pass, outside its modes; copied with the module it does nothing."""
+
+    def __init__(self, look: Callable[..., None]) -> None:
+        self.look = look
+
+    def __call__(self, *given: Any) -> None:
+        with outside_modes():
+            self.look(*given)
+
+    def __reduce__(self) -> Any:
+        return Hook, (nothing,)
+
+
+def nothing(*_: Any) -> None:
+    """See nothing."""
 
 
 def recomputing() -> bool:
@@ -139,6 +201,12 @@ def tolerance(x: Tensor) -> float:
 def close(a: Tensor, b: Tensor) -> bool:
     """Equal up to rounding, in the norm."""
     return a.shape == b.shape and float((a - b).norm()) <= tolerance(a) * float(b.norm())
+
+
+def adds_the_same(a: Tensor, b: Tensor, x: Tensor) -> bool:
+    """Whether a and b equal each other up to rounding, and up to it in what they have beside a stream x."""
+    rounding = 64 * torch.finfo(x.dtype).eps * float(b.norm())
+    return a.shape == b.shape and float((a - b).norm()) <= tolerance(x) * float((b - x).norm()) + rounding
 
 
 def is_multiple(a: Tensor | None, x: Tensor) -> bool:

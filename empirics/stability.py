@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from empirics.anatomy import anatomy
 from empirics.jacobian_probes import functions_of
-from empirics.registry import Probe, Reading, Unavailable, find, schedule
+from empirics.registry import Probe, Reading, find, reason, schedule
 from empirics.running import run_eagerly
 from empirics.training_probes import PLACES, Probed, add
 from empirics.watched import Steps, Watched
@@ -247,6 +247,7 @@ class StabilityMonitor:
             left_out=self._before[1] | missing,
         )
         self.records.append(record)
+        watched.let_go()
         if watched.steps is not None:
             self._await(watched, watched.steps, record)
         return record
@@ -327,6 +328,6 @@ def measured(watched: Watched, probes: Sequence[Probe]) -> Found:
     for probe in probes:
         try:
             found[probe.name] = probe.measure(watched)  # type: ignore[arg-type]
-        except Unavailable as reason:
-            missing[probe.name] = str(reason)
+        except Exception as error:  # the training must not fail of it
+            missing[probe.name] = reason(error)
     return found, missing

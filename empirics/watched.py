@@ -23,7 +23,7 @@ from empirics.block_norms import STACK, BlockNorms
 from empirics.distributed import ALONE, whole
 from empirics.registry import Unavailable
 from empirics.residual_stream import length_sums, n_tokens, variance_sum
-from empirics.running import first_sequence, first_tensor, recomputing
+from empirics.running import Hook, first_sequence, first_tensor, recomputing
 from empirics.spectral import NormEstimate
 from empirics.subject import TOLERANCE, Shared
 
@@ -226,6 +226,10 @@ class Watched(Shared):
         """Take every hook off the model."""
         _remove(self._hooks)
 
+    def let_go(self) -> None:
+        """Forget the passes; what the optimizer does is still seen."""
+        self._sums, self._shared = [], {}
+
     @property
     def n_tokens(self) -> int:
         """Tokens of the step, padding included; 0 where a place has seen none."""
@@ -307,8 +311,8 @@ class Watched(Shared):
                 self._views.pop(n).__exit__(None, None, None)
 
         return [
-            module.register_forward_pre_hook(before, with_kwargs=True),
-            module.register_forward_hook(after, always_call=True),
+            module.register_forward_pre_hook(Hook(before), with_kwargs=True),
+            module.register_forward_hook(Hook(after), always_call=True),
         ]
 
     def _show(self, n: int, rows: AttentionRows | str) -> None:
@@ -327,8 +331,8 @@ class Watched(Shared):
             def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
                 see((*args, *kwargs.values()))
 
-            return place.module.register_forward_pre_hook(before, with_kwargs=True)
-        return place.module.register_forward_hook(lambda _, __, output: see((output,)))
+            return place.module.register_forward_pre_hook(Hook(before), with_kwargs=True)
+        return place.module.register_forward_hook(Hook(lambda _, __, output: see((output,))))
 
     # --- norms ----------------------------------------------------------------------------------------------------
 

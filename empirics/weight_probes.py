@@ -17,7 +17,12 @@ Spectra = dict[str, NDArray[np.float64]]
 
 def _spectra(subject: Seen) -> Spectra:
     """Singular values of every matrix, descending, in float64."""
-    return {name: torch.linalg.svdvals(w.double()).cpu().numpy() for name, w in subject.matrices.items()}
+    found: Spectra = {}
+    for name, w in subject.matrices.items():
+        if not w.isfinite().all():
+            raise Unavailable(f"{name} is not finite")
+        found[name] = torch.linalg.svdvals(w.double()).cpu().numpy()
+    return found
 
 
 def _of_spectra(subject: Seen, name: str, statistic: Any) -> Reading:

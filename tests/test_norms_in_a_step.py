@@ -144,9 +144,11 @@ def test_norms_are_of_the_weights_in_float32_whatever_the_pass_is_in() -> None:
 # --- one sequence of a batch --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("kind", "batch"), [("bloom", 3), ("llama", 12), ("mpt", 3), ("sequence first", 3)])
+@pytest.mark.parametrize(
+    ("kind", "batch"), [("bloom", 3), ("llama", 12), ("mpt", 3), ("mpt", 4), ("sequence first", 3)]
+)
 def test_the_first_sequence_counts_whatever_the_batch(kind: str, batch: int) -> None:
-    """Masks and biases by sequence and head are cut with it; 12 is the number of tokens too."""
+    """Masks and biases by sequence and head are cut with it; 12 is the number of tokens too, and 4 of heads."""
     torch.manual_seed(0)
     model = (Encoder(batch_first=False) if kind == "sequence first" else real(kind)).eval()
     tokens = torch.cat([some_batch(n) for n in range(batch)])[:batch]
