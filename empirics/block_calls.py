@@ -31,8 +31,8 @@ from empirics.running import (
 
 Hooks = Callable[[], Sequence[Any]]  # puts hooks on, and gives their handles
 PLAIN = (bool, int, float, complex, str, torch.dtype, torch.device)
-# First axes that are taken for the batch's: of its size, of a multiple of it, or of its size before one of tokens.
-EXACT, MULTIPLE, ALIKE = "exact", "multiple", "alike"
+# First axes that are taken for the batch's: of its size, of a multiple, or of its size but where it may be of heads.
+EXACT, MULTIPLE, HEADS = "exact", "multiple", "heads"
 
 
 class Reached(Exception):
@@ -158,7 +158,7 @@ def of_one_sequence(block: Block, number: int, batch_axis: int) -> Block:
     whole = _detached(block, number, batch_axis, "")
     if block.x.ndim < 3 or block.x.shape[batch_axis] == 1:
         return whole
-    ones = [_detached(block, number, batch_axis, rule) for rule in (EXACT, MULTIPLE, ALIKE)]
+    ones = [_detached(block, number, batch_axis, rule) for rule in (EXACT, MULTIPLE, HEADS)]
     expected, failed = first_sequence(Again(whole).at(whole.x), batch_axis), ""
     if not expected.isfinite().all():
         raise Unavailable("its output is not finite")
@@ -187,7 +187,7 @@ def _detached(block: Block, number: int, batch_axis: int, rule: str) -> Block:
         if tensor.ndim == 1 and size != batch:  # where packed sequences end, as a kernel may take them on trust
             raise Unavailable("it is given a list that is neither of tokens nor of sequences; probe one sequence")
         alike = tensor.ndim > 2 and tensor.shape[:2] == x.shape[:2]
-        if rule == ALIKE and not alike:
+        if rule == HEADS and tensor.ndim == 3 and not alike:  # a bias of (heads, ., T)
             return tensor
         if batch_axis and alike:
             return tensor[:, :1]

@@ -139,6 +139,8 @@ class BlockNorms:
         self._broken, self._stack, self._left = self._broken or why, [], None
 
     def _complete(self) -> None:
+        """Take the norm of the stack, and let go of it."""
+
         def through(x: Tensor) -> Tensor:
             for each in self._stack:
                 x = each.run(x)

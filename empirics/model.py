@@ -497,11 +497,12 @@ class Transformer(nn.Module):
     def _in_parts(self, x_BTD: Tensor) -> bool:
         """Whether the loss is taken a few tokens at a time: on a CPU, for its gradient, nothing rounded or compiled.
 
-        The head is not called then, so that one with hooks is left to be.
+        The head is not called then, so that one with hooks, or of another kind, is left to be.
         """
         kind, cap, head = x_BTD.device.type, self.architecture.logit_softcap, self.head
         hooks = (head._forward_pre_hooks, head._forward_hooks, head._backward_pre_hooks, head._backward_hooks)
-        plain = not (cap or any(hooks) or torch.is_autocast_enabled(kind) or torch.compiler.is_compiling())
+        own = type(head) is nn.Linear and head.bias is None and not any(hooks)
+        plain = own and not (cap or torch.is_autocast_enabled(kind) or torch.compiler.is_compiling())
         exact = x_BTD.dtype in (torch.float32, torch.float64)
         return plain and exact and kind == "cpu" and torch.is_grad_enabled()
 

@@ -38,7 +38,8 @@ OF_MODULES = vars(nn.Module()).keys()  # what every module has, as its weights a
 def _kept(model: nn.Module) -> Iterator[None]:
     """Whatever modules note in a pass is undone: counts in buffers, and losses, caches or lists that are attributes.
 
-    Attributes of torch's own modules are left alone: those that shard a model make themselves ready in a first pass.
+    Of lists in lists the outer one is. Attributes of torch's own modules are left alone: those that shard a model make
+    themselves ready in a first pass.
     """
     tables = [module._buffers for module in model.modules()]
     tables += [vars(module) for module in model.modules() if not type(module).__module__.startswith("torch.")]
@@ -55,12 +56,18 @@ def _kept(model: nn.Module) -> Iterator[None]:
                 del table[key]
             table.update(noted)
         for it, was in lists:
-            it.clear()
-            it.extend(was) if isinstance(it, list) else it.update(was)
+            if _held(it) != _held(was):  # one that its owner may be in the middle of is not touched
+                it.clear()
+                it.extend(was) if isinstance(it, list) else it.update(was)
         with torch.no_grad():
             for it, was, version in copies:
                 if it._version != version:  # one that a backward pass waits for is not touched
                     it.copy_(was)
+
+
+def _held(it: Iterable[Any]) -> list[int]:
+    """Which objects are in a list, a dictionary or a set; tensors do not compare to a truth value."""
+    return [id(item) for item in (*it, *(it.values() if isinstance(it, dict) else ()))]
 
 
 def outside_modes() -> AbstractContextManager[Any]:

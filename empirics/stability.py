@@ -11,8 +11,8 @@ with the reason.
 
 A norm is a lower estimate, over the whole first sequence as the step's first pass has it: a block is run again where it
 is called, with the arguments of that sequence alone, without dropout, and in float32 where its weights are in less.
-Hooks that others have put inside a block are called then too. What has no second derivative, such as flash or flex
-attention, has no norm.
+Hooks that others have put inside a block are called then too, its modules in eval mode; those on the block are not.
+What has no second derivative, such as flash or flex attention, has no norm.
 """
 
 from __future__ import annotations

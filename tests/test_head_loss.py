@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from empirics import head_loss
 from empirics.head_loss import HeadLoss
-from empirics.model import build
+from empirics.model import build, cross_entropy
 
 N, D, V = 13, 5, 11
 
@@ -133,3 +133,10 @@ def test_hooks_on_the_head_are_called() -> None:
         handle.remove()
         torch.testing.assert_close(loss, expected)
     assert called == list(puts)
+
+
+def test_a_head_with_a_bias_is_called() -> None:
+    model = build(architecture(vocab_size=V, context=8), seed=0)
+    tokens = torch.arange(16).reshape(2, 8) % V
+    model.head = torch.nn.Linear(model.architecture.d_model, V)
+    torch.testing.assert_close(model.loss(tokens, tokens), cross_entropy(model(tokens), tokens))

@@ -281,7 +281,7 @@ def test_an_argument_is_cut_rightly_where_the_stream_is_large() -> None:
             return x + super().forward(x) / 1e4 * (1 if bias.shape[0] == 1 else 2)
 
     torch.manual_seed(0)
-    module, x, bias = Biased(4, 4), torch.randn(2, 3, 4), torch.randn(2, 5)
+    module, x, bias = Biased(4, 4), torch.randn(2, 3, 4), torch.randn(2, 1, 5)
     with undisturbed(module):
         found = of_one_sequence(Block(module, (x, bias), {}), 0, 0)
         assert found.args[1].shape == bias.shape  # of two, which is no batch
