@@ -30,6 +30,8 @@ from torch import Tensor
 from torch.func import jacrev
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from empirics.registry import Unavailable
+
 Function = Callable[[Tensor], Tensor]
 # A bidiagonal matrix (N, K, K + 1), or one bordered by kept Ritz values, and which right vector it was grown from.
 Cycle = tuple[np.ndarray, int]
@@ -97,7 +99,8 @@ def lanczos_opnorms(
         basis: vectors kept on either side; memory is that many times an input and an output.
 
     Raises:
-        ValueError: the dtype or an option will not do, or a product is not finite.
+        ValueError: the dtype or an option will not do.
+        Unavailable: a product is not finite.
     """
     if x.dtype not in (torch.float32, torch.float64):
         raise ValueError(f"a spectral norm needs float32 or float64, not {x.dtype}; convert function and input")
@@ -194,7 +197,7 @@ def _orthonormal(vectors: Tensor, bases: Tensor, floor: np.ndarray) -> tuple[Ten
     length = torch.linalg.vector_norm(vectors, dim=-1, dtype=torch.float64)
     vectors, length = vectors[:, 0], length[:, 0].cpu().numpy()
     if not np.isfinite(length).all():
-        raise ValueError("a product with the Jacobian is not finite; take a point where function and derivative are")
+        raise Unavailable("a product with the Jacobian is not finite; take a point where function and derivative are")
     length[length <= floor] = 0.0
     scale = torch.from_numpy(np.where(length > 0, length, math.inf)).to(vectors)
     return vectors / scale[:, None], length

@@ -138,10 +138,16 @@ def test_probes_are_left_out_of_what_identifies_older_records(text: Path) -> Non
 
 
 def test_a_diverged_run_keeps_what_was_measured(text: Path, tmp_path: Path) -> None:
-    spec = specification(text, learning_rate=1e30, warmup=1, schedule="constant", steps=30, probe_every=1)
+    """Dear probes are taken before the step shows that its weights are no numbers any more."""
+    spec = specification(
+        text, learning_rate=1e30, warmup=1, schedule="constant", steps=30, probe_every=1,
+        probes="default,layer_jacobian@1,weight_opnorm@1",
+    )  # fmt: skip
     series = run(spec, tmp_path)["series"]
     assert series["diverged_at"] is not None
     assert series["probes"]["update_norm"]["steps"] == list(range(series["diverged_at"]))
+    for dear in ("layer_jacobian", "weight_opnorm"):
+        assert series["probes"][dear]["steps"] == list(range(len(series["probes"][dear]["steps"])))
 
 
 # --- the command --------------------------------------------------------------------------------------------------
