@@ -162,9 +162,13 @@ def wiring(block: Block, name: str) -> Wiring:
     """Ask a block how it is wired.
 
     Raises:
-        ValueError: it has no residual stream.
+        ValueError: it has no residual stream, or gives values that are not finite.
     """
     x, base = block.x, block.run()
+    if not base.output.isfinite().all():
+        raise ValueError(
+            f"{name} ({type(block.module).__name__}) gives values that are not finite; give weights of which they are"
+        )
     weighted = [child for child in dict.fromkeys(call.child for call in base.calls) if has_matrix(child)]
     weighted = [child for child in weighted if any(call.module is child for call in base.calls)]
     other = x.flip(-1)

@@ -158,6 +158,8 @@ class AttentionView(TorchFunctionMode):
 
     def _judge(self, logits: Tensor) -> None:
         logits = _precise(logits)
+        if logits.isnan().any():
+            raise Unavailable("its logits are not finite")
         seen = logits > HIDDEN
         # A row of hidden keys alone, of padding, has no probabilities.
         self._show(row_statistics(logits, logits.masked_fill(~seen, -math.inf).softmax(-1).nan_to_num(), seen))

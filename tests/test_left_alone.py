@@ -161,7 +161,7 @@ def test_selective_checkpointing_keeps_what_the_training_computes(probes: str) -
 
 
 def test_nothing_is_kept_after_a_step() -> None:
-    """Neither graphs nor the stream; each of three steps would leave some."""
+    """Neither graphs nor the stream; each of two steps would leave some."""
 
     def numbers() -> int:
         gc.collect()
@@ -171,7 +171,7 @@ def test_nothing_is_kept_after_a_step() -> None:
     model = NanoGPT()
     sizes: list[int] = []
     monitor = StabilityMonitor(model, probes=f"residual_kurtosis@1,{FEW.replace(',', '@1,')}@1")
-    for _ in range(4):
+    for _ in range(3):
         with monitor.probe():
             loss_of(model, some_batch()).backward()
         assert {"layer_jacobian", "residual_kurtosis"} <= monitor.records[-1].probes.keys()
@@ -252,17 +252,20 @@ def test_a_stack_that_others_change_or_reorder_has_no_norm() -> None:
 def test_weights_that_are_not_finite_are_named() -> None:
     torch.manual_seed(0)
     model = NanoGPT()
-    monitor = StabilityMonitor(model, probes=f"weight_opnorm,{FEW}")
+    monitor = StabilityMonitor(model, probes=f"weight_opnorm,attention_entropy,{FEW}")
     with torch.no_grad():
         model.transformer["h"][1].mlp[0].weight[0, 0] = torch.nan
     with monitor.probe():
         loss_of(model, some_batch()).backward()
     assert monitor.records[-1].left_out == {
         "weight_opnorm": "transformer.h.1.mlp.0.weight is not finite",
+        "attention_entropy": "layer 2: its logits are not finite",
         "layer_jacobian": "layer 1: its output is not finite",
         "attention_jacobian": "layer 1: its output is not finite",
         "stack_jacobian": "layer 1: its output is not finite",
     }
+    with pytest.raises(ValueError, match=r"layer 1 \(NanoBlock\) gives values that are not finite"):
+        StabilityMonitor(model)
 
 
 def test_inference_mode_is_named() -> None:
