@@ -40,7 +40,7 @@ class HeadLoss(torch.autograd.Function):
             loss += F.nll_loss(logs, targets, reduction="sum")
             excess = logs.exp_()  # in the memory of its logarithm
             excess[torch.arange(len(targets), device=targets.device), targets.clamp(min=0)] -= 1
-            excess[targets == IGNORED] = 0
+            excess.index_fill_(0, (targets == IGNORED).nonzero()[:, 0], 0.0)  # a mask would pass over all of them
             torch.mm(excess, weight_VD, out=gradient)
             if weight_gradient is not None:
                 torch.addmm(weight_gradient, excess.mT, x, out=weight_gradient)
