@@ -16,9 +16,11 @@ import pytest
 
 from theory.__main__ import main
 from theory.architecture import EMBEDDINGS, INITS, METHODS, PRESETS, Architecture, EmbeddingTreatment, method, preset
-from theory.conditions import largest, outcome_of
+from theory.conditions import NORMALISED_LIMIT, largest, normalised_share, outcome_of
+from theory.differences import differences
 from theory.growth import gradient_growth
 from theory.records import architecture_from
+from theory.remedies import SMALLER_EPS, SOFTER
 from theory.statements import find
 from theory.verdict import Condition, Outcome, Verdict, _reasons, check, unknown
 
@@ -151,7 +153,9 @@ def test_detach_is_vanilla(size: str) -> None:
     """Detaching changes no activation and no activation gradient: everything but the architecture is equal."""
     vanilla, detach = (check(preset(size).with_embedding(name), 16) for name in ("vanilla", "embed-detach"))
     assert detach.architecture != vanilla.architecture
-    assert replace(detach, architecture=vanilla.architecture) == vanilla
+    advice = tuple(line.replace("; the gradient of the embeddings times 1", "") for line in detach.next)
+    assert advice != detach.next  # to undo the detaching is a change
+    assert replace(detach, architecture=vanilla.architecture, next=advice) == vanilla
 
 
 # --- verdicts -----------------------------------------------------------------------------------------------------
@@ -211,6 +215,8 @@ def remedies(verdict: Verdict) -> list[list[str]]:
     return [line.split(":")[0].split() for line in verdict.next if line.startswith("--")]
 
 
+NUMBERS = "that is: "
+
 SICK: list[tuple[str, EmbeddingTreatment, str]] = [
     ("tiny", "vanilla", "paper"),
     ("wide", "embed-detach", "paper"),
@@ -227,7 +233,8 @@ def test_remedies_cure(size: str, embedding: EmbeddingTreatment, init: str, caps
     assert verdict.outcome == "at risk"
     options = remedies(verdict)
     assert options
-    for option, line in zip(options, verdict.next, strict=True):
+    promises = [line for line in verdict.next if not line.startswith(NUMBERS)]
+    for option, line in zip(options, promises, strict=True):
         argv = [size, "--seq-len", "32", "--embedding", embedding, "--init", init, *option]  # the last one counts
         status, answer = checked(capsys, *argv)
         assert (status, answer["verdict"]) == (0, "stable")
@@ -247,10 +254,14 @@ def test_remedies_of_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
 
 def smaller(verdict: Verdict) -> Architecture:
     """What advice in words says: a treatment, the paper's initialisation or none, and branches times a factor."""
-    found = re.search(r"besides --embedding ([\w-]+)( --init paper)?: branches times ([0-9.e-]+) ", verdict.next[0])
+    found = re.search(
+        r"smaller(?: besides)?(?: --embedding ([\w-]+))?( --init paper)?: branches times ([0-9.e-]+) ", verdict.next[0]
+    )
     assert found is not None, verdict.next
     a = verdict.architecture.with_init("paper") if found[2] else verdict.architecture
-    a = a.with_embedding(found[1])  # type: ignore[arg-type]
+    a = a.with_embedding(found[1]) if found[1] else a  # type: ignore[arg-type]
+    advised = differences(verdict.architecture, a)
+    assert [line for line in verdict.next if line.startswith(NUMBERS)] == [NUMBERS + advised] * bool(advised)
     return replace(a, residual_multiplier=a.residual_multiplier * float(found[3]))
 
 
@@ -262,8 +273,14 @@ def test_without_a_remedy_it_says_what_to_change() -> None:
             verdict = check(hard.with_embedding(embedding).with_init(init), 8)
             assert verdict.outcome == "at risk"
             assert remedies(verdict) == []
-            assert len(verdict.next) == 1
+            words = "neither --embedding scaled-embed or embed-ln nor --init paper suffices; "
+            assert verdict.next[0].startswith(words)
             assert "make the sub-layers smaller" in verdict.next[0]
+            # What is set already is not advised again.
+            treated = embedding in ("scaled-embed", "embed-ln")
+            assert ("besides --embedding scaled-embed" in verdict.next[0]) == (not treated)
+            assert ("--init paper:" in verdict.next[0]) == (init != "paper")
+            assert len(verdict.next) == (1 if init == "paper" and treated else 2)
             assert "their output matrices, or" in verdict.next[0]
             cured = check(smaller(verdict), 8)
             assert cured.outcome == "stable"
@@ -288,6 +305,7 @@ def test_at_risk_outside_the_domain_is_told_what_mends_the_conditions() -> None:
     words = "both of the paper's conditions hold then, outside the domain of the predicted growth"
     assert deep.next == (
         f"--embedding scaled-embed: {words}",
+        "that is: embeddings times 16 (sqrt d_model)",
         "--layers 96: the largest depth whose growth is predicted",
     )
     mended = check(deep.architecture.with_embedding("scaled-embed"), 16)
@@ -327,6 +345,137 @@ def test_stable_asks_for_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     status, answer = checked(capsys, "small", "--embedding", "scaled-embed", "--seq-len", "16")
     assert status == 0
     assert answer["next"] == ["train; at the next change of width, depth or initialisation, check again"]
+
+
+# --- norms that normalise nothing -----------------------------------------------------------------------------------
+
+
+def llama(path: Path, std: float, **keys: Any) -> str:
+    config = {"model_type": "llama", "vocab_size": 32000, "hidden_size": 256, "num_hidden_layers": 4}
+    config |= {"num_attention_heads": 4, "intermediate_size": 512, "initializer_range": std} | keys
+    path.write_text(json.dumps(config))
+    return str(path)
+
+
+def test_a_network_whose_norms_normalise_nothing_is_not_stable(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A stream far below sqrt(eps); with a smaller eps, the control, the same weights are judged by their growth."""
+    status, dead = checked(capsys, llama(tmp_path / "a", 1e-6), "--seq-len", "32")
+    assert (status, dead["verdict"]) == (STATUS["unknown"], "unknown")
+    assert all(condition["holds"] for condition in dead["conditions"])
+    assert any("norms hardly normalise" in line and "share 1e-06" in line for line in dead["why"])
+    assert dead["next"][0].startswith("--embedding scaled-embed --init paper: stable, with growth ")
+    _, cured = checked(capsys, str(tmp_path / "a"), "--seq-len", "32", *dead["next"][0].split(":")[0].split())
+    assert cured["verdict"] == "stable"
+    for path, std, eps in ((tmp_path / "b", 1e-6, 1e-20), (tmp_path / "c", 0.02, 1e-6)):
+        _, alive = checked(capsys, llama(path, std, rms_norm_eps=eps), "--seq-len", "32")
+        assert not any("norms hardly normalise" in line for line in alive["why"])
+
+
+def test_the_share_turns_the_verdict_at_half() -> None:
+    """Sub-layers of zeros, so that the stream is the embedding all the way: at its std eps is half of the divisor."""
+    base = preset("tiny").with_init("zero-output")
+    square = base.stds.embedding**2
+    for eps, outcome in ((0.999 * square, "stable"), (1.001 * square, "unknown")):
+        found = check(replace(base, eps=eps), 8)
+        assert found.outcome == outcome
+        assert normalised_share(found.architecture, found.growth) == pytest.approx(square / (square + eps))
+
+
+@pytest.mark.parametrize("block", ["pre-ln", "post-ln", "peri-ln", "branch-ln"])
+def test_the_share_is_of_every_norm(block: Any) -> None:
+    """Each layout has norms whose input is small at one place alone."""
+    sound = replace(preset("tiny").with_embedding("scaled-embed"), block=block)
+
+    def share(a: Architecture) -> float:
+        return normalised_share(a, gradient_growth(a, 8))
+
+    assert share(sound) > 0.9
+    assert share(replace(sound, eps=1e3)) < NORMALISED_LIMIT
+    # An output norm has branches of zeros below it, whatever the stream.
+    assert (share(sound.with_init("zero-output")) == 0) == (block in ("peri-ln", "branch-ln"))
+    # An embedding norm that leaves std 0.3, large enough for the norms behind it.
+    weak = replace(sound, embedding_multiplier=math.sqrt(0.1 * sound.eps) / sound.stds.embedding, embedding_norm=True)
+    assert share(weak) == pytest.approx(1 / 11)
+    assert share(replace(weak, embedding_multiplier=1.0)) > NORMALISED_LIMIT
+
+
+# --- what advice is in numbers ------------------------------------------------------------------------------------
+
+
+def test_advice_says_what_it_is_in_numbers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The numbers are those of the architecture that the advised options give."""
+    path = llama(tmp_path / "a", 0.02, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32)
+    _, answer = checked(capsys, path, "--seq-len", "16")
+    advice, numbers = answer["next"][:2]
+    assert advice.startswith("--embedding scaled-embed --init paper: ")
+    _, after = checked(capsys, path, "--seq-len", "16", *advice.split(":")[0].split())
+    stds = architecture_from(after["architecture"]).stds
+    assert numbers == (
+        f"{NUMBERS}embeddings times 64 (sqrt d_model); matrices of std {stds.query:.3g}; "
+        f"those that write to the stream (attention output, feed-forward down) {stds.output:.3g}"
+    )
+    assert (f"{stds.query:.3g}", f"{stds.output:.3g}") == ("0.00988", "0.00124")
+    assert answer["next"][3].startswith(f"{NUMBERS}an RMSNorm after the embeddings; matrices of std 0.00988; ")
+
+
+def test_numbers_name_only_what_differs() -> None:
+    wide = preset("wide")
+    assert differences(wide, wide) == differences(wide, replace(wide, name="other", n_layers=8)) == ""
+    assert differences(wide, wide.with_embedding("embed-ln")) == "a LayerNorm after the embeddings"
+    assert differences(wide.with_embedding("embed-ln"), wide) == "no norm after the embeddings"
+    assert differences(wide, wide.with_embedding("embed-detach")) == "the gradient of the embeddings times 0.1"
+    xavier = replace(wide, d_ffn=512).with_init("xavier")  # its tables and head are the paper's
+    assert differences(xavier, xavier.with_init("paper")) == (
+        "matrices inside the layers of std 0.0395; "
+        "those that write to the stream (attention output, feed-forward down) 0.00988"
+    )
+    assert differences(wide.with_init("small"), wide) == (
+        "matrices that write to the stream (attention output, feed-forward down) of std 0.00988"
+    )
+    assert differences(wide, wide.with_init("mitchell")).endswith("; weights drawn truncated")
+    assert " to " in differences(wide, wide.with_init("mitchell"))  # the writers' own from layer to layer
+
+
+@pytest.mark.parametrize("embedding", ["scaled-embed", "embed-ln"])
+def test_what_is_set_already_is_not_advised(embedding: EmbeddingTreatment) -> None:
+    set_already = check(preset("wide").with_embedding(embedding).with_init("xavier"), 16)
+    assert set_already.next[0].startswith("--init paper: ")
+    assert (
+        NUMBERS + differences(set_already.architecture, set_already.architecture.with_init("paper"))
+        == (set_already.next[1])
+    )
+    gemma = replace(set_already.architecture, init=replace(INITS["paper"], name="file"), d_ffn=10**6)
+    assert "--init paper:" not in check(gemma, 16).next[0]  # the same numbers by another name
+
+
+def test_advice_that_cures_sharp_logits_stands_alone() -> None:
+    """Outside the domain by depth and by sharp logits, of which the paper's initialisation takes the second away."""
+    deep = replace(preset("wide"), n_layers=97)
+    sharp = check(deep.with_init(replace(INITS["paper"], query_key=0.5, hidden=0.3)), 16)
+    assert any(reason.startswith("attention logits have variance") for reason in sharp.growth.reasons)
+    assert "--init paper" in sharp.next[0]
+    assert not any(line.startswith(SOFTER) for line in sharp.next)
+    left = check(replace(deep, attention_scale=4.0), 16)  # the control: no initialisation is advised
+    assert "--init paper:" not in left.next[0]
+    assert any(line.startswith(SOFTER) for line in left.next)
+
+
+def test_limits_are_said_to_be_a_convention(capsys: pytest.CaptureFixture[str]) -> None:
+    _, answer = checked(capsys, "tiny", "--seq-len", "8")
+    assert [line for line in answer["assumed"] if line.startswith("the limits (2 on the growth, ")]
+    assert answer["thresholds"]["source"].startswith("convention")
+    assert main(["check", "tiny", "--seq-len", "8"]) == 1
+    assert "\nassumed: the limits (2 on the growth, " in capsys.readouterr().out
+
+
+def test_parameters_are_written_short(capsys: pytest.CaptureFixture[str]) -> None:
+    for size, words in (("350m", "405M"), ("13b", "13.1B"), ("tiny", "657k")):
+        n = preset(size).n_parameters
+        assert float(words[:-1]) == pytest.approx(n / {"k": 1e3, "M": 1e6, "B": 1e9}[words[-1]], rel=5e-3)
+        main(["check", size, "--seq-len", "4", "--layers", str(preset(size).n_layers)])
+        assert f", {words} parameters," in capsys.readouterr().out
 
 
 # --- options and imports ------------------------------------------------------------------------------------------
@@ -391,7 +540,7 @@ def test_conditions_without_a_number_are_unknown() -> None:
     conditions = tuple(
         Condition(name=name, holds=False, value=math.nan, limit=2.0) for name in ("small sub-layers", "large shortcut")
     )
-    assert outcome_of(growth, conditions) == "unknown"
+    assert outcome_of(growth, conditions, 1.0) == "unknown"
     words = _reasons(preset("tiny"), growth, (conditions[0], conditions[1]))
     assert "unknown: whether the condition holds: small sub-layers" in words
     assert not any("nan" in line for line in words)
@@ -414,8 +563,10 @@ def test_weights_whose_squares_underflow_are_answered(
     config = {"model_type": "gpt_neox", "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 1}
     path = tmp_path / "config.json"
     path.write_text(json.dumps(config | {"initializer_range": size, "layer_norm_eps": 1e-5}))
-    assert main(["check", str(path), "--seq-len", "16"]) == 0
-    assert "verdict: stable" in capsys.readouterr().out
+    assert main(["check", str(path), "--seq-len", "16"]) == STATUS["unknown"]
+    text = capsys.readouterr().out
+    assert "why: norms hardly normalise: " in text
+    assert f"next: {SMALLER_EPS}\n" in text
 
 
 def test_statements_say_where_they_are_claimed(capsys: pytest.CaptureFixture[str]) -> None:

@@ -17,7 +17,7 @@ from theory.architecture import EMBEDDINGS, INITS, PRESETS, Architecture, preset
 from theory.hf_config import AS_CLASS, Config, UnknownArchitecture, read_config
 from theory.names import meant, unknown
 from theory.quantities import QUANTITIES
-from theory.words import as_typed, counted, table
+from theory.words import as_typed, counted, short, table
 
 T = TypeVar("T")
 
@@ -217,7 +217,7 @@ def _verdict_text(verdict: Any) -> str:
         rigorous = f"none that is rigorous: {'; '.join(verdict.rigorous.assumptions)}"
     lines = [
         f"{a.name}: d_model {a.d_model}, {counted(a.n_layers, 'layer')}, {counted(a.n_heads, 'head')}, "
-        f"d_ffn {a.d_ffn}, {a.n_parameters / 1e6:.4g}M parameters, init {a.init.name}, "
+        f"d_ffn {a.d_ffn}, {short(a.n_parameters)} parameters, init {a.init.name}, "
         f"{counted(verdict.seq_len, 'token')}",
         f"verdict: {verdict.outcome}",
         f"gradient growth: {growth}",

@@ -20,6 +20,8 @@ Outcome = Literal["stable", "at risk", "unstable", "unknown"]
 GROWTH_LIMIT = 2.0  # stable up to this growth of the gradient from the last layer to the first
 SUBLAYER_LIMIT = 2.0  # condition 1: the paper's norm of a sub-layer in its normalised input
 SHORTCUT_LIMIT = 2.0  # condition 2: the paper's excess over 1 of a half-layer's Jacobian, at the worst layer
+# Below it most of what a norm divides by is eps, a constant: it then normalises nothing, whatever the growth is.
+NORMALISED_LIMIT = 0.5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,6 +61,27 @@ def conditions_of(forward: ForwardPass) -> tuple[Condition, Condition]:
     return conditions(a, forward, paper_bound(a, forward.n_tokens, forward))
 
 
+@np.errstate(over="ignore", invalid="ignore")
+def normalised_share(architecture: Architecture, forward: Growth | ForwardPass) -> float:
+    """Smallest share s^2/(s^2 + eps) of the mean square in what a norm of the stream or of a branch divides by.
+
+    1 without such a norm; not a number where a mean square is none. QK-norms are left to the growth's domain.
+    """
+    a = architecture
+    std, branches = np.asarray(forward.residual_std), np.asarray(forward.branch_std)
+    # A norm's output has that share as its mean square: so has the stream behind an embedding norm or one of post-ln.
+    shares = [np.ones(1), std[:1] ** 2 if a.embedding_norm else std[:0]]
+    read = std[:-1] if a.block in ("pre-ln", "peri-ln") else std[:0]
+    if a.final_norm:
+        read = np.append(read, std[-1])
+    shares.append(read**2 / (read**2 + a.eps))
+    if a.block in ("peri-ln", "branch-ln"):
+        shares.append(branches**2 / (branches**2 + a.eps))
+    elif a.block == "post-ln":
+        shares.append(std[1:] ** 2)
+    return float(np.min(np.concatenate(shares)))
+
+
 def largest(values: NDArray[np.float64], limit: float) -> float:
     """The largest of the numbers, unless one that is none could still exceed the limit where they do not."""
     numbers = values[~np.isnan(values)]
@@ -66,13 +89,17 @@ def largest(values: NDArray[np.float64], limit: float) -> float:
     return found if numbers.size == values.size or found > limit else math.nan
 
 
-def outcome_of(growth: Growth, found: Sequence[Condition]) -> Outcome:
-    """The verdict."""
+def outcome_of(growth: Growth, found: Sequence[Condition], share: float) -> Outcome:
+    """The verdict; `share` is of `normalised_share`."""
     if any(condition.value > condition.limit for condition in found):
         return "at risk"  # the conditions do not depend on the growth's domain
     if not growth.in_domain or not all(condition.holds for condition in found):
         return "unknown"
-    return "stable" if growth.value <= GROWTH_LIMIT else "at risk"
+    if growth.value > GROWTH_LIMIT:
+        return "at risk"
+    # Of norms that normalise nothing no risk is known; but growth and conditions are of the network as it is, and once
+    # training lifts the stream over sqrt(eps) its norms make another one of it.
+    return "stable" if share >= NORMALISED_LIMIT else "unknown"
 
 
 def in_words(value: float) -> str:

@@ -3,11 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
+from itertools import chain
 
 from theory.architecture import Architecture, EmbeddingTreatment
-from theory.conditions import GROWTH_LIMIT, Condition, Outcome, conditions_of, in_words, outcome_of
+from theory.conditions import (
+    GROWTH_LIMIT,
+    Condition,
+    Outcome,
+    conditions_of,
+    in_words,
+    normalised_share,
+    outcome_of,
+)
+from theory.differences import differences
 from theory.growth import Growth, forward_pass
 from theory.growth_domain import MAX_LAYERS, MAX_LOGIT_VARIANCE, SHARP_LOGITS, lasting
 
@@ -17,20 +28,28 @@ UNJUDGED = (
     "no change can be judged outside the prediction's domain; change what `why` names, or measure: "
     "python -m empirics measure"
 )
+SOFTER = "use a smaller"  # so begins the advice against sharp logits
+SMALLER_EPS = "use a smaller eps in the norms, or larger standard deviations: eps is most of what they divide by"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Try:
-    """A change that was judged; growth is None where the conditions, or the sizes, decide without it."""
+    """A change that was judged; growth is None where the conditions, or the sizes, decide without it.
+
+    options: those that set it, empty for the configuration as it is. numbers: what it changes, of `differences`.
+    """
 
     options: str
+    numbers: str
     architecture: Architecture
     conditions: tuple[Condition, Condition]
+    share: float
+    logit_variance: float
     growth: Growth | None
 
     @property
     def stable(self) -> bool:
-        return self.growth is not None and outcome_of(self.growth, self.conditions) == "stable"
+        return self.growth is not None and outcome_of(self.growth, self.conditions, self.share) == "stable"
 
     @property
     def holds(self) -> bool:
@@ -48,7 +67,7 @@ class _Try:
 def remedies(
     architecture: Architecture, seq_len: int, outcome: Outcome, growth: Growth, found: tuple[Condition, Condition]
 ) -> tuple[str, ...]:
-    """Lines of advice; one that begins with an option says what that does."""
+    """Lines of advice; one that begins with an option says what that does, the next one says it in numbers."""
     if outcome == "stable":
         return (TRAIN,)
     sizes = lasting(architecture, seq_len)
@@ -57,16 +76,24 @@ def remedies(
         for tries in _tries(architecture, seq_len, found):
             tried.extend(tries)
             if any(one.stable for one in tried):
-                return tuple(_promise(one, growth) for one in tried if one.stable)
+                return _lines((_promise(one, growth), one) for one in tried if one.stable)
             if any(one.holds for one in tried) and sizes:
                 break  # no more than that can be said of any change
     outside = _into_the_domain(architecture, seq_len, growth)
     if outcome == "unknown":
-        return outside or (UNJUDGED,)
+        return outside or (SMALLER_EPS if growth.in_domain else UNJUDGED,)
     mended = [one for one in tried if one.holds and (one.growth is None or not one.growth.in_domain)]
-    if mended:
-        return (*map(_half_a_promise, mended), *outside)
-    return (_what_is_left(min(tried, key=lambda one: one.excess), seq_len), *outside)
+    advised = mended or [min(tried, key=lambda one: one.excess)]
+    if all(one.logit_variance <= MAX_LOGIT_VARIANCE for one in advised):
+        outside = tuple(line for line in outside if not line.startswith(SOFTER))
+    say = _half_a_promise if mended else partial(_what_is_left, seq_len=seq_len)
+    return (*_lines((say(one), one) for one in advised), *outside)
+
+
+def _lines(advice: Iterable[tuple[str, _Try]]) -> tuple[str, ...]:
+    """Each line of advice, and what it is in numbers."""
+    said = ((line, f"that is: {one.numbers}" if one.numbers else "") for line, one in advice)
+    return tuple(filter(None, chain.from_iterable(said)))
 
 
 def _tries(architecture: Architecture, seq_len: int, found: tuple[Condition, Condition]) -> Iterator[list[_Try]]:
@@ -76,26 +103,40 @@ def _tries(architecture: Architecture, seq_len: int, found: tuple[Condition, Con
     fixed = architecture.block in ("pre-ln", "post-ln")
     large = fixed and found[0].value > found[0].limit
     for words, base in (("", architecture), (" --init paper", architecture.with_init("paper"))):
+        words = words if differences(architecture, base) else ""
+        changes = {f"--embedding {name}": base.with_embedding(name) for name in TREATMENTS}
         tries: list[_Try] = []
-        for treatment in TREATMENTS:
+        # What is set already goes first, and is not advised again.
+        for option, changed in sorted(changes.items(), key=lambda change: differences(base, change[1]) != ""):
             # Outside the domain two treatments of which the same can be said are no more than one.
             if not large and not any(one.holds and one.growth is None for one in tries):
-                tries.append(_judged(base.with_embedding(treatment), seq_len, f"--embedding {treatment}{words}"))
+                options = f"{option if differences(base, changed) else ''}{words}".strip()
+                tries.append(_judged(changed, seq_len, options, differences(architecture, changed)))
                 large = fixed and tries[-1].conditions[0].value > tries[-1].conditions[0].limit
         large = False
         yield tries
 
 
-def _judged(changed: Architecture, seq_len: int, options: str) -> _Try:
+def _judged(changed: Architecture, seq_len: int, options: str, numbers: str) -> _Try:
     forward = forward_pass(changed, seq_len)
     found = conditions_of(forward)
     decided = any(condition.value > condition.limit for condition in found) or bool(lasting(changed, seq_len))
     growth = None if decided else forward.growth()
-    return _Try(options=options, architecture=changed, conditions=found, growth=growth)
+    return _Try(
+        options=options,
+        numbers=numbers,
+        architecture=changed,
+        conditions=found,
+        share=normalised_share(changed, forward),
+        logit_variance=forward.logit_variance,
+        growth=growth,
+    )
 
 
 def _promise(one: _Try, growth: Growth) -> str:
     assert one.growth is not None
+    if growth.value <= one.growth.value:  # what is mended is something else
+        return f"{one.options}: stable, with growth {one.growth.value:.4g}"
     return f"{one.options}: growth {one.growth.value:.4g} instead of {in_words(growth.value)}"
 
 
@@ -109,18 +150,20 @@ def _what_is_left(nearest: _Try, seq_len: int) -> str:
     by = "a residual multiplier: their norms undo what their output matrices do"
     if a.block in ("pre-ln", "post-ln"):
         by = "their output matrices, or a residual multiplier"
-    factor, words = _factor(nearest), "no change of the embedding or the initialisation alone makes this stable; "
+    factor, words = _factor(nearest), f"neither --embedding {' or '.join(TREATMENTS)} nor --init paper suffices; "
     if factor > 0:
         smaller = replace(a, residual_multiplier=a.residual_multiplier * factor)
-        found = _judged(smaller, seq_len, nearest.options)
-        besides = f"make the sub-layers smaller besides {nearest.options}: branches times {factor:g} ({by})"
+        found = _judged(smaller, seq_len, nearest.options, nearest.numbers)
+        besides = f" besides {nearest.options}" if nearest.options else ""
+        besides = f"make the sub-layers smaller{besides}: branches times {factor:g} ({by})"
         if found.stable and found.growth is not None:
             return f"{words}{besides} have growth {found.growth.value:.4g}"
         if found.holds:
             return f"{words}{besides} fulfil both of the paper's conditions"
     numbers = (f"{one.name} at {in_words(one.value)} (limit {one.limit:g})" for one in nearest.conditions)
     grown = "" if nearest.growth is None else f", growth {in_words(nearest.growth.value)}"
-    return f"{words}nearest is {nearest.options}, with {' and '.join(numbers)}{grown}"
+    nearest_is = nearest.options or "the configuration as it is"
+    return f"{words}nearest is {nearest_is}, with {' and '.join(numbers)}{grown}"
 
 
 def _factor(nearest: _Try) -> float:
@@ -144,12 +187,12 @@ def _into_the_domain(architecture: Architecture, seq_len: int, growth: Growth) -
     fewer = architecture.vocab_size
     if seq_len > fewer:
         forward = forward_pass(architecture, fewer)
-        outcome = outcome_of(forward.growth(), conditions_of(forward))
+        outcome = outcome_of(forward.growth(), conditions_of(forward), normalised_share(architecture, forward))
         lines.append(f"--seq-len {fewer}: no more tokens than the vocabulary has; the verdict is then {outcome}")
     if architecture.n_layers > MAX_LAYERS:
         lines.append(f"--layers {MAX_LAYERS}: the largest depth whose growth is predicted")
     if any(reason.startswith(SHARP_LOGITS) for reason in growth.reasons):
         with_norm = architecture.qk_norm != "none"
         what = "attention scale" if with_norm else "standard deviation of the query and key matrices"
-        lines.append(f"use a smaller {what}: the prediction needs logits of variance {MAX_LOGIT_VARIANCE:g} at most")
+        lines.append(f"{SOFTER} {what}: the prediction needs logits of variance {MAX_LOGIT_VARIANCE:g} at most")
     return tuple(lines)

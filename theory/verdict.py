@@ -10,11 +10,13 @@ from typing import Any
 from theory.architecture import Architecture
 from theory.conditions import (
     GROWTH_LIMIT,
+    NORMALISED_LIMIT,
     SHORTCUT_LIMIT,
     SUBLAYER_LIMIT,
     Condition,
     Outcome,
     conditions,
+    normalised_share,
     outcome_of,
 )
 from theory.growth import Growth, gradient_growth
@@ -24,6 +26,13 @@ from theory.sources import Source
 from theory.stack import DepthBound, paper_bound, rigorous_bound
 
 THRESHOLD_SOURCE = Source(key="convention", label="until outcomes calibrate it")
+THRESHOLDS: dict[str, Any] = {
+    "growth": GROWTH_LIMIT,
+    "sub_layer": SUBLAYER_LIMIT,
+    "shortcut": SHORTCUT_LIMIT,
+    "normalised": NORMALISED_LIMIT,
+    "source": str(THRESHOLD_SOURCE),
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,12 +72,7 @@ class Verdict:
                         "assumptions": self.rigorous.assumptions,
                     },
                 },
-                "thresholds": {
-                    "growth": GROWTH_LIMIT,
-                    "sub_layer": SUBLAYER_LIMIT,
-                    "shortcut": SHORTCUT_LIMIT,
-                    "source": str(THRESHOLD_SOURCE),
-                },
+                "thresholds": THRESHOLDS,
                 "assumed": self.assumed,
                 "why": self.why,
                 "next": self.next,
@@ -88,12 +92,7 @@ def unknown(reason: str) -> dict[str, Any]:
             "paper": {"log10": None, "kind": "estimate"},
             "rigorous": {"log10": None, "kind": "upper", "assumptions": []},
         },
-        "thresholds": {
-            "growth": GROWTH_LIMIT,
-            "sub_layer": SUBLAYER_LIMIT,
-            "shortcut": SHORTCUT_LIMIT,
-            "source": str(THRESHOLD_SOURCE),
-        },
+        "thresholds": dict(THRESHOLDS),
         "assumed": [],
         "why": [reason],
         "next": ["describe the model as one of the known classes, or measure it: python -m empirics measure"],
@@ -106,7 +105,7 @@ def check(architecture: Architecture, seq_len: int, *, assumed: Sequence[str] = 
     paper = paper_bound(architecture, seq_len, growth)
     found = conditions(architecture, growth, paper)
     reasons = _reasons(architecture, growth, found)
-    outcome = outcome_of(growth, found)
+    outcome = outcome_of(growth, found, normalised_share(architecture, growth))
     return Verdict(
         architecture=architecture,
         seq_len=seq_len,
@@ -145,6 +144,12 @@ def _reasons(architecture: Architecture, growth: Growth, found: Sequence[Conditi
     )
     if small.holds and large.holds:
         reasons.append("both of the paper's conditions hold: small sub-layers and a large shortcut")
+    if (share := normalised_share(architecture, growth)) < NORMALISED_LIMIT:
+        reasons.append(
+            f"norms hardly normalise: of what one of them divides by, a share {share:.3g} is the mean square of its "
+            f"input and the rest eps={architecture.eps:g} (limit {NORMALISED_LIMIT:g}); what training makes of that "
+            "is not predicted"
+        )
     reasons.extend(growth.reasons)
     if growth.residual_std[0] > 0 and max(growth.branch_std) == 0:
         reasons.append(
@@ -157,6 +162,10 @@ def _reasons(architecture: Architecture, growth: Growth, found: Sequence[Conditi
 
 def _assumptions(architecture: Architecture) -> tuple[str, ...]:
     assumed = ["initialisation, no dropout", "uniformly random tokens", "float32 or wider residual stream"]
+    assumed.append(
+        f"the limits ({GROWTH_LIMIT:g} on the growth, {SUBLAYER_LIMIT:g} and {SHORTCUT_LIMIT:g} on the conditions, "
+        f"{NORMALISED_LIMIT:g} on the share that norms normalise): a convention until outcomes calibrate them"
+    )
     if architecture.gated or architecture.activation == "relu-squared":
         assumed.append("eq. (15) extended to gates and squares by the root mean square slope")
     if architecture.block != "pre-ln" or architecture.parallel:

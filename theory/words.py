@@ -6,6 +6,8 @@ import re
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 
+UNITS = ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k"))
+
 
 def counted(number: int, one: str, several: str = "") -> str:
     """A number and what it counts.
@@ -14,6 +16,17 @@ def counted(number: int, one: str, several: str = "") -> str:
     ('1 token', '2 tokens', '0 losses')
     """
     return f"{number} {one if number == 1 else several or one + 's'}"
+
+
+def short(number: int) -> str:
+    """A number to three digits, in thousands, millions and so on.
+
+    >>> short(512), short(405_012_480), short(999_600_000), short(46_702_792_704)
+    ('512', '405M', '1B', '46.7B')
+    """
+    rounded = float(f"{number:.3g}")
+    unit, letter = next((pair for pair in UNITS if rounded >= pair[0]), (1.0, ""))
+    return f"{rounded / unit:.3g}{letter}"
 
 
 def as_typed(message: str, names: Mapping[str, str]) -> str:
