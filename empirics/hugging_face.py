@@ -17,7 +17,7 @@ class StabilityCallback(TrainerCallback):
     """Probes every `every`-th optimiser step and appends a line to a file; the training itself is not changed.
 
     With several processes each probes its own tokens, and the first one writes. With `torch_compile` the probed steps
-    run uncompiled.
+    run uncompiled. A resumed training goes on in its file; one that starts anew needs a new one.
 
     Args:
         out: JSON lines, one a probed step: the step, standard deviation and gradient norm at every place, the growth,
@@ -34,8 +34,15 @@ class StabilityCallback(TrainerCallback):
     def on_train_begin(
         self, args: Any, state: Any, control: Any, model: nn.Module | None = None, **kwargs: Any
     ) -> None:
-        """Find the residual stream, before any step is spent on a model that has none."""
+        """Find the residual stream, before any step is spent on a model that has none.
+
+        Raises:
+            ValueError: it has none, or the training starts anew and the file has another one's steps.
+        """
         assert model is not None  # the Trainer passes it to every event
+        again = self.out.is_file() and self.out.stat().st_size > 0
+        if again and not getattr(state, "global_step", 0) and getattr(state, "is_world_process_zero", True):
+            raise ValueError(f"{self.out} has the steps of another run; give another path, or remove it")
         self.out.parent.mkdir(parents=True, exist_ok=True)
         self.monitor = StabilityMonitor(
             model, every=self.every, eager=bool(getattr(args, "torch_compile", False)), probes=self.probes

@@ -96,6 +96,25 @@ def test_callback_refuses_what_it_cannot_do(tmp_path: Path) -> None:
         StabilityCallback(tmp_path / "x.jsonl").on_train_begin(None, None, None, model=torch.nn.Linear(2, 2))
 
 
+def test_a_run_that_starts_anew_does_not_go_on_in_another_ones_file(tmp_path: Path) -> None:
+    from empirics.hugging_face import StabilityCallback
+
+    out = tmp_path / "stability.jsonl"
+    out.touch()  # nothing in it
+    train(StabilityCallback(out, every=2), steps=3)
+    before = out.read_text()
+    with pytest.raises(
+        ValueError, match=r"stability\.jsonl has the steps of another run; give another path, or remove"
+    ):
+        train(StabilityCallback(out, every=2), steps=3)
+    assert out.read_text() == before
+    resumed = StabilityCallback(out, every=2)  # control: at a later step it is the same run
+    resumed.on_train_begin(None, SimpleNamespace(global_step=3), None, model=tiny())
+    out.unlink()
+    train(StabilityCallback(out, every=2), steps=3)
+    assert out.read_text() == before
+
+
 def rows_of(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
