@@ -315,8 +315,10 @@ def anatomy(model: nn.Module, tokens: Tensor | None = None) -> tuple[Anatomy, tu
         tokens: (B, T) ids of which the first `N_TOKENS` of the first sequence are used; random unless given.
 
     Raises:
-        ValueError: the model cannot be run on tokens, or has no residual stream.
+        ValueError: the model cannot be run on tokens, or has no residual stream, or two.
     """
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        raise ValueError(f"{type(model).__name__} is an encoder-decoder, with two residual streams; give a decoder")
     modules = find_blocks(model)
     with evaluating(model), torch.no_grad():
         blocks = capture(model, modules, some_tokens(model) if tokens is None else tokens[:1, :N_TOKENS])

@@ -270,11 +270,12 @@ def cross_entropy(model: nn.Module, tokens: Tensor, targets: Tensor) -> Tensor:
         return nn.functional.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
     try:  # nanoGPT's gives the last token's logits unless it has targets
         loss = model(tokens, targets)[1]
-    except (TypeError, IndexError, RuntimeError, ValueError):
+    except (AttributeError, TypeError, IndexError, RuntimeError, ValueError):
         loss = None
     if not isinstance(loss, Tensor):
         raise ValueError(
-            f"{type(model).__name__} gives no logits of every token; give loss=(model, tokens, targets) -> mean"
+            f"{type(model).__name__} gives no logits of every token; use the class with a language-model head, or give "
+            "loss=(model, tokens, targets) -> mean"
         )
     return loss
 

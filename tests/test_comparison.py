@@ -9,10 +9,10 @@ import pytest
 import torch
 
 pytest.importorskip("transformers")
-
 from helpers.decoders import NanoGPT
 from helpers.known_decoders import real, some_batch
-from helpers.real_classes import REAL, build
+from helpers.real_classes import REAL, TINY, build
+from transformers import T5Config, T5ForConditionalGeneration
 
 from empirics.model import build as build_own
 from empirics.monitor import check
@@ -88,3 +88,14 @@ def test_check_leaves_no_gradient() -> None:
 def test_our_own_transformer_agrees() -> None:
     answer = check(build_own(replace(preset("wide"), n_layers=3), seed=0))
     assert (answer.verdict, answer.reasons) == ("agrees", ())
+
+
+def test_what_is_no_decoder_with_a_head_is_refused_in_a_line() -> None:
+    headless = build(TINY["gpt2"]).transformer
+    with pytest.raises(ValueError, match="GPT2Model gives no logits of every token; use the class with a language-mod"):
+        check(headless)
+    answer = check(headless, loss=lambda model, tokens, _: model(tokens).last_hidden_state.square().mean())
+    assert answer.measured > 0  # control: with a loss of its own it is measured
+    sizes = {"d_model": 16, "d_ff": 32, "num_layers": 2, "num_heads": 2, "d_kv": 8, "vocab_size": 64}
+    with pytest.raises(ValueError, match="T5ForConditionalGeneration is an encoder-decoder"):
+        check(T5ForConditionalGeneration(T5Config(**sizes)))
