@@ -124,6 +124,8 @@ def half_layer_product(subject: Seen) -> Reading:
     _, estimates = subject.shared(_half_layers)
     (first, last), each = subject.stack, len(_updates(subject.parallel))
     taken = estimates[first * each : (last + 1) * each]
+    if any(math.isnan(estimate.value) for estimate in taken):
+        raise Unavailable("a half-layer has no norm; see half_layer_jacobian")
     return Reading(
         quantity="half_layer_product",
         labels=(_stack_label(subject),),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import re
 from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 from tqdm import tqdm
 
 from empirics.anatomy import anatomy
-from empirics.block_norms import block_norms
+from empirics.block_norms import LAYER, STACK, block_norms
 from empirics.command_line import add_text_options, check_device, require_memory
 from empirics.comparison import (
     ACCURACY,
@@ -25,6 +26,7 @@ from empirics.comparison import (
     scatter_of_one,
 )
 from empirics.decoder_growth import DecoderGrowth, measure_decoder
+from empirics.jacobian_probes import FUNCTIONS
 from empirics.measure_tokens import batches_of
 from empirics.measured import Measured
 from empirics.networks import Network, network
@@ -40,6 +42,10 @@ from theory.records import plain
 from theory.words import counted
 
 LARGEST_SEEDS = 100_000
+# The probes that have the same norms, as `probes --list` names them.
+COLUMNS = {function: probe for probe, function in FUNCTIONS.items() if probe != "experts_jacobian"} | {
+    "attention_half": "half_layer_jacobian attention", "feedforward_half": "half_layer_jacobian feedforward",
+}  # fmt: skip
 SEQ_LEN = 128  # default where the context is longer: activations of the whole batch are kept
 
 
@@ -143,7 +149,13 @@ def _norms(arguments: argparse.Namespace, grown: DecoderGrowth) -> dict[str, Any
     found, _ = anatomy(grown.model)
     with tqdm(total=len(found.blocks), desc="norms", unit="layer", disable=None) as bar:
         norms = block_norms(grown.model, found, grown.tokens, on_layer=lambda _: bar.update(1))
-    left_out = {name: why for row in norms.layers for name, why in row.items() if isinstance(why, str)}
+    left_out: dict[str, Any] = {}
+    for name in LAYER:
+        whys = {n: row[name] for n, row in enumerate(norms.layers) if isinstance(row[name], str)}
+        if len(whys) == len(norms.layers) and len(set(whys.values())) == 1:
+            left_out[name] = whys[0]
+        else:
+            left_out |= {f"layer {n} {name}": why for n, why in whys.items()}
     return {
         "norms": [{name: _estimate(e) for name, e in row.items() if not isinstance(e, str)} for row in norms.layers],
         "stack_norm": None if isinstance(norms.stack, str) else _estimate(norms.stack),
@@ -310,14 +322,28 @@ def text(answer: dict[str, Any]) -> str:
     for role, stds in answer["stds"].items():
         lines.append(f"{role:<34}{_ends(stds['values'])}{_ends(stds['drawn_with'])}".rstrip())
     if answer["norms"] is not None:
-        lines += ["", "Jacobian norms, lower estimates:"]
-        lines += [
-            f"layer {n}: " + ", ".join(f"{name} {e['value']:.4g}" for name, e in row.items())
-            for n, row in enumerate(answer["norms"])
-        ]
-        lines += [f"all layers: {answer['stack_norm']['value']:.4g}"] if answer["stack_norm"] else []
-        lines += [f"{name}: left out; {why}" for name, why in answer["norms_left_out"].items()]
+        lines += ["", "Jacobian norms, lower estimates:", *_norm_table(answer["norms"])]
+        lines += [f"all layers, stack_jacobian: {answer['stack_norm']['value']:.4g}"] if answer["stack_norm"] else []
+        for name, why in answer["norms_left_out"].items():
+            layer, _, function = name.rpartition(" ")
+            layer = layer or ("all layers" if function == STACK else "every layer")
+            lines.append(f"{layer}, {COLUMNS[function]}: left out; {why}")
     return "\n".join(lines)
+
+
+def _norm_table(layers: Sequence[dict[str, Any]]) -> list[str]:
+    """A row a layer; columns are headed by the probes' names, a word a line."""
+    there = [name for name in LAYER if any(name in row for row in layers)]
+    words = [[*re.split(r"(?<=_)| ", COLUMNS[name])] for name in there]
+    height = max(map(len, words), default=0)
+    heads = [[""] * (height - len(each)) + each for each in words]
+    return [
+        *("".join([f"{'':<10}", *(f"{head[line]:>13}" for head in heads)]).rstrip() for line in range(height)),
+        *(
+            "".join([f"{f'layer {n}':<10}", *(f"{_number(row.get(name, {}).get('value')):>13}" for name in there)])
+            for n, row in enumerate(layers)
+        ),
+    ]
 
 
 def _ends(values: Sequence[float] | None) -> str:

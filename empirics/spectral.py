@@ -57,6 +57,13 @@ class NormEstimate:
     kind: Literal["lower estimate"] = field(init=False, default="lower estimate")
 
 
+def no_estimate() -> NormEstimate:
+    """Of a Jacobian whose norm cannot be had, among others that have one: not a number."""
+    return NormEstimate(
+        value=math.nan, likely_upper=math.nan, iterations=0, residual=math.nan, direction=torch.empty(0)
+    )
+
+
 def lanczos_opnorm(
     function: Function,
     x: Tensor,

@@ -51,7 +51,7 @@ class StabilityRecord:
         n_tokens: tokens of the step, padding included.
         probes: what the probes found, by name, as `series.probes` of a training record has them. Those of the
             optimizer's step are there once it has stepped.
-        left_out: why others have found nothing.
+        left_out: why others have found nothing, or nothing in some layers, whose values are then not a number.
     """
 
     step: int
@@ -107,7 +107,8 @@ class StabilityRecord:
 def _range(name: str, values: Sequence[float]) -> str:
     if len(values) == 1:
         return f"{name}: {values[0]:.4g}"
-    return f"{name}: {min(values):.4g} to {max(values):.4g} over {len(values)}"
+    there = [value for value in values if not math.isnan(value)] or [math.nan]
+    return f"{name}: {min(there):.4g} to {max(there):.4g} over {len(there)}"
 
 
 def series(records: Sequence[StabilityRecord]) -> dict[str, Any]:
@@ -328,6 +329,8 @@ def measured(watched: Watched, probes: Sequence[Probe]) -> Found:
     for probe in probes:
         try:
             found[probe.name] = probe.measure(watched)  # type: ignore[arg-type]
+            gaps = watched.without(functions_of([probe.name], parallel=watched.parallel) - {"stack"})
+            missing |= {probe.name: gaps} if gaps else {}
         except Exception as error:  # the training must not fail of it
             missing[probe.name] = reason(error)
     return found, missing

@@ -24,7 +24,7 @@ from empirics.distributed import ALONE, whole
 from empirics.registry import Unavailable
 from empirics.residual_stream import length_sums, n_tokens, variance_sum
 from empirics.running import Hook, first_sequence, first_tensor, recomputing
-from empirics.spectral import NormEstimate
+from empirics.spectral import NormEstimate, no_estimate
 from empirics.subject import TOLERANCE, Shared
 
 T = TypeVar("T")
@@ -337,18 +337,25 @@ class Watched(Shared):
     # --- norms ----------------------------------------------------------------------------------------------------
 
     def norms(self, name: str) -> list[NormEstimate]:
-        """Norms of one Jacobian of every layer, on the first sequence.
+        """Norms of one Jacobian of every layer, on the first sequence; no number of a layer that does not show it.
 
         Raises:
-            Unavailable: a layer does not show it.
+            Unavailable: none does.
         """
-        found: list[NormEstimate] = []
+        found = [self._norms.norm(name, n) for n in range(len(self.layer_labels))]
+        if all(isinstance(norm, str) for norm in found):
+            raise Unavailable(f"{self.layer_labels[0]}: {found[0]}")
+        return [no_estimate() if isinstance(norm, str) else norm for norm in found]
+
+    def without(self, names: Collection[str]) -> str:
+        """Which layers have no norm of some of those names, and why; empty if all have."""
+        whys: dict[str, list[str]] = {}
         for n, label in enumerate(self.layer_labels):
-            norm = self._norms.norm(name, n)
-            if isinstance(norm, str):
-                raise Unavailable(f"{label}: {norm}")
-            found.append(norm)
-        return found
+            for name in sorted(names):
+                norm = self._norms.norm(name, n)
+                if isinstance(norm, str):
+                    whys.setdefault(norm, []).append(label if len(names) == 1 else f"{label} {name}")
+        return "; ".join(f"{', '.join(where)}: {why}" for why, where in whys.items())
 
     def stack_norm(self) -> NormEstimate:
         """Norm of the Jacobian of all layers, on the first sequence.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from helpers.real_classes import REAL, TINY, measured_growth  # noqa: E402
 
 from empirics import real_classes  # noqa: E402
 from empirics.__main__ import main  # noqa: E402
+from empirics.block_norms import Norms, block_norms  # noqa: E402
 from empirics.comparison import (  # noqa: E402
     ACCURACY,
     CHANCE,
@@ -203,6 +205,39 @@ def test_norms_are_lower_estimates(tmp_path: Path, capsys: pytest.CaptureFixture
     assert set(answer["norms_left_out"]) == {"attention_half", "feedforward_half"}  # parallel: no halves
     assert answer["stack_norm"]["kind"] == "lower estimate"
     assert answer["norms"][0]["layer"]["kind"] == "lower estimate"
+
+
+def test_norms_of_stiff_layers_and_experts_are_a_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, kind in (("stiff", TINY["llama"] | {"initializer_range": 0.3}), ("experts", TINY["mixtral"])):
+        path = write(tmp_path / f"{name}.json", kind)
+        main(["measure", path, *QUICK, "--norms"])
+        said = capsys.readouterr().out.split("Jacobian norms, lower estimates:\n")[1]
+        assert "left out" not in said
+        rows = [line for line in said.splitlines() if line.startswith("layer ")]
+        assert all(len(row) < 120 and "-" not in row.replace("e-", "") for row in rows)
+        assert [row.split()[1] for row in rows] == [str(n) for n in range(4)]
+        assert float(said.splitlines()[-1].removeprefix("all layers, stack_jacobian: ")) > 1
+        heads = "".join(said.split("layer 0")[0].split())
+        assert heads.count("jacobian") == 6, heads
+
+
+def test_layers_without_a_norm_are_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def but_one(*arguments: Any, **options: Any) -> Norms:
+        layers, _ = block_norms(*arguments, **options)
+        layers[1]["layer"] = "no such thing"
+        return Norms(layers, "broken")
+
+    monkeypatch.setattr("empirics.measure_command.block_norms", but_one)
+    path = write(tmp_path / "config.json", TINY["gpt_neox"])
+    main(["measure", path, *QUICK, "--norms"])
+    said = capsys.readouterr().out.split("Jacobian norms, lower estimates:\n")[1]
+    assert "\nlayer 1, layer_jacobian: left out; no such thing\n" in said
+    assert "\nevery layer, half_layer_jacobian attention: left out; its sub-layers are parallel" in said
+    assert said.rstrip().endswith("all layers, stack_jacobian: left out; broken")
+    first, second = (next(line for line in said.splitlines() if line.startswith(f"layer {n} ")) for n in (0, 1))
+    assert (first.split()[2] == "-", second.split()[2]) == (False, "-")
 
 
 # --- verdicts -----------------------------------------------------------------------------------------------------
