@@ -13,6 +13,7 @@ from typing import Any
 from tqdm import tqdm
 
 from empirics.anatomy import anatomy
+from empirics.block_functions import has_experts
 from empirics.block_norms import LAYER, STACK, block_norms
 from empirics.command_line import add_text_options, check_device, require_memory
 from empirics.comparison import (
@@ -145,7 +146,7 @@ def _measured(subject: Network, arguments: argparse.Namespace, device: str) -> d
 def _norms(arguments: argparse.Namespace, grown: DecoderGrowth) -> dict[str, Any]:
     """Of every layer and of all, by name, and why others have none."""
     if not arguments.norms:
-        return {"norms": None, "stack_norm": None, "norms_left_out": None}
+        return {"norms": None, "stack_norm": None, "norms_left_out": None, "experts": None}
     found, _ = anatomy(grown.model)
     with tqdm(total=len(found.blocks), desc="norms", unit="layer", disable=None) as bar:
         norms = block_norms(grown.model, found, grown.tokens, on_layer=lambda _: bar.update(1))
@@ -160,6 +161,7 @@ def _norms(arguments: argparse.Namespace, grown: DecoderGrowth) -> dict[str, Any
         "norms": [{name: _estimate(e) for name, e in row.items() if not isinstance(e, str)} for row in norms.layers],
         "stack_norm": None if isinstance(norms.stack, str) else _estimate(norms.stack),
         "norms_left_out": left_out | ({"stack": norms.stack} if isinstance(norms.stack, str) else {}),
+        "experts": any(has_experts(wired.feedforward) for wired in found.wirings),
     }
 
 
@@ -322,19 +324,20 @@ def text(answer: dict[str, Any]) -> str:
     for role, stds in answer["stds"].items():
         lines.append(f"{role:<34}{_ends(stds['values'])}{_ends(stds['drawn_with'])}".rstrip())
     if answer["norms"] is not None:
-        lines += ["", "Jacobian norms, lower estimates:", *_norm_table(answer["norms"])]
+        columns = COLUMNS | ({"feedforward": "experts_jacobian"} if answer["experts"] else {})
+        lines += ["", "Jacobian norms, lower estimates:", *_norm_table(answer["norms"], columns)]
         lines += [f"all layers, stack_jacobian: {answer['stack_norm']['value']:.4g}"] if answer["stack_norm"] else []
         for name, why in answer["norms_left_out"].items():
             layer, _, function = name.rpartition(" ")
             layer = layer or ("all layers" if function == STACK else "every layer")
-            lines.append(f"{layer}, {COLUMNS[function]}: left out; {why}")
+            lines.append(f"{layer}, {columns[function]}: left out; {why}")
     return "\n".join(lines)
 
 
-def _norm_table(layers: Sequence[dict[str, Any]]) -> list[str]:
+def _norm_table(layers: Sequence[dict[str, Any]], columns: dict[str, str]) -> list[str]:
     """A row a layer; columns are headed by the probes' names, a word a line."""
     there = [name for name in LAYER if any(name in row for row in layers)]
-    words = [[*re.split(r"(?<=_)| ", COLUMNS[name])] for name in there]
+    words = [[*re.split(r"(?<=_)| ", columns[name])] for name in there]
     height = max(map(len, words), default=0)
     heads = [[""] * (height - len(each)) + each for each in words]
     return [

@@ -219,6 +219,7 @@ def test_norms_of_stiff_layers_and_experts_are_a_table(tmp_path: Path, capsys: p
         assert float(said.splitlines()[-1].removeprefix("all layers, stack_jacobian: ")) > 1
         heads = "".join(said.split("layer 0")[0].split())
         assert heads.count("jacobian") == 6, heads
+        assert ("experts_" in heads, heads.count("ffn_")) == (name == "experts", 1 + (name == "stiff")), heads
 
 
 def test_layers_without_a_norm_are_named(
