@@ -207,8 +207,14 @@ def check(
         probes: what else to measure, as in `StabilityMonitor`; `half_layer_jacobian` for what the gradient grows by.
 
     Raises:
-        ValueError: no residual stream is found, or the loss has no gradient; the message says why.
+        ValueError: no residual stream is found, the loss has no gradient, or `architecture` is none; the message says
+            why.
     """
+    if architecture is not None and not isinstance(architecture, Architecture):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise ValueError(
+            f"architecture is a {type(architecture).__name__}, not an Architecture; give theory.preset(name) "
+            'or theory.parse_config({"model_type": ...}).architecture'
+        )
     measured = describe(model, tokens)
     if tokens is None:
         context = getattr(getattr(model, "config", None), "max_position_embeddings", None) or CHECK_SHAPE[1]

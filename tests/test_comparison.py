@@ -17,6 +17,7 @@ from transformers import T5Config, T5ForConditionalGeneration
 from empirics.model import build as build_own
 from empirics.monitor import check
 from theory.architecture import Architecture, preset
+from theory.hf_config import parse_config
 from theory.initialisation import flat
 
 
@@ -28,6 +29,10 @@ def test_a_nanogpt_held_to_an_architecture() -> None:
         name="nano", d_model=64, n_layers=3, n_heads=4, n_kv_heads=4, d_head=16, d_ffn=256, vocab_size=50, context=128,
         activation="gelu", positions="learned", biases=True, tied=True, init=flat(0.1),
     )  # fmt: skip
+    as_gpt2 = {"n_embd": 64, "n_layer": 3, "n_head": 4, "n_positions": 128, "vocab_size": 50, "initializer_range": 0.1}
+    read = parse_config({"model_type": "gpt2", "activation_function": "gelu"} | as_gpt2).architecture
+    # Its writers are not shrunk with depth, as nanoGPT's and GPT-2's are.
+    assert replace(read, name="nano", init=said.init) == said
     assert check(model, architecture=said).reasons[0].startswith("a bias has root mean square")
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -37,6 +42,12 @@ def test_a_nanogpt_held_to_an_architecture() -> None:
     assert (answer.verdict, answer.reasons) == ("agrees", ())
     wrong = check(model, architecture=replace(said, parallel=True))
     assert wrong.reasons == ("parallel is measured False, the config says True",)
+
+
+@pytest.mark.parametrize("wrong", ["tiny", {"model_type": "gpt2"}, parse_config(REAL["gpt2"])])
+def test_what_is_no_architecture_is_refused_in_one_line(wrong: object) -> None:
+    with pytest.raises(ValueError, match=r"^architecture is a \w+, .*; give theory\.preset\(name\) or [^\n]*$"):
+        check(NanoGPT(), architecture=wrong)  # type: ignore[arg-type]
 
 
 SLOW_REAL = [pytest.param(kind, marks=pytest.mark.slow) for kind in REAL if kind not in ("gpt2", "olmo2")]

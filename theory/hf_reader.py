@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, TypeVar
 
 from theory.architecture import LARGEST_SIZE, Activation
 
 T = TypeVar("T")
 LARGEST_LIST = 100_000  # layers that a list of layers may name
+LEAST_SPREAD = 1e-9  # as far below 1 as the largest standard deviation is above it
 
 
 class UnknownArchitecture(Exception):
@@ -31,6 +32,28 @@ ACTIVATIONS: dict[str, Activation] = {
 }
 
 
+class Asked(Mapping[str, Any]):
+    """A table that remembers which of its keys were asked for, be they there or not."""
+
+    def __init__(self, table: Mapping[str, Any]) -> None:
+        self.table = table
+        self.names: set[str] = set()
+
+    def __getitem__(self, key: str) -> Any:
+        self.names.add(key)
+        return self.table[key]
+
+    def __contains__(self, key: object) -> bool:
+        self.names.add(str(key))
+        return key in self.table
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.table)
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+
 class Reader:
     """A configuration's keys; one that is absent takes its class's default, which `assumed` remembers.
 
@@ -48,7 +71,8 @@ class Reader:
         place: str = "",
         assumed: list[str] | None = None,
     ) -> None:
-        self.data = data
+        self.data = Asked(data)
+        self.tables: dict[str, Reader] = {}  # the nested ones that were read
         self.aliases: Mapping[str, str] = aliases or {}
         self.place = place
         self.assumed: list[str] = [] if assumed is None else assumed
@@ -90,10 +114,8 @@ class Reader:
 
     def spread(self, key: str = "initializer_range", default: float = 0.02) -> float:
         """The standard deviation that a class's weights are drawn with."""
-        value = self.number(key, default)
-        if value == 0:
-            raise ValueError(f"{key}=0 is not a spread to draw weights with; use a positive number, say 0.02")
-        return value
+        name, _, value = self._find(key)
+        return self._assume(name, default) if value is None else _number(name, value, lowest=LEAST_SPREAD)
 
     def flag(self, key: str, default: bool, *, quiet: bool = False) -> bool:
         """True or false; null is false, as it is to the classes."""
@@ -137,7 +159,8 @@ class Reader:
             if not isinstance(value, dict):
                 raise ValueError(f"{self.place}{key}={value!r} is not a table; write it as {{...}}, or null")
             if value:
-                return Reader(value, place=f"{self.place}{key}.", assumed=self.assumed)  # pyright: ignore[reportUnknownArgumentType]
+                nested = Reader(value, place=f"{self.place}{key}.", assumed=self.assumed)  # pyright: ignore[reportUnknownArgumentType]
+                return self.tables.setdefault(key, nested)
         return Reader({}, place=self.place + keys[-1] + ".", assumed=self.assumed)
 
     def per_layer(self, key: str, n_layers: int, *, longer: bool = False) -> list[Any] | None:
@@ -192,13 +215,13 @@ def _integer(name: str, value: Any, *, lowest: int = 1, remedy: str = "") -> int
     return value
 
 
-def _number(name: str, value: Any, *, positive: bool, remedy: str = "") -> float:
+def _number(name: str, value: Any, *, positive: bool = False, lowest: float = 0, remedy: str = "") -> float:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise ValueError(f"{name}={value!r} is not a number; write it as a number without quotes")
-    if not 0 <= value <= LARGEST_SIZE or (positive and value == 0):  # also false for NaN
-        lowest = "a positive number" if positive else "0"
+    if not lowest <= value <= LARGEST_SIZE or (positive and value == 0):  # also false for NaN
+        least = "a number above 0, up" if positive else f"{lowest:g}"
         raise ValueError(
-            f"{name}={value!r} is out of range; use {lowest} to {LARGEST_SIZE}{', or ' * bool(remedy)}{remedy}"
+            f"{name}={value!r} is out of range; use {least} to {LARGEST_SIZE}{', or ' * bool(remedy)}{remedy}"
         )
     return float(value)
 
