@@ -121,7 +121,11 @@ CONTRADICTIONS: dict[str, tuple[dict[str, Any], str]] = {
     "odd rope head": (LLAMA | {"head_dim": 7}, "head_dim=7 is odd and rotary positions need pairs; use an even"),
     "odd rope head from the width": (LLAMA | {"hidden_size": 36, "num_attention_heads": 4}, "even head width"),
     "all zero": (GPT2 | {"initializer_range": 0}, "initializer_range=0"),
-    "all but zero": (GPT2 | {"initializer_range": 1e-200, "layer_norm_epsilon": 1e-300}, "eps=1e-5"),
+    "all but zero": (GPT2 | {"initializer_range": 1e-200}, "use 1e-09 to 1000000000"),
+    "an input of all but zero": (
+        LLAMA | {"model_type": "granite", "embedding_multiplier": 1e-200, "rms_norm_eps": 1e-300},
+        "eps=1e-5",
+    ),
     "a million layers": (GPT2 | {"n_layer": 10**6}, "at most 4096"),
 }
 
