@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from empirics.data import Corpus, load_corpus
-from empirics.model import Transformer, _give, _ScaleGradient
+from empirics.model import Transformer, _give, _ScaleGradient, cross_entropy
 from empirics.run_spec import RunSpec
 from empirics.train import train
 from figures.claims import CLAIMS, NOT_REPRODUCED, NOT_TESTED, REPRODUCED, judge_all
@@ -221,7 +221,9 @@ def real_record(corpus: Corpus, label: str) -> dict[str, Any]:
     return {"kind": "training", **train(spec, corpus)}
 
 
-def scaled_after_the_first_layer(self: Transformer, tokens: torch.Tensor, places: Any = None) -> torch.Tensor:
+def scaled_after_the_first_layer(
+    self: Transformer, tokens: torch.Tensor, places: Any = None, targets: torch.Tensor | None = None
+) -> torch.Tensor:
     """`Transformer.forward` with the gradient scaled one layer too late."""
     x = self.tokens(tokens)
     _give(None if places is None else places.append, x)
@@ -231,7 +233,8 @@ def scaled_after_the_first_layer(self: Transformer, tokens: torch.Tensor, places
             _give(None if places is None else places.append, x)
         if n == 0:
             x = _ScaleGradient.apply(x, self.architecture.embedding_gradient)
-    return self.head(self.norm(x))
+    logits = self.head(self.norm(x))
+    return logits if targets is None else cross_entropy(logits, targets)
 
 
 def test_detach_is_judged_on_real_trainings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -420,7 +420,7 @@ def test_the_head_s_gradient_is_the_evaluated_one() -> None:
         final = Gram(np.ones(2), np.array([[1.0, c / variance], [c / variance, 1.0]]))
         values = {entry("c", signed=True): c, entry("V"): a.vocab_size, entry("delta_yy'"): 0.0}
         shared = evaluate(numbered("head-gradient", 4).right, values) + 2 / a.vocab_size
-        found = head_gradient(a, final, None).off[0, 1] + 2 / a.vocab_size
+        found = head_gradient(a, final, None, distinct=True).off[0, 1] + 2 / a.vocab_size
         assert found == pytest.approx(shared, rel=0.01)
         # Of (m sigma^2)^2 x.x'/d in units of sigma^2, a large vocabulary.
         values = {entry("m"): a.logit_multiplier, symbol("sigma"): a.stds.head, entry("E|p|^2"): 0.0, array("x"): 1.0}

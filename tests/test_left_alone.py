@@ -260,8 +260,8 @@ def test_weights_that_are_not_finite_are_named() -> None:
     assert monitor.records[-1].left_out == {
         "weight_opnorm": "transformer.h.1.mlp.0.weight is not finite",
         "attention_entropy": "layer 2: its logits are not finite",
-        "layer_jacobian": "layer 1: its output is not finite",
-        "attention_jacobian": "layer 1: its output is not finite",
+        "layer_jacobian": "layer 1, layer 2: its output is not finite",
+        "attention_jacobian": "layer 1, layer 2: its output is not finite",
         "stack_jacobian": "layer 1: its output is not finite",
     }
     with pytest.raises(ValueError, match=r"layer 1 \(NanoBlock\) gives values that are not finite"):
