@@ -80,7 +80,7 @@ class Scale:
         attention: (batch, heads, tokens, head width) of the attention that is timed by itself.
         side: of the square matrices whose product is the machine's peak.
         data_bytes: of text.
-        tokenizer: None for a BPE of the vocabulary's size.
+        tokenizer: as a `RunSpec` has it.
     """
 
     sizes: tuple[Size, ...]
@@ -90,7 +90,7 @@ class Scale:
     side: int
     data_bytes: int | None
     precisions: tuple[str, ...] = tuple(PRECISIONS)
-    tokenizer: str | None = None
+    tokenizer: str = "bpe"
 
 
 SCALES = {
@@ -183,8 +183,7 @@ def compare(
         architecture=size.architecture(), label="ours", experiment="benchmark", seed=0, steps=steps,
         batch_size=size.batch, seq_len=size.tokens, learning_rate=1e-3, warmup=WARM, schedule="cosine",
         weight_decay=0.1, decay_embeddings=True, precision="bfloat16" if precision == "bfloat16" else "float32",
-        data_bytes=scale.data_bytes, device=device, compile=compiled,
-        **({} if scale.tokenizer is None else {"tokenizer": scale.tokenizer}),
+        data_bytes=scale.data_bytes, device=device, compile=compiled, tokenizer=scale.tokenizer,
     )  # fmt: skip
     corpus = corpus_of(spec, folder)
     loops = {

@@ -247,7 +247,7 @@ def _repeats(records: Records) -> Iterator[Row]:
 
 def _theory(records: Records) -> Iterator[Row]:
     """The growth of a network that is too large for the CPU, beside its prediction."""
-    records = sorted(records, key=lambda record: _width(record))
+    records = sorted(records, key=_width)
     for record in records:
         if record["kind"] != "initialisation" or record["label"] not in ACCURACY:
             continue

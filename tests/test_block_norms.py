@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 pytest.importorskip("transformers")
 
 from helpers.decoders import NanoGPT
 from helpers.known_decoders import OURS, some_batch
-from helpers.norms import NORMS, probed
+from helpers.norms import NORMS, Doubled, probed
 
 from empirics import block_norms as norms_module
 from empirics.block_norms import block_norms, require_derivative
@@ -92,18 +90,6 @@ def test_a_norm_that_is_nothing_is_held_to_rounding() -> None:
     require_derivative(lambda y: (y + 1) - y - 1, x, none)
     with pytest.raises(Unavailable):
         require_derivative(lambda y: 0.1 * y, x, none)
-
-
-class Doubled(torch.autograd.Function):
-    """The identity with a derivative of 2."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
-        return 2 * gradients[0]
 
 
 def test_layers_that_have_a_norm_keep_it() -> None:

@@ -16,7 +16,7 @@ pytest.importorskip("transformers")
 
 from helpers.decoders import Encoder, NanoBlock, NanoGPT, Titan
 from helpers.known_decoders import loss_of, real, some_batch
-from helpers.norms import ALL, LENGTH, NORMS, decoder, exact, is_estimate, probed, values
+from helpers.norms import ALL, LENGTH, NORMS, Doubled, decoder, exact, is_estimate, probed, values
 
 from empirics.anatomy import Block
 from empirics.block_calls import of_one_sequence
@@ -185,23 +185,11 @@ class Changed(NanoBlock):
         return self.change(x, super().forward(x))
 
 
-class OwnDerivative(torch.autograd.Function):
-    """The identity with a derivative of 2."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
-        return 2 * gradients[0]
-
-
 @pytest.mark.parametrize(
     ("change", "words"),
     [
         (lambda x, y: y + x.mean(0), "it cannot be called on one sequence of the batch alone"),
-        (lambda x, y: OwnDerivative.apply(y), "its derivative is not that of its values"),
+        (lambda x, y: Doubled.apply(y), "its derivative is not that of its values"),
         (lambda x, y: 2 * y - y.detach(), "its derivative is not that of its values"),
     ],
 )

@@ -20,6 +20,18 @@ ALL = f"{NORMS},stack_jacobian,half_layer_product"
 LENGTH = 3
 
 
+class Doubled(torch.autograd.Function):
+    """The identity with a derivative of 2."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        return 2 * gradients[0]
+
+
 def probed(model: nn.Module, names: str = ALL, tokens: Tensor | None = None) -> StabilityRecord:
     """A step with a backward pass, as the model is: in training mode or not."""
     monitor = StabilityMonitor(model, probes=names)
