@@ -7,6 +7,7 @@ calculation (here).
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable
 from dataclasses import replace
@@ -29,6 +30,7 @@ from empirics import observables
 from empirics.attack import Observation, observe
 from empirics.benches import Undefined, find_bench
 from empirics.spectral import explicit_jacobian
+from theory.__main__ import main
 from theory.architecture import preset
 from theory.sources import REFERENCES
 from theory.statements import Statement, find, register, residual
@@ -300,3 +302,36 @@ def test_a_sharp_statement_answers_unknown_outside_its_domain() -> None:
     assert all(statement.predict(inside | {"rows": n}).value is None for n in (0, 1, 63))
     with pytest.raises(ValueError, match="no prediction but of kind upper"):
         find("ffn-upper").predict(inside)
+
+
+# --- where a statement is claimed -------------------------------------------------------------------------------
+
+
+def test_statements_say_where_they_are_claimed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["statements", "--kind", "sharp", "--json"]) == 0
+    rows = {row["name"]: row for row in json.loads(capsys.readouterr().out)}
+    assert rows["gaussian-opnorm-sharp"]["domain"]["rows"] == [64, None]
+    assert "alibi and qk_norm are whole numbers" in rows["attention-variants-simulated"]["relations"]
+
+
+def test_what_a_symbol_cannot_be_is_outside() -> None:
+    """Half a head and the like: a sharp value of it would be a number without a meaning."""
+    statement = find("ffn-sharp-relu")
+    good = {"sigma_1": 0.1, "sigma_2": 0.1, "d": 256, "d_ffn": 1024}
+    assert statement.outside(good) == ()
+    assert statement.outside(good | {"d": 256.5}) == ("d=256.5 is not integer >= 1",)
+    assert statement.outside(good | {"sigma_1": -0.1}) == ("sigma_1=-0.1 is not >= 0",)
+    assert statement.outside(good | {"d_ffn": math.nan})
+    variants = {
+        "c_VO": 1.0, "d": 128, "n_heads": 4, "d_head": 32, "kv_group": 1, "n_tokens": 32, "logit_variance": 1.0,
+        "rotary": 0.0, "rope_base": 1e4, "alibi": 1, "n_seen": 32, "softcap": 0.0, "qk_norm": 0,
+        "numbers": 32 * 128,
+    }  # fmt: skip
+    simulated = find("attention-variants-simulated")
+    assert simulated.outside(variants) == ()
+    for name, wrong, words in (
+        ("alibi", 0.5, "0 or 1"),
+        ("n_heads", 4.5, "integer >= 1"),
+        ("qk_norm", 1.5, "0, 1 or 2"),
+    ):
+        assert f"{name}={wrong} is not {words}" in simulated.outside(variants | {name: wrong})
