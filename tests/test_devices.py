@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,35 +11,21 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers.device_checks import Records, mini, rows_by_name
 from torch import Tensor
 
 import paper_repro
 from empirics import device_specs
 from empirics.data import random_tokens
-from empirics.device_check import make_all, matmul_peak, sheet_peak
+from empirics.device_check import matmul_peak
 from empirics.device_specs import ProbeSpec, Sizes
 from empirics.model import build
 from empirics.probes import gradient_profile
-from empirics.run import corpus_of
-from empirics.run_spec import RunSpec
-from empirics.surroundings import environment
-from empirics.train import train
-from figures.criteria import ACCURACY
-from figures.device_records import check_path, latest_check, read_check, write_check
-from figures.devices import AGREES, DIFFERS, MARGIN, MEASURED, compare
-from figures.report_device import NOT_A_GPU, counted, section, text_table
-from theory.architecture import METHODS, Architecture, method, preset
-from theory.growth import gradient_growth
-from theory.records import read_records, write_record
-
-Records = list[dict[str, Any]]
-
-
-def mini() -> Architecture:
-    return replace(
-        preset("tiny"), name="mini", d_model=32, n_layers=2, n_heads=2, n_kv_heads=2, d_head=16, d_ffn=64,
-        vocab_size=300, activation="gelu",
-    )  # fmt: skip
+from figures.device_records import check_path, read_check, write_check
+from figures.devices import AGREES, DIFFERS, MEASURED
+from figures.report_device import NOT_A_GPU, section, text_table
+from theory.architecture import METHODS
+from theory.records import read_records
 
 
 def miniature(_: str) -> Sizes:
@@ -65,12 +50,6 @@ def checked(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def records(checked: Path) -> Records:
     return read_records(checked / "records")
-
-
-def rows_by_name(records: Records) -> dict[str, dict[str, Any]]:
-    rows = compare(records)
-    assert len({row["quantity"] for row in rows}) == len(rows)
-    return {row["quantity"]: row for row in rows}
 
 
 # --- the whole check -------------------------------------------------------------------------------------------------
@@ -150,6 +129,42 @@ def test_a_part_of_the_check_says_what_is_missing(checked: Path, tmp_path: Path)
     record = read_check(check_path(tmp_path, "cpu"))
     assert "Not run: speed, growth." in text_table(record)
     assert not any(row["verdict"] == MEASURED for row in record["rows"])
+
+
+def test_speed_is_the_loops_own(records: Records) -> None:
+    (record,) = (record for record in records if record["kind"] == "speed")
+    tokens = 8 * 16
+    assert record["tokens_a_second"] == pytest.approx(tokens / record["seconds_a_step"])
+    a = mini()
+    attention = 6 * 16 * a.n_heads * a.d_head * a.n_layers
+    by_hand = tokens * (6 * (a.n_weights - a.vocab_size * a.d_model) + attention) / record["seconds_a_step"]
+    assert record["flops_a_second"] == pytest.approx(by_hand)
+    assert 0 < record["matmul_peak"] < 1e16
+    assert matmul_peak("cpu", "float32", repeats=1) > 1e8
+
+
+def test_without_a_gpu_one_line_names_the_remedy(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def absent(device: str) -> str:
+        raise ValueError(f"device {device!r} is not available here; use --device cpu")
+
+    monkeypatch.setattr("empirics.command_line.check_device", absent)
+    assert paper_repro.main(["--scale", "gpu-smoke", "--out", str(tmp_path / "out")]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.count("\n") == 1
+    assert "--device cpu" in captured.err
+    assert "no evidence about a GPU" in captured.err
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_is_compared_is_smooth() -> None:
+    """A ReLU a rounding from its kink was found to move gradient norms by 8e-5 in float32, which would hide TF32."""
+    for device in ("cpu", "cuda"):
+        size = device_specs.sizes(device)
+        assert {a.activation for a in (*size.probed, size.trained, size.shallow)} == {"gelu"}
+        assert len({a.name for a in (*size.probed, size.shallow, *size.grown)}) == 3 + len(size.grown)
 
 
 # --- negative controls -----------------------------------------------------------------------------------------------
@@ -302,219 +317,6 @@ def test_bfloat16_is_not_taken_for_float32(records: Records) -> None:
     row = rows_by_name(records)["loss of training in float32, mini, Vanilla, seed 0"]
     assert row["verdict"] == DIFFERS
     assert row["difference"] > 2 * row["tolerance"]
-
-
-# --- precision -------------------------------------------------------------------------------------------------------
-
-
-def short(**changes: Any) -> RunSpec:
-    settings: dict[str, Any] = {"steps": 3, "batch_size": 4, "seq_len": 16, "warmup": 1, "tokenizer": "bytes"}
-    return RunSpec(
-        architecture=mini(), label="Vanilla", experiment="x", seed=0, learning_rate=1e-2, schedule="constant",
-        **settings | changes,
-    )  # fmt: skip
-
-
-def test_float32_is_float32_whatever_the_process_was_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    spec = replace(short(steps=2), architecture=replace(preset("wide"), n_layers=1, vocab_size=300))
-    corpus = corpus_of(spec, tmp_path)
-    expected = train(spec, corpus)
-    assert expected["environment"]["float32_products"] == "highest"
-    torch.set_float32_matmul_precision("medium")
-    try:
-        found = train(spec, corpus)
-        assert torch.get_float32_matmul_precision() == "medium"
-        monkeypatch.setattr("empirics.train.true_float32", nullcontext)
-        loose = train(spec, corpus)
-    finally:
-        torch.set_float32_matmul_precision("highest")
-    assert found["series"] == expected["series"]
-    assert found["environment"] == expected["environment"]
-    assert loose["environment"]["float32_products"] == "medium"
-    if loose["series"]["loss"] == expected["series"]["loss"]:
-        pytest.skip("the control: this CPU multiplies in float32 even where it may round more")
-
-
-def test_float64_is_a_reference_for_float32(tmp_path: Path) -> None:
-    corpus = corpus_of(short(), tmp_path)
-    single, double = (train(short(precision=p), corpus)["series"]["loss"] for p in ("float32", "float64"))
-    np.testing.assert_allclose(single, double, rtol=MARGIN * 2.0**-23)
-    assert all(float(np.float32(loss)) != loss for loss in double)  # computed in float64 to the end
-    assert all(float(np.float32(loss)) == loss for loss in single)
-
-
-# --- speed -----------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("name", "precision", "peak"),
-    [
-        ("NVIDIA H100 80GB HBM3", "bfloat16", 989.5e12),
-        ("NVIDIA H200", "bfloat16", 989.5e12),
-        ("NVIDIA A100-SXM4-80GB", "bfloat16", 312e12),
-        ("NVIDIA L40S", "bfloat16", 362.05e12),
-        ("NVIDIA L40S", "float32", 91.6e12),
-        ("NVIDIA H100 PCIe", "bfloat16", None),
-        ("NVIDIA H100 NVL", "bfloat16", None),
-        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", "bfloat16", None),
-        ("NVIDIA GH200 480GB", "bfloat16", None),
-        ("NVIDIA H100 80GB HBM3", "float32", 67e12),
-        ("NVIDIA H100 80GB HBM3", "float64", None),
-        ("cpu", "bfloat16", None),
-    ],
-)
-def test_a_data_sheet_is_found_by_name(name: str, precision: str, peak: float | None) -> None:
-    assert sheet_peak(name, precision) == peak
-
-
-def test_mfu_is_what_was_achieved_over_the_peak() -> None:
-    spec = {
-        "architecture": {"name": "350m"}, "precision": "bfloat16", "compile": True, "batch_size": 8, "seq_len": 1024,
-        "micro_batch": 8,
-    }  # fmt: skip
-    record = {
-        "kind": "speed", "spec": spec, "tokens_a_second": 1e5, "flops_a_second": 247.25e12, "sheet_peak": 989e12,
-        "matmul_peak": 494.5e12, "peak_bytes": 30e9, "planned_bytes": 24e9,
-    }  # fmt: skip
-    rows = rows_by_name([record])
-    assert rows["MFU, 350m, bfloat16, compiled"]["device"] == 0.25
-    assert "989 TFLOP/s" in rows["MFU, 350m, bfloat16, compiled"]["basis"]
-    assert rows["share of the matmul peak, 350m, bfloat16, compiled"]["device"] == 0.5
-    memory = rows["peak memory in GB, 350m, bfloat16, compiled"]
-    assert (memory["reference"], memory["device"], memory["verdict"]) == (24, 30, MEASURED)
-    assert "MFU, 350m, bfloat16, compiled" not in rows_by_name([record | {"sheet_peak": None}])
-
-
-def test_speed_is_the_loops_own(records: Records) -> None:
-    (record,) = (record for record in records if record["kind"] == "speed")
-    tokens = 8 * 16
-    assert record["tokens_a_second"] == pytest.approx(tokens / record["seconds_a_step"])
-    a = mini()
-    attention = 6 * 16 * a.n_heads * a.d_head * a.n_layers
-    by_hand = tokens * (6 * (a.n_weights - a.vocab_size * a.d_model) + attention) / record["seconds_a_step"]
-    assert record["flops_a_second"] == pytest.approx(by_hand)
-    assert 0 < record["matmul_peak"] < 1e16
-    assert matmul_peak("cpu", "float32", repeats=1) > 1e8
-
-
-# --- the report ------------------------------------------------------------------------------------------------------
-
-
-def gpu_record(date: str, gpu: bool = True) -> dict[str, Any]:
-    surroundings = environment("cpu") | ({"device": "NVIDIA H100 80GB HBM3", "cuda": "12.8"} if gpu else {})
-    row = {
-        "quantity": "a < b", "where": "here", "reference": 1.0, "reference_is": "CPU", "device": 1.0,
-        "difference": 0.0, "tolerance": 1e-6, "basis": "rounding", "verdict": AGREES,
-    }  # fmt: skip
-    return {"id": date, "date": date, "gpu": gpu, "missing": [], "environment": surroundings, "rows": [row]}
-
-
-def test_without_a_record_the_report_says_so() -> None:
-    assert "No record of a check on a GPU was found" in section(None)
-    assert "--scale gpu-smoke" in section(None)
-
-
-def test_the_latest_check_on_a_gpu_is_shown(tmp_path: Path) -> None:
-    assert latest_check([tmp_path / "none"]) is None
-    for name, record in {
-        "a": gpu_record("2026-01-02"), "b": gpu_record("2026-01-03"), "c": gpu_record("2026-02-01", gpu=False)
-    }.items():  # fmt: skip
-        write_record(tmp_path / name / "check.json", kind="device-check", body=record)
-    found = latest_check([tmp_path / name for name in "abc"])
-    assert found is not None
-    assert found["date"] == "2026-01-03"
-    page = section(found)
-    assert "NVIDIA H100 80GB HBM3, torch" in page
-    assert "CUDA 12.8, 2026-01-03" in page
-    assert "a &lt; b" in page
-    assert NOT_A_GPU not in page
-
-
-def test_verdicts_are_counted_in_words() -> None:
-    row = gpu_record("2026-01-02")["rows"][0]
-    rows = [row, row, row | {"verdict": DIFFERS}, row | {"verdict": MEASURED}]
-    assert counted({"rows": rows}) == "2 agree, 1 differs, 1 measured"
-
-
-def test_a_report_of_any_scale_shows_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Of predictions alone: without a record, with one in the folder beside, with one named, with a wrong one."""
-
-    def predictions(*_: Any) -> list[paper_repro.Step]:
-        one = [paper_repro._initial("350m", "Vanilla", "random", (), 1024, 0)]
-        return [paper_repro.Step(name="predictions", purpose="one", minutes=0.1, specs=lambda: one)]
-
-    monkeypatch.setitem(paper_repro.SCALES, "smoke", (predictions, 1, "cpu", "sympy"))
-    monkeypatch.setattr(paper_repro, "CHECKED", tmp_path / "none")
-    out = tmp_path / "results" / "smoke"
-    arguments = ["--scale", "smoke", "--out", str(out)]
-    assert paper_repro.main(arguments) == 0
-    assert "No record of a check on a GPU was found" in (out / "report.html").read_text()
-    write_record(out.parent / "gpu-smoke" / "records" / "x.json", kind="device-check", body=gpu_record("2026-01-02"))
-    assert paper_repro.main(arguments) == 0
-    assert "NVIDIA H100 80GB HBM3" in (out / "report.html").read_text()
-    write_record(tmp_path / "y.json", kind="device-check", body=gpu_record("2025-01-02"))
-    assert paper_repro.main([*arguments, "--gpu-record", str(tmp_path / "y.json")]) == 0
-    assert "2025-01-02" in (out / "report.html").read_text()
-    capsys.readouterr()
-    assert paper_repro.main([*arguments, "--gpu-record", str(out / "scale.json")]) == 2
-    assert "no record of a device check" in capsys.readouterr().err
-
-
-def test_without_a_gpu_one_line_names_the_remedy(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    def absent(device: str) -> str:
-        raise ValueError(f"device {device!r} is not available here; use --device cpu")
-
-    monkeypatch.setattr("empirics.command_line.check_device", absent)
-    assert paper_repro.main(["--scale", "gpu-smoke", "--out", str(tmp_path / "out")]) == 2
-    captured = capsys.readouterr()
-    assert captured.out == ""
-    assert captured.err.count("\n") == 1
-    assert "--device cpu" in captured.err
-    assert "no evidence about a GPU" in captured.err
-    assert not (tmp_path / "out").exists()
-
-
-def test_a_compiler_that_fails_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*_: Any, **__: Any) -> None:
-        raise RuntimeError("no C++ compiler\nlong story")
-
-    monkeypatch.setattr("empirics.device_check.run_all", fail)
-    with pytest.raises(ValueError, match=r"no C\+\+ compiler; the other steps run with --only"):
-        make_all([short(compile=True)], tmp_path, processes=1, title="x")
-    with pytest.raises(RuntimeError):
-        make_all([short()], tmp_path, processes=1, title="x")
-
-
-def test_what_is_compared_is_smooth() -> None:
-    """A ReLU a rounding from its kink was found to move gradient norms by 8e-5 in float32, which would hide TF32."""
-    for device in ("cpu", "cuda"):
-        size = device_specs.sizes(device)
-        assert {a.activation for a in (*size.probed, size.trained, size.shallow)} == {"gelu"}
-        assert len({a.name for a in (*size.probed, size.shallow, *size.grown)}) == 3 + len(size.grown)
-
-
-def test_the_record_that_comes_with_the_code_is_of_a_gpu_and_current() -> None:
-    """It is what a report shows, its predictions are today's, and the README quotes it."""
-    record = latest_check([paper_repro.CHECKED])
-    assert record is not None
-    assert record["gpu"]
-    assert record["missing"] == []
-    assert DIFFERS not in {row["verdict"] for row in record["rows"]}
-    rows = {row["quantity"]: row for row in record["rows"]}
-    assert len(rows) == len(record["rows"])
-    readme = (paper_repro.CHECKED.parents[1] / "README.md").read_text()
-    for size in device_specs.LARGE:
-        for label in ACCURACY:
-            row = rows[f"gradient growth beside theory, {size}, {label}"]
-            growth = gradient_growth(method(preset(size), label), 2048)
-            assert growth.in_domain
-            assert growth.value == pytest.approx(row["reference"], rel=1e-6)
-            digits = 2 if label == "Vanilla" else 4
-            assert f"{row['reference']:.{digits}f} / {row['device']:.{digits}f}" in readme
 
 
 # --- on a GPU --------------------------------------------------------------------------------------------------------

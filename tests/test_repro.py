@@ -15,14 +15,17 @@ from typing import Any
 import pytest
 
 import paper_repro
+from empirics import scales
 from theory.architecture import PRESETS, Architecture, preset
+from theory.records import write_json
 
 STEPS = 6
 MINIATURE = """
 import sys
 import paper_repro
+from empirics import scales
 from test_repro import miniature
-paper_repro.SCALES["smoke"] = (miniature, 1, "cpu", "sympy")
+scales.SCALES["smoke"] = (miniature, 1, "cpu", "sympy")
 raise SystemExit(paper_repro.main(sys.argv[1:]))
 """
 
@@ -31,22 +34,20 @@ def mini() -> Architecture:
     return replace(preset("tiny"), d_model=16, n_layers=2, n_heads=2, n_kv_heads=2, d_head=8, d_ffn=32, vocab_size=300)
 
 
-def miniature(seeds: Any, device: str, data: str) -> list[paper_repro.Step]:
+def miniature(seeds: Any, device: str, data: str) -> list[scales.Step]:
     changes = {"steps": STEPS, "seq_len": 16, "batch_size": 2, "device": device, "data": data, "tokenizer": "bytes"}
 
     def sweep() -> list[Any]:
         return [
-            paper_repro._training(mini(), label, "sweep", seed, 1e-2, **changes)
-            for seed in seeds
-            for label in paper_repro.FOUR
+            scales.training(mini(), label, "sweep", seed, 1e-2, **changes) for seed in seeds for label in scales.FOUR
         ]
 
-    return [paper_repro.Step(name="sweep", purpose="four small trainings", minutes=0.1, specs=sweep)]
+    return [scales.Step(name="sweep", purpose="four small trainings", minutes=0.1, specs=sweep)]
 
 
 @pytest.fixture
 def small_scale(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(paper_repro.SCALES, "smoke", (miniature, 1, "cpu", "sympy"))
+    monkeypatch.setitem(scales.SCALES, "smoke", (miniature, 1, "cpu", "sympy"))
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -64,7 +65,7 @@ def test_one_command_writes_everything_and_a_second_trains_nothing(
     assert "report.html" in printed
     first = contents(tmp_path / "out")
     assert {"claims.json", "report.html", "figures/loss_curves.png", "figures/loss_curves.svg"} <= set(first)
-    assert sum(name.startswith("records/sweep-") for name in first) == len(paper_repro.FOUR)
+    assert sum(name.startswith("records/sweep-") for name in first) == len(scales.FOUR)
     claims = json.loads(first["claims.json"])
     assert [claim["id"] for claim in claims][:13] == [f"claim-{n:02}" for n in range(1, 14)]
 
@@ -108,7 +109,7 @@ def test_killed_it_resumes_to_the_same_records(tmp_path: Path) -> None:
 
 
 def test_the_default_scale_keeps_to_its_trainings(capsys: pytest.CaptureFixture[str]) -> None:
-    steps = paper_repro.cpu((0, 1, 2), "cpu", "sympy")
+    steps = scales.cpu((0, 1, 2), "cpu", "sympy")
     trainings = [spec for step in steps for spec in step.specs() if hasattr(spec, "learning_rate")]
     assert len(trainings) <= 60
     assert len({spec.identity for spec in trainings}) == len(trainings)
@@ -119,7 +120,7 @@ def test_the_default_scale_keeps_to_its_trainings(capsys: pytest.CaptureFixture[
 
 
 def test_the_full_scale_is_larger_and_says_its_hours(capsys: pytest.CaptureFixture[str]) -> None:
-    steps = paper_repro.cpu_full(range(5), "cpu", "sympy")
+    steps = scales.cpu_full(range(5), "cpu", "sympy")
     trainings = [spec for step in steps for spec in step.specs() if hasattr(spec, "learning_rate")]
     assert len({spec.identity for spec in trainings}) == len(trainings) == 60
     assert {spec.seed for spec in trainings} == set(range(5))
@@ -158,7 +159,7 @@ def test_bad_input_is_one_line(
 
 
 def test_every_preset_of_the_paper_has_a_scale() -> None:
-    assert {"350m", "1.7b", "13b"} <= set(PRESETS) & set(paper_repro.SCALES)
+    assert {"350m", "1.7b", "13b"} <= set(PRESETS) & set(scales.SCALES)
 
 
 @pytest.mark.usefixtures("small_scale")
@@ -168,11 +169,11 @@ def test_a_folder_keeps_to_one_scale_and_a_text_is_looked_for_first(
     out = tmp_path / "out"
     assert paper_repro.main(["--scale", "smoke", "--out", str(out), "--data", "nosuch.txt"]) == 2
     assert not list(out.glob("records/*"))
-    paper_repro.write_json(out / "scale.json", {"scale": "smoke", "seeds": [0], "device": "cpu", "data": "sympy"})
+    write_json(out / "scale.json", {"scale": "smoke", "seeds": [0], "device": "cpu", "data": "sympy"})
     assert paper_repro.main(["--scale", "cpu", "--out", str(out)]) == 2
     assert "another --out" in capsys.readouterr().err
 
 
 def test_a_label_cannot_name_another_folder() -> None:
-    spec = paper_repro._training(mini(), "Vanilla", "sweep", 0, 1e-2)
+    spec = scales.training(mini(), "Vanilla", "sweep", 0, 1e-2)
     assert "/" not in replace(spec, label="../../m/config.json").identity

@@ -12,6 +12,7 @@ from helpers.commands import ROOT, assert_refused, call
 import empirics.__main__
 import empirics.command_line
 import paper_repro
+from empirics import scales
 
 # --- measuring and training ---------------------------------------------------------------------------------------
 
@@ -168,7 +169,7 @@ def test_bad_reproduction(argv: list[str], tmp_path: Path, capsys: pytest.Captur
     assert not any(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("size", paper_repro.PAPER_SIZES)
+@pytest.mark.parametrize("size", scales.PAPER_SIZES)
 def test_paper_sizes_need_a_gpu(
     size: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
