@@ -31,6 +31,7 @@ from tqdm import tqdm  # noqa: E402
 
 from benchmarks.gpt_peer import Config, Loop  # noqa: E402
 from benchmarks.timing import report  # noqa: E402
+from empirics.device_check import matmul_peak  # noqa: E402
 from empirics.model import Attention, Kernel, faster_attention  # noqa: E402
 from empirics.plan import flops_per_token  # noqa: E402
 from empirics.run import corpus_of  # noqa: E402
@@ -78,19 +79,19 @@ class Scale:
         block: steps a turn.
         rounds: turns that each one has.
         attention: (batch, heads, tokens, head width) of the attention that is timed by itself.
-        side: of the square matrices whose product is the machine's peak.
         data_bytes: of text.
         tokenizer: as a `RunSpec` has it.
+        side: of the square matrices whose product is the machine's peak; None for what the device wants.
     """
 
     sizes: tuple[Size, ...]
     block: int
     rounds: int
     attention: tuple[tuple[int, int, int, int], ...]
-    side: int
     data_bytes: int | None
     precisions: tuple[str, ...] = tuple(PRECISIONS)
     tokenizer: str = "bpe"
+    side: int | None = None
 
 
 SCALES = {
@@ -100,7 +101,7 @@ SCALES = {
             Size(name="small", d_model=128, n_layers=12, n_heads=4, vocab_size=2048, tokens=128, batch=16),
             Size(name="wide", d_model=256, n_layers=8, n_heads=4, vocab_size=2048, tokens=128, batch=8),
         ),
-        block=RunSpec.__dataclass_fields__["probe_every"].default, rounds=3, side=1024, data_bytes=None,
+        block=RunSpec.__dataclass_fields__["probe_every"].default, rounds=3, data_bytes=None,
         attention=((8, 2, 64, 32), (16, 4, 128, 32), (8, 4, 128, 64), (4, 4, 256, 64), (2, 4, 512, 64),
                    (1, 4, 1024, 64), (1, 4, 2048, 64)),
     ),
@@ -113,7 +114,7 @@ SCALES = {
             Size(name="124m", d_model=768, n_layers=12, n_heads=12, vocab_size=50304, tokens=1024, batch=16),
             Size(name="350m", d_model=1024, n_layers=24, n_heads=16, vocab_size=50304, tokens=1024, batch=8),
         ),
-        block=20, rounds=3, side=8192, data_bytes=2_000_000, precisions=("bfloat16",), tokenizer="bytes",
+        block=20, rounds=3, data_bytes=2_000_000, precisions=("bfloat16",), tokenizer="bytes",
         attention=((64, 12, 256, 64), (16, 12, 1024, 64), (8, 16, 2048, 64), (4, 40, 2048, 128)),
     ),
 }  # fmt: skip
@@ -142,15 +143,6 @@ def seconds(run: Callable[[], object], threads: int, repeats: int, device: str =
         run()
         best = min(best, now() - start) if repeat else best
     return best
-
-
-def matmul_peak(side: int, dtype: torch.dtype, threads: int, device: str = "cpu") -> float:
-    """FLOPs a second of a square matrix product."""
-    left, right = (
-        torch.randn(side, side, device=device, generator=torch.Generator(device).manual_seed(k)).to(dtype)
-        for k in (0, 1)
-    )
-    return 2 * side**3 / seconds(lambda: left @ right, threads, 10, device)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -335,7 +327,7 @@ def main(arguments: list[str] | None = None) -> int:
         with tempfile.TemporaryDirectory() as folder, tqdm(total=len(names) * len(peaks), unit="row") as bar:
             for size in (known[name] for name in names):
                 for precision in scale.precisions:
-                    peak = matmul_peak(scale.side, PRECISIONS[precision], options.threads, device)
+                    peak = matmul_peak(device, precision, side=scale.side, now=clock(options.threads, device))
                     peaks[precision] = max(peaks[precision], peak)
                     rows.append(compare(scale, size, precision, options.threads, Path(folder), device, options.compile))
                     bar.update()

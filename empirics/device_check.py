@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import re
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -133,16 +133,27 @@ def _micro_batch(run: RunSpec, available: int | None) -> int:
 
 
 @true_float32()
-def matmul_peak(device: str, precision: str, repeats: int = 10) -> float:
-    """FLOPs a second of the best of some products of large square matrices."""
+def matmul_peak(
+    device: str,
+    precision: str,
+    *,
+    side: int | None = None,
+    repeats: int = 10,
+    now: Callable[[], float] = time.perf_counter,
+) -> float:
+    """FLOPs a second of the best of some products of square matrices, in seconds of the clock `now`.
+
+    `side` is that of the matrices; without one they are as large as the kind of device wants them.
+    """
     kind = device.split(":")[0]
-    side, dtype = MATMUL.get(kind, MATMUL["cpu"]), torch.bfloat16 if precision == "bfloat16" else torch.float32
+    side = side or MATMUL.get(kind, MATMUL["cpu"])
+    dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
     a = torch.randn(side, side, device=device, generator=torch.Generator(device).manual_seed(0)).to(dtype)
     best = float("inf")
     for _ in range(repeats):
-        start = time.perf_counter()
+        start = now()
         float((a @ a)[0, 0])  # waits for the product
-        best = min(best, time.perf_counter() - start)
+        best = min(best, now() - start)
     return 2.0 * side**3 / best
 
 
