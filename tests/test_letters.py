@@ -159,8 +159,8 @@ def test_no_letter_is_left_over() -> None:
 
 
 def test_an_unknown_letter_is_refused() -> None:
-    for made in (array("unheard_of"), entry("unheard_of")):
-        with pytest.raises(ValueError, match=r"add it to theory/letters\.py"):
+    for made, file in ((array("unheard_of"), "letters_arrays"), (entry("unheard_of"), "letters")):
+        with pytest.raises(ValueError, match=rf"add it to theory/{file}\.py"):
             local_letter(made, "ffn")
     with pytest.raises(ValueError, match=r"add it to theory\.symbols"):
         function_entry("unheard_of")

@@ -1,13 +1,16 @@
 """Letters of derivations: what the matrices, tokens, places and means of one computation are called.
 
-Symbols that a statement's formula takes, and the configuration's, are in `theory.symbols`. Where a letter is
-something else in one derivation, its key starts with that derivation's name and a colon.
+Arrays are in `theory.letters_arrays`; symbols that a statement's formula takes, and the configuration's, are in
+`theory.symbols`. Where a letter is something else in one derivation, its key starts with that derivation's name and a
+colon.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any
+
+from theory.letters_arrays import COLUMNS, MATRICES
 
 # What a value may be, by the words of the range; an index runs over what its meaning says.
 ANY, AT_LEAST_0, UNIT, INDEX, MATRIX, COLUMN = "any real", ">= 0", "0 to 1", "index", "matrix", "column"
@@ -309,183 +312,12 @@ _SCALARS = {
     "||W| - |W'||": "difference of two matrices' norms",
 }
 
-_COLUMNS = {
-    "E[W'l'p]": "mean of W'(l' p) over heads W, l' the slopes of a soft-cap, (d, 1)",
-    "E[W'p]": "mean of W'p over heads W, (d, 1)",
-    "dL/dl": "gradient of the loss at one token's logits, (V, 1)",
-    "head-gradient:p": "predicted distribution, (V, 1)",
-    "head-gradient:x": "token at the head's input, (d, 1)",
-    "head-gradient:y": "one-hot target, (V, 1)",
-    "softmax-moments:ones": "column of ones, (n, 1)",
-    "S_l": "variance of the stream at each token, place l, (T, 1)",
-    "S_{l+1}": "the same at place l + 1, (T, 1)",
-    "G_l": "mean square gradient at each token, place l, (T, 1)",
-    "G_{l+1}": "the same at place l + 1, (T, 1)",
-    "a_tj": "derivative of a logit in its key's token, (d, 1)",
-    "beta": "bias of the norm, (d, 1)",
-    "dL/dE_v": "row v of it, as a column, (d, 1)",
-    "dL/dx_1": "gradient entering the first layer, (T d, 1)",
-    "dL/dx_n": "gradient entering layer n, (T d, 1)",
-    "dL/dy_N": "gradient leaving the last layer, (T d, 1)",
-    "dL/dy_n": "gradient leaving layer n, (T d, 1)",
-    "dg_e/du": "gradient of expert e's gate, (d, 1)",
-    "f_e": "output of expert e, (d, 1)",
-    "g": "gradient behind the norm, (d, 1)",
-    "k_i": "key of token i, (d_h, 1)",
-    "k_j": "key of token j, (d_h, 1)",
-    "khat_i": "normalised key of token i, (d_h, 1)",
-    "khat_j": "normalised key of token j, (d_h, 1)",
-    "o_t": "mean of the values that token t sees, (d_h, 1)",
-    "ones": "column of ones, (d, 1)",
-    "omega": "a direction in which the tokens change, (T d, 1)",
-    "dA": "what the simulation makes of it, (T d, 1)",
-    "LN(c e)": "norm of a token of the embedding, (d, 1)",
-    "growth-conservation:ones": "column of ones, (T, 1)",
-    "p": "probabilities of a softmax row, (n, 1)",
-    "q_t": "query of token t, (d_h, 1)",
-    "qhat_t": "normalised query of token t, (d_h, 1)",
-    "u": "normalised token, (d, 1)",
-    "v": "unit eigenvector of the largest eigenvalue, (n, 1)",
-    "v_i": "value of token i, (d_h, 1)",
-    "v_j": "value of token j, (d_h, 1)",
-    "w_e": "router's row of expert e, (d, 1)",
-    "w_p": "router's rows, mean under the probabilities, (d, 1)",
-    "x": "token of the residual stream, (d, 1)",
-    "x'": "token of the residual stream after attention, (d, 1)",
-    "y": "token of the residual stream after the layer, (d, 1)",
-    "z": "token before the gain: centred for LayerNorm, over s, (d, 1)",
-    "relu(z_1)^2 z_3": "hidden units of the gated layer, (d_ffn, 1)",
-    "ffn-sharp-relu-squared:z": "pre-activations, (d_ffn, 1)",
-}
-
-_MATRICES = {
-    "E[SD]": "mean of a softmax row's Jacobian before the cap: S = diag(p) - pp', D the cap's slopes, (n, n)",
-    "E[pp']": "mean of pp', (n, n)",
-    "dE[pq']/dr": "derivative at r = 0 of E[pq'] for rows p, q whose logits have covariance r, (n, n)",
-    "head-gradient:W": "the head, (V, d)",
-    "(I_T x W_O)": "W_O at every token, (T d, T n_h d_h)",
-    "A": "the norm's Jacobian without gain and 1/s, (d, d)",
-    "B_j": "what token j's key can do to all outputs, (d, d)",
-    "C_T (x) W_O W_V": "running mean times W_O W_V, (T d, T d)",
-    "Cov_t(v)": "covariance of the values that token t sees, (d_h, d_h)",
-    "Cov_t(v,b)": "covariance of values and logit slopes in the query's token, (d_h, d)",
-    "Cov_t(v,k)": "covariance of the values and keys that token t sees, (d_h, d_h)",
-    "D": "slopes F'(z) on the diagonal, (d_ffn, d_ffn)",
-    "E": "token table, (V, d)",
-    "G": "gradient at the stream's start, (T, d)",
-    "G_tied": "gradient at the stream's start under a tied head, (T, d)",
-    "G_v": "gradients at the places of token v, (n_v, d)",
-    "H": "centring I - 11'/d, (d, d)",
-    "I": "identity",
-    "J": "Jacobian of a softmax row, (n, n)",
-    "J(cx)": "Jacobian of a normalised branch at c x, (d, d)",
-    "J(x)": "Jacobian of a normalised branch at x, (d, d)",
-    "J^K": "the part of J_u through the keys, (T d, T d)",
-    "J^Q": "the part of J_u through the query, (T d, T d)",
-    "J^V": "the part of J_u through the values, (T d, T d)",
-    "J^VO": "Jacobian through the values alone, (T d, T d)",
-    "J^Z": "Jacobian of the concatenated heads at one token, (n_h d_h, d)",
-    "J_E": "Jacobian of the stream's start in the tables, (T d, (V + ell T) d)",
-    "J_e": "Jacobian of expert e, (d, d)",
-    "J_lin": "W_2 W_1, (d, d)",
-    "J_relu": "W_2 D W_1 with ReLU's slopes, (d, d)",
-    "J_u": "Jacobian of the sub-layer in its normalised input, (T d, T d)",
-    "experts-upper:J_u": "Jacobian of the experts' layer at one token, (d, d)",
-    "attention-simulated:J_u": "Jacobian of attention in its normalised input, or of the half-layer, (T d, T d)",
-    "J_u(c)": "the same with c W_O for W_O, (T d, T d)",
-    "diag(2 relu(z_1) z_3)": "slopes of the gate times its other factor, (d_ffn, d_ffn)",
-    "diag(relu(z_1)^2)": "activations of the gate, (d_ffn, d_ffn)",
-    "ffn-sharp-gated-relu-squared:J_u": "Jacobian of the feed-forward in its normalised input, (d, d)",
-    "ffn-sharp-relu-squared:J_u": "Jacobian of the feed-forward in its normalised input, (d, d)",
-    "attention-half-layer-sharp:A": "sqrt(c_V c_O d/k)/s C_T, (T, T)",
-    "attention-half-layer-sharp:G": "mean resolvent over coordinates on the side of W_O, (T, T)",
-    "attention-half-layer-sharp:P": "A U A' times k/d, (T, T)",
-    "attention-half-layer-sharp:Y": "A' G A, (T, T)",
-    "attention-half-layer-sharp:dx'/dx": "Jacobian of the attention half-layer over the sequence, (T d, T d)",
-    "attention-full-half-layer-sharp:dx'/dx": "Jacobian of the attention half-layer over the sequence, (T d, T d)",
-    "(11'/T) (x) W_O W_V": "mean over all tokens times W_O W_V, (T d, T d)",
-    "I + (11'/T) (x) W_O W_V / s": "half-layer at uniform attention without a mask, (T d, T d)",
-    "attention-sharp:W_O": "output matrix, the columns of heads that share a value added, (d, k)",
-    "attention-sharp:W_V": "values of all key heads, (k, d)",
-    "attention-full-sharp:W_O": "output matrix, the columns of heads that share a value added, (d, k)",
-    "attention-full-sharp:W_V": "values of all key heads, (k, d)",
-    "attention-full-half-layer-sharp:W_O": "output matrix, the columns of heads that share a value added, (d, k)",
-    "attention-full-half-layer-sharp:W_V": "values of all key heads, (k, d)",
-    "(G)^-1": "inverse of G, (T, T)",
-    "ffn-gated-estimate:G": "what reaches the units: diag(F'(z_1) z_3) W_1 + diag(F(z_1)) W_3, (d_ffn, d)",
-    "(H)^-1": "inverse of H, the mean resolvent on the side of W_V, (T, T)",
-    "(z_0 I - P)^-1": "resolvent of P at z_0, (T, T)",
-    "(z_0 I - R)^-1": "resolvent of R at z_0, (T, T)",
-    "I + C_T (x) W_O W_V / s": "half-layer at uniform attention, (T d, T d)",
-    "R": "inverse of Y^-1 - H, times k/d, (T, T)",
-    "U": "inverse of H^-1 - Y, (T, T)",
-    "S_t": "Jacobian of softmax row t, (T, T)",
-    "J_T": "Jacobian of the logits in a tied table, (T V, V d)",
-    "J_T^Y": "the same with the head's input held, (T V, V d)",
-    "J_T^E": "the same with the head held, (T V, V d)",
-    "dA_t/dl": "output of token t in its logits, (d, T)",
-    "W_O [v_1, ..., v_T]": "what the values write, side by side, (d, T)",
-    "dy/dx": "Jacobian of the half-layer at one token, (d, d)",
-    "M": "slopes and activations of the gate side by side, (d_ffn, 2 d_ffn)",
-    "N": "Jacobian of the embedding's norm, a block a token, (T d, T d)",
-    "N_k": "Jacobian of the norm at key j, (d_h, d_h)",
-    "N_q": "Jacobian of the norm at query t, (d_h, d_h)",
-    "P (x) W_O W_V": "one softmax matrix times W_O W_V, (T d, T d)",
-    "P^o2": "squares of the softmax matrix's entries, (T, T)",
-    "P_h": "softmax matrix of head h, (T, T)",
-    "P_h (x) W_O^h W_V^h": "head h's softmax matrix times its W_O^h W_V^h, (T d, T d)",
-    "Pi": "projection onto the d - 2 directions that LayerNorm keeps, (d, d)",
-    "Q": "d - 1 orthonormal rows orthogonal to 1, (d - 1, d)",
-    "S": "one-hot rows of the sequence, (T, V)",
-    "W": "Gaussian matrix, (m, n)",
-    "W_1": "input matrix of the feed-forward, (d_ffn, d)",
-    "W_2": "output matrix of the feed-forward, (d, d_ffn)",
-    "W_3": "gate's second input matrix, (d_ffn, d)",
-    "W_K^h": "keys of head h, (d_h, d)",
-    "W_O": "output matrix of attention, (d, n_h d_h)",
-    "W_O^h": "columns of W_O that read head h, (d, d_h)",
-    "W_Q^h": "queries of head h, (d_h, d)",
-    "W_V": "value matrix of all heads, (n_h d_h, d)",
-    "W_V^h": "values of head h, (d_h, d)",
-    "X": "the stream's start, (T, d)",
-    "Y": "the final norm's output, (T, d)",
-    "[P_h (x) W_V^h]_h": "heads' P_h (x) W_V^h below each other, (n_h T d_h, T d)",
-    "[W_1; W_3]": "W_1 on W_3, (2 d_ffn, d)",
-    "[mu S, ell I] x I": "what the places read of the tables, (T d, (V + ell T) d)",
-    "dA_t/du_j": "block of J_u: output of token t in normalised token j, (d, d)",
-    "dFFN(LN(X))/dX": "Jacobian of the branch over all tokens, (T d, T d)",
-    "dFFN(LN(x_t))/dx_t": "Jacobian of the branch at token t, (d, d)",
-    "dFFN/du": "Jacobian of the feed-forward in its normalised input, (d, d)",
-    "dFFN/du_t": "the same at token t, (d, d)",
-    "dL/dE": "gradient of the token table, (V, d)",
-    "dL/dlogits": "gradient at the logits, (T, V)",
-    "dLN(mu e)/de": "LayerNorm's Jacobian in a row of the table, (d, d)",
-    "dLN/dx": "LayerNorm's Jacobian, (d, d)",
-    "dLN/dx'": "LayerNorm's Jacobian at x', (d, d)",
-    "dLN/dx_t": "LayerNorm's Jacobian at token t, (d, d)",
-    "dL_det/dE": "gradient of a detached token table, (V, d)",
-    "dL_tied/dE": "gradient of a table that is the head as well, (V, d)",
-    "dX/dE": "Jacobian of the stream's start in the token table, (T d, V d)",
-    "sgn D": "signs of the slopes on the diagonal, (d_ffn, d_ffn)",
-    "|D|^(1/2)": "roots of the slopes' sizes on the diagonal, (d_ffn, d_ffn)",
-    "diag(F'(z_1) z_3)": "the gate's slopes on the diagonal, (d_ffn, d_ffn)",
-    "diag(F(z_1))": "the gate's activations on the diagonal, (d_ffn, d_ffn)",
-    "diag(S_l)": "S_l on the diagonal, (T, T)",
-    "diag(gamma)": "gains on the diagonal, (d, d)",
-    "diag(p)": "probabilities on the diagonal, (n, n)",
-    "dnorm/dx": "Jacobian of the norm, (d, d)",
-    "dx'/dx": "Jacobian of the attention half-layer at one token, (d, d)",
-    "dx'_n/dx_n": "Jacobian of layer n's attention half, (T d, T d)",
-    "dy/dx'": "Jacobian of the feed-forward half-layer, (d, d)",
-    "dy_n/dx'_n": "Jacobian of layer n's feed-forward half, (T d, T d)",
-}
-
 
 def _letters(table: dict[str, str], range: str) -> dict[str, Letter]:
     return {name: Letter(meaning, range) for name, meaning in table.items()}
 
 
-_ARRAYS = _letters(_COLUMNS, COLUMN) | _letters(_MATRICES, MATRIX)
+_ARRAYS = _letters(COLUMNS, COLUMN) | _letters(MATRICES, MATRIX)
 _NUMBERS = (
     _letters(_INDICES, INDEX) | _letters(_PROBABILITIES, UNIT) | _letters(_SIGNED, ANY) | _letters(_SCALARS, AT_LEAST_0)
 )
@@ -500,7 +332,8 @@ def local_letter(atom: Any, derivation: str = "") -> Letter:
     table, name = (_NUMBERS if atom.is_commutative else _ARRAYS), str(atom)
     found = table.get(f"{derivation}:{name}") or table.get(name)
     if found is None:
-        raise ValueError(f"{name} of the derivation {derivation!r} has no meaning; add it to theory/letters.py")
+        file = "letters.py" if atom.is_commutative else "letters_arrays.py"
+        raise ValueError(f"{name} of the derivation {derivation!r} has no meaning; add it to theory/{file}")
     return found
 
 
