@@ -1,6 +1,6 @@
 """A bench for every quantity that an upper bound speaks of: tiny sub-layers drawn to attack it, and its true value.
 
-A bound on a known quantity needs nothing here. A bound on a new quantity needs one `Bench` (`bench_sublayers` has
+A bound on a known quantity needs nothing here. A bound on a new quantity needs one `Bench` (`BENCH_MODULES` have
 them); a symbol that its bench does not supply needs one function, `(module, input) -> {symbol: value}`, listed in
 the bench's `symbols`; a new variant of a sub-layer needs one line in the bench's `choices`.
 """
@@ -168,7 +168,7 @@ def replay(witness: Any) -> Case:
 
 
 # Modules that add benches; a new file is added here or calls `add_bench` itself.
-BENCH_MODULES = ("bench_sublayers", "bench_experts")
+BENCH_MODULES = ("bench_sublayers", "bench_attention", "bench_embedding", "bench_experts")
 BENCHES: dict[str, Bench] = {}
 
 

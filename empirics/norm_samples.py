@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 
 from empirics.adversaries import normal
-from empirics.bench_sublayers import FullAttention
+from empirics.bench_attention import FullAttention
 from empirics.benches import small_architecture
 from empirics.model import Attention, FeedForward, make_norm
 from empirics.observables import opnorm, true_each_token, true_feedforward, true_half_layer

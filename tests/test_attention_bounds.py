@@ -17,7 +17,7 @@ from torch import Tensor
 
 from empirics.attack import bound_of, observe
 from empirics.attention_slopes import observe_blocks
-from empirics.bench_sublayers import FullAttention
+from empirics.bench_attention import FullAttention
 from empirics.model import Attention
 from empirics.observables import observe_attention_weights, observe_covariances, observe_softmax, opnorm, true_attention
 from empirics.probes import PlainAttention

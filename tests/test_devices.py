@@ -36,14 +36,17 @@ def miniature(_: str) -> Sizes:
     )  # fmt: skip
 
 
+def of_cpu(out: Path, text: Path) -> list[str]:
+    return ["--scale", "gpu-smoke", "--device", "cpu", "--out", str(out), "--data", str(text)]
+
+
 @pytest.fixture(scope="module")
-def checked(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def checked(tmp_path_factory: pytest.TempPathFactory, text: Path) -> Path:
     """The folder of a whole check of the CPU against itself."""
     out = tmp_path_factory.mktemp("check") / "gpu-smoke"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(device_specs, "sizes", miniature)
-        arguments = ["--scale", "gpu-smoke", "--device", "cpu", "--out", str(out), "--processes", "1"]
-        assert paper_repro.main(arguments) == 0
+        assert paper_repro.main([*of_cpu(out, text), "--processes", "1"]) == 0
     return out
 
 
@@ -102,7 +105,7 @@ def test_halves_of_a_batch_round_otherwise(records: Records) -> None:
     assert 0 < row["difference"] < row["tolerance"] < 1e-3
 
 
-def test_a_finished_check_is_not_computed_again(checked: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_finished_check_is_not_computed_again(checked: Path, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(device_specs, "sizes", miniature)
 
     def fail(*_: Any, **__: Any) -> None:
@@ -112,7 +115,7 @@ def test_a_finished_check_is_not_computed_again(checked: Path, monkeypatch: pyte
         monkeypatch.setattr(f"empirics.device_check.{name}", fail)
     monkeypatch.setattr("empirics.sweep.Parallel", fail)
     before = {path: path.read_bytes() for path in checked.rglob("*") if path.is_file()}
-    arguments = ["--scale", "gpu-smoke", "--device", "cpu", "--out", str(checked)]
+    arguments = of_cpu(checked, text)
     assert paper_repro.main(arguments) == 0
     assert paper_repro.main([*arguments, "--draw-only"]) == 0
     assert {path: path.read_bytes() for path in checked.rglob("*") if path.is_file()} == before

@@ -22,7 +22,8 @@ from hypothesis import strategies as st
 
 from empirics import observables
 from empirics.attack import Observation, bound_of, evaluate
-from empirics.bench_sublayers import EmbeddingTables, FullAttention
+from empirics.bench_attention import FullAttention
+from empirics.bench_embedding import EmbeddingTables
 from empirics.benches import find_bench
 from empirics.model import ACTIVATIONS, Attention, Experts, FeedForward
 from theory.activations import lipschitz
