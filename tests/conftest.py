@@ -29,6 +29,20 @@ with warnings.catch_warnings():
 
 @pytest.fixture(scope="session")
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from helpers.training import write_text  # imports the whole package, which not every test needs
+    from helpers.training import write_text  # imports the whole package, which not every test needs; as below
 
     return write_text(tmp_path_factory.mktemp("text"))
+
+
+@pytest.fixture
+def documents(tmp_path: Path) -> Path:
+    from helpers.tokens import write_documents
+
+    return write_documents(tmp_path)
+
+
+@pytest.fixture
+def little_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    from helpers.tokens import read_little
+
+    read_little(monkeypatch)

@@ -19,6 +19,7 @@ transformers = pytest.importorskip("transformers")
 
 from helpers.measuring import LLAMA, QUICK, forbid_network, measure, write  # noqa: E402  (after the skip)
 from helpers.real_classes import TINY  # noqa: E402
+from helpers.training import cut, specification, write_text  # noqa: E402
 
 from empirics import real_classes  # noqa: E402
 from empirics.__main__ import main  # noqa: E402
@@ -104,8 +105,6 @@ def test_our_own_checkpoints(tmp_path: Path, capsys: pytest.CaptureFixture[str])
 
 def test_an_unfinished_run_is_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The folder of a run that was stopped, and its checkpoint itself."""
-    from helpers.training import specification, write_text
-
     from empirics.checkpoints import Checkpoints
     from empirics.run import corpus_of
     from empirics.train import Stopped, train
@@ -189,9 +188,8 @@ def edit(**changes: Any) -> Spoil:
     return lambda f: write(f / "config.json", json.loads((f / "config.json").read_text()) | changes)
 
 
-def cut(f: Path) -> None:
-    whole = (f / "model.safetensors").read_bytes()
-    (f / "model.safetensors").write_bytes(whole[: len(whole) // 2])
+def cut_weights(f: Path) -> None:
+    cut(f / "model.safetensors")
 
 
 def index(weight_map: Any) -> Spoil:
@@ -219,7 +217,7 @@ FOLDERS: dict[str, tuple[Spoil, str]] = {
     "config of nothing": (lambda f: (f / "config.json").write_text(""), "not valid JSON"),
     "config of a list": (lambda f: (f / "config.json").write_text("[]"), "not an object"),
     "no model_type": (lambda f: write(f / "config.json", {"hidden_size": 64}), "model_type"),
-    "cut weights": (cut, "transformers refuses"),
+    "cut weights": (cut_weights, "transformers refuses"),
     "garbage weights": (lambda f: (f / "model.safetensors").write_bytes(b"\xff" * 99), "transformers refuses"),
     "empty weights": (lambda f: (f / "model.safetensors").write_bytes(b""), "transformers refuses"),
     "too deep a config": (edit(num_hidden_layers=5), "no weights that fit model.layers.3"),
@@ -234,7 +232,7 @@ FOLDERS: dict[str, tuple[Spoil, str]] = {
     "a shard elsewhere": (index({"a": "../w.safetensors"}), "outside its folder"),
     "index of nothing": (index(None), "cannot be read"),
     "shards of numbers": (index({"a": 3}), "outside its folder"),
-    "ours, cut": (own(cut), "damaged"),
+    "ours, cut": (own(cut_weights), "damaged"),
     "ours, no weights": (own(lambda f: (f / "model.safetensors").unlink()), "no model.safetensors"),
     "ours, no such architecture": (own(lambda f: write(f / "architecture.json", {"init": {}})), "json is damaged"),
     "ours, not JSON": (own(lambda f: (f / "architecture.json").write_text("{")), "json is damaged"),

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.training import specification, write_text
+from helpers.training import specification
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
@@ -75,11 +75,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
 def small(**changes: Any) -> Architecture:
     a = replace(preset("tiny"), name="planned", d_model=16, n_layers=2, n_heads=2, n_kv_heads=2, d_head=8, d_ffn=40)
     return replace(a, vocab_size=258, context=16, **changes)
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_text(tmp_path_factory.mktemp("text"))
 
 
 def tensors() -> Iterator[Tensor]:

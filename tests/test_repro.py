@@ -56,9 +56,9 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 @pytest.mark.usefixtures("small_scale")
 def test_one_command_writes_everything_and_a_second_trains_nothing(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    arguments = ["--scale", "smoke", "--out", str(tmp_path / "out")]
+    arguments = ["--scale", "smoke", "--out", str(tmp_path / "out"), "--data", str(text)]
     assert paper_repro.main(arguments) == 0
     printed = capsys.readouterr().out
     assert "claim-13" in printed
@@ -78,11 +78,12 @@ def test_one_command_writes_everything_and_a_second_trains_nothing(
     assert contents(tmp_path / "out") == first
 
 
-def test_killed_it_resumes_to_the_same_records(tmp_path: Path) -> None:
+def test_killed_it_resumes_to_the_same_records(text: Path, tmp_path: Path) -> None:
     """Undisturbed beside killed as soon as the first record is there, and again soon after the restart."""
 
     def start(out: Path) -> subprocess.Popen[bytes]:
-        command = [sys.executable, "-c", MINIATURE, "--scale", "smoke", "--out", str(out), "--processes", "1"]
+        options = ["--scale", "smoke", "--out", str(out), "--data", str(text), "--processes", "1"]
+        command = [sys.executable, "-c", MINIATURE, *options]
         root = Path(__file__).parents[1]
         environment = {**os.environ, "PYTHONPATH": f"{root}{os.pathsep}{root / 'tests'}", "OMP_NUM_THREADS": "1"}
         return subprocess.Popen(

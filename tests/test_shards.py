@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers.tokens import Killed, contents, make, read_little, write_documents
+from helpers.tokens import Killed, contents, make
 from helpers.training import write_text
 from hypothesis import given
 from hypothesis import strategies as st
@@ -20,16 +20,6 @@ from empirics import shards, tokenizer
 from empirics.__main__ import main
 from empirics.data import batch, heldout_batches, load_corpus, tokenise
 from empirics.shards import MANIFEST, ShardedTokens, open_shards
-
-
-@pytest.fixture
-def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    read_little(monkeypatch)
-
-
-@pytest.fixture
-def documents(tmp_path: Path) -> Path:
-    return write_documents(tmp_path)
 
 
 def assert_like_memory(text: str, out: Path, name: str, vocab_size: int, limit: int | None = None) -> None:
@@ -66,7 +56,7 @@ def test_short_text_is_as_in_memory(tmp_path: Path, documents: Path, name: str, 
 
 
 @pytest.mark.parametrize("name", ["bytes", "bpe"])
-@pytest.mark.usefixtures("small")
+@pytest.mark.usefixtures("little_at_a_time")
 def test_long_text_is_as_in_memory(tmp_path: Path, documents: Path, name: str) -> None:
     out = tmp_path / "out"
     manifest = make(documents, out, tokenizer=name, vocab_size=400, shard_tokens=900)
@@ -75,7 +65,7 @@ def test_long_text_is_as_in_memory(tmp_path: Path, documents: Path, name: str) -
     assert_like_memory(str(documents), out, name, 400)
 
 
-@pytest.mark.usefixtures("small")
+@pytest.mark.usefixtures("little_at_a_time")
 def test_one_long_document_is_cut_inside(tmp_path: Path) -> None:
     text, out = write_text(tmp_path), tmp_path / "out"
     manifest = make(text, out)
@@ -139,7 +129,7 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
 
 @pytest.mark.parametrize("damage", DAMAGES)
 @pytest.mark.parametrize("name", ["00001.bin", "00001.documents.npy", "tokenizer.json"])
-@pytest.mark.usefixtures("small")
+@pytest.mark.usefixtures("little_at_a_time")
 def test_damage_is_named_and_repaired(
     tmp_path: Path, documents: Path, name: str, damage: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -178,7 +168,7 @@ def test_large_folders_are_checked_by_size_alone(
         open_shards(out)
 
 
-@pytest.mark.usefixtures("small")
+@pytest.mark.usefixtures("little_at_a_time")
 def test_other_folders_are_let_be(tmp_path: Path, documents: Path) -> None:
     out = tmp_path / "out"
     make(documents, out)
@@ -203,7 +193,7 @@ def test_other_folders_are_let_be(tmp_path: Path, documents: Path) -> None:
         make(documents, tmp_path / "other", shard_tokens=0)
 
 
-@pytest.mark.usefixtures("small")
+@pytest.mark.usefixtures("little_at_a_time")
 def test_unfinished_folder_is_not_trained_on(tmp_path: Path, documents: Path) -> None:
     out = tmp_path / "out"
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers.tokens import Killed, contents, make, read_little, write_documents
+from helpers.tokens import Killed, contents, make
 from helpers.training import specification, train_until, write_text
 
 from empirics import shards, tokenizer
@@ -26,21 +26,11 @@ from empirics.shards import MANIFEST, open_shards
 ROOT = Path(__file__).resolve().parents[1]
 
 
-@pytest.fixture
-def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    read_little(monkeypatch)
-
-
-@pytest.fixture
-def documents(tmp_path: Path) -> Path:
-    return write_documents(tmp_path)
-
-
 # --- kills ----------------------------------------------------------------------------------------------------------
 
 
 def test_killed_at_every_write_it_leaves_the_same_bytes(
-    tmp_path: Path, documents: Path, monkeypatch: pytest.MonkeyPatch, small: None
+    tmp_path: Path, documents: Path, monkeypatch: pytest.MonkeyPatch, little_at_a_time: None
 ) -> None:
     make(documents, tmp_path / "whole", tokenizer="bpe", vocab_size=300, shard_tokens=500)
     whole = contents(tmp_path / "whole")
@@ -75,7 +65,7 @@ def test_killed_at_every_write_it_leaves_the_same_bytes(
     assert 10 < writes < 100
 
 
-@pytest.mark.usefixtures("small")
+@pytest.mark.usefixtures("little_at_a_time")
 def test_resuming_reads_on_from_the_last_shard(
     tmp_path: Path, documents: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -142,7 +132,7 @@ def test_killed_for_real(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.usefixtures("small")
+@pytest.mark.usefixtures("little_at_a_time")
 def test_a_signal_says_what_is_kept_and_how_to_go_on(
     tmp_path: Path, documents: Path, number: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -233,7 +223,7 @@ class Stream:
 
 
 @pytest.mark.parametrize("has_state", [True, False])
-@pytest.mark.usefixtures("small")
+@pytest.mark.usefixtures("little_at_a_time")
 def test_streams_go_on_where_they_were_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, has_state: bool) -> None:
     rows = [f"row {n} of a stream " * 9 if n % 5 else "" for n in range(100)]
     module = types.ModuleType("datasets")
@@ -260,7 +250,7 @@ def test_streams_go_on_where_they_were_killed(tmp_path: Path, monkeypatch: pytes
     assert contents(killed) == contents(whole)
 
 
-@pytest.mark.usefixtures("small")
+@pytest.mark.usefixtures("little_at_a_time")
 def test_streaming_with_datasets_itself(tmp_path: Path, documents: Path) -> None:
     folder = tmp_path / "set"
     folder.mkdir()
