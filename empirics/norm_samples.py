@@ -9,13 +9,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
+from torch.nn import Module
 
 from empirics.adversaries import normal
 from empirics.bench_attention import FullAttention
-from empirics.benches import small_architecture
+from empirics.benches import Choices, small_architecture
 from empirics.model import Attention, FeedForward, make_norm
 from empirics.observables import opnorm, true_each_token, true_feedforward, true_half_layer
 from empirics.probes import PlainAttention
@@ -25,6 +26,7 @@ from theory.statements import Statement, catalogue
 WIDTHS = (64, 128, 256, 512)
 HEADS = 4
 PRECISE = 1e-3  # of Lanczos, as what it makes likely: its value is closer still
+Layer = TypeVar("Layer", bound=Module)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,8 +65,14 @@ def matrices(statement: Statement) -> Iterator[Setting]:
 def feedforward(statement: Statement, d: int, d_ffn: int) -> FeedForward:
     """A sub-layer of the statement's variant, to fill."""
     variant = {name: values[0] for name, values in statement.covers.items()}
-    module = FeedForward(small_architecture({"d_model": d, "d_ffn": d_ffn, **variant})).double()
-    return module.requires_grad_(False)
+    return to_fill(FeedForward, {"d_model": d, "d_ffn": d_ffn, **variant}, torch.float64)
+
+
+def to_fill(kind: type[Layer], choices: Choices, dtype: torch.dtype = torch.float32) -> Layer:
+    """A sub-layer whose weights are all still to be drawn: until then they take neither time nor memory."""
+    with torch.device("meta"):
+        module = kind(small_architecture(choices)).to(dtype)
+    return module.to_empty(device="cpu").requires_grad_(False)
 
 
 def fill(module: Any, sigmas: Mapping[str, float], generator: torch.Generator) -> None:
@@ -237,7 +245,7 @@ def attention(
     count, width, group = heads.at(d)
     stds = {"query": logit_variance**0.25, "key": logit_variance**0.25, "value": c_V**0.5}
     sizes = {"d_model": d, "n_heads": count, "n_kv_heads": count // group, "d_head": width}
-    module = (Attention if causal else FullAttention)(small_architecture(sizes)).requires_grad_(False)
+    module = to_fill(Attention if causal else FullAttention, sizes)
     found = {name: std / math.sqrt(d) for name, std in stds.items()}
     return module, found | {"output": c_O**0.5 / math.sqrt(count * width)}
 
