@@ -186,7 +186,7 @@ def test_the_head_s_gradient_is_the_evaluated_one() -> None:
         # Of (m sigma^2)^2 x.x'/d in units of sigma^2, a large vocabulary.
         values = {entry("m"): a.logit_multiplier, symbol("sigma"): a.stds.head, entry("E|p|^2"): 0.0, array("x"): 1.0}
         along = evaluate(numbered("head-gradient", 6).right, values) / a.stds.head
-        assert head_tilt(a, final).off[0, 1] == pytest.approx(along**2 * c / variance, rel=1e-12)
+        assert head_tilt(a, final) ** 2 * final.off[0, 1] == pytest.approx(along**2 * c / variance, rel=1e-12)
 
 
 @pytest.mark.parametrize("norm", ["layernorm", "rmsnorm"])

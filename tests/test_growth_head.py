@@ -44,7 +44,9 @@ def test_the_gradient_at_the_head(final_norm: bool) -> None:
     def gaps(b: Architecture) -> tuple[float, float]:
         """Of the trace and of what tokens share, in standard errors."""
         final = Gram(np.diagonal(gram).copy(), gram)
-        predicted = head_gradient(b, final, None).dense() + (0 if b.final_norm else head_tilt(b, final).dense())
+        predicted = head_gradient(b, final, None).dense() + (
+            0 if b.final_norm else (final * head_tilt(b, final) ** 2).dense()
+        )
         traces, shared = np.trace(total, axis1=1, axis2=2), np.sum(total * sign, axis=(1, 2))
         pairs = ((traces, np.trace(predicted)), (shared, np.sum(predicted * sign)))
         first, second = (abs(float(drawn.mean() - y)) / (drawn.std() / math.sqrt(draws)) for drawn, y in pairs)
@@ -109,7 +111,7 @@ def test_a_saturated_output_has_no_tilt() -> None:
     a = wide(**{"d_model": 32, "d_head": 8, "d_ffn": 128, "n_layers": 2, "vocab_size": 50_000, "block": "post-ln"})
     a = replace(a, final_norm=False, logit_multiplier=30.0, logit_softcap=2.9, residual_multiplier=0.2)
     one = Gram(np.ones(1), np.ones((1, 1)))
-    tilt, capped = float(head_tilt(a, one).diag[0]), head_variance(a) / a.d_model
+    tilt, capped = head_tilt(a, one) ** 2, head_variance(a) / a.d_model
     assert tilt < 1e-3 < 0.2 < capped
     assert reason(a) == ""
     value = gradient_growth(a, 16).value
@@ -117,7 +119,7 @@ def test_a_saturated_output_has_no_tilt() -> None:
     assert abs(math.log(value) - found) <= 0.04 + 3 * error
     assert abs(math.log(value * math.sqrt((1 + tilt) / (1 + capped))) - found) > 0.08
     mild = replace(a, logit_multiplier=1.0, logit_softcap=20.0)
-    assert head_tilt(mild, one).diag[0] == pytest.approx(head_variance(mild) / mild.d_model, rel=0.03)
+    assert head_tilt(mild, one) ** 2 == pytest.approx(head_variance(mild) / mild.d_model, rel=0.03)
 
 
 def test_the_largest_real_head_is_inside() -> None:

@@ -19,7 +19,10 @@ _sp: Any = sp
 OWN = Source(key="spikecheck", label="softmax of random logits")
 STEIN = Source(key="price1958theorem", label="its first order, Stein's identity")
 
-d, mu, sigma = symbol("d"), entry("m"), symbol("sigma")
+d, mu, sigma, eps = symbol("d"), entry("m"), symbol("sigma"), symbol("eps")
+behind = entry("P_f x.P_f' x'", r"P_f x \cdot P_{f'} x'", signed=True)
+dot_x, dot_f = entry("x.x'", r"x \cdot x'", signed=True), entry("f.f'", r"f \cdot f'", signed=True)
+scale = entry("s_eps", r"s_\epsilon")
 V, c, delta = entry("V"), entry("c", signed=True), entry("delta_yy'", r"\delta_{y y'}")
 p, y = array("p"), array("y")
 at_logits = array("dL/dl", r"\frac{\partial L}{\partial \ell}")
@@ -39,7 +42,7 @@ along_logit = entry("E_p[z l']", r"\mathbb{E}_p[z \ell']")
 v, l_x, p_x = entry("v"), entry("l_x", r"\ell_x"), entry("p_x")
 row = entry("|e-x(x.e)|^2", r"\|e - x (x \cdot e)\|^2")
 rows = entry("(e-x(x.e)).(e'-x'(x'.e'))", r"(e - x (x \cdot e)) \cdot (e' - x' (x' \cdot e'))", signed=True)
-own_share, tokens = entry("s"), entry("x.x'", r"x \cdot x'", signed=True)
+own_share, tokens = entry("s"), dot_x
 I = array("I")  # noqa: E741  the identity's letter
 
 VOCABULARY, DRAWS = 4096, 200
@@ -96,16 +99,27 @@ def _heads(rng: Rng) -> Values:
     }
 
 
-def _normalised(rng: Rng) -> Values:
+def _normalised(rng: Rng, *, with_eps: bool = False) -> Values:
     """One head, behind a LayerNorm whose output is x."""
     width, words = 6, 10
-    token = rng.normal(0, 1, (width, 1))
-    normed = layer_norm(token)
+    token, added = rng.normal(0, 1, (width, 1)), float(rng.uniform(0.1, 10)) if with_eps else 0.0
+    norm = partial(layer_norm, eps=added)
+    normed = norm(token)
     head = rng.normal(0, 1, (words, width))
     return {
-        N: column_jacobian(layer_norm, token), x: normed, W: head, p: softmax((head @ normed)[:, 0])[:, None], d: width,
-        I: np.eye(width),
+        N: column_jacobian(norm, token), x: normed, W: head, p: softmax((head @ normed)[:, 0])[:, None], d: width,
+        I: np.eye(width), eps: added, scale: float(np.sqrt(token.var() + added)),
     }  # fmt: skip
+
+
+def _branches(rng: Rng) -> Values:
+    """Two tokens x = u + f in one space, f orthogonal to all that is not a branch's output."""
+    width = 8
+    f, f_other = np.concatenate([rng.normal(1, 1, (2, 3)), np.zeros((2, width - 3))], axis=1)
+    u, u_other = np.concatenate([np.zeros((2, 3)), rng.normal(1, 1, (2, width - 3))], axis=1)
+    x_one, x_two = u + f, u_other + f_other
+    g, g_other = x_one - f * (f @ x_one) / (f @ f), x_two - f_other * (f_other @ x_two) / (f_other @ f_other)
+    return {behind: float(g @ g_other), dot_x: float(x_one @ x_two), dot_f: float(f @ f_other)}
 
 
 def _capped(rng: Rng) -> Values:
@@ -232,6 +246,27 @@ def head_gradient() -> Derivation:
         source=OWN,
         sample=_normalised,
     )
+    left = line(
+        N * x,
+        "=",
+        eps * x / scale**3,
+        "LayerNorm Jacobian",
+        "But for its eps: with x its output and s_eps what it divides by, it leaves the share eps/s_eps^2 of the tilt, "
+        "all of it where the stream is small.",
+        source=OWN,
+        sample=partial(_normalised, with_eps=True),
+    )
+    branch = line(
+        behind,
+        "=",
+        dot_x - dot_f,
+        "projection",
+        "What is left of the tilt meets the norms of the branches' outputs, where they have any. Each takes its own f, "
+        "a part of x and orthogonal to the rest of it, out: between tokens x.x' loses f.f', the larger the more alike "
+        "attention's averages are.",
+        source=OWN,
+        sample=_branches,
+    )
     capped = line(
         capped_tilt,
         "=",
@@ -289,11 +324,11 @@ def head_gradient() -> Derivation:
         name="head-gradient",
         title="The loss's gradient at the head's input",
         steps=(
-            *(start, products, symmetric, shared, gram, isotropic, along, out),
+            *(start, products, symmetric, shared, gram, isotropic, along, out, left, branch),
             *(capped, before, own_word, own_row, own_rows),
         ),
         assumptions=(
             "a head of independent normal rows of std sigma; the last three lines: tied",
-            "no soft-cap on the output logits but in lines 9 and 10",
+            "no soft-cap on the output logits but in lines 11 and 12",
         ),
     )

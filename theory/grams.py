@@ -54,6 +54,10 @@ class Gram(NamedTuple):
         """Divide entrywise by scale_t scale_t'."""
         return Gram(self.diag / scale**2, self.off / np.outer(scale, scale))
 
+    def outer(self, scale: Array) -> Gram:
+        """Multiply entrywise by scale_t scale_t'."""
+        return Gram(self.diag * scale**2, self.off * np.outer(scale, scale))
+
     def dense(self) -> Array:
         """The matrix itself, for blocks of one token."""
         matrix = self.off.copy()
@@ -109,6 +113,10 @@ class Blocks:
     def trace(self, a: Gram) -> float:
         """Sum of the diagonal over tokens."""
         return float(np.sum(self.sizes * a.diag))
+
+    def total(self, a: Gram) -> float:
+        """Sum over all pairs of tokens."""
+        return self.trace(a) + float(self.sizes @ a.off @ self.sizes - self.sizes @ np.diagonal(a.off))
 
     def distances(self) -> Array:
         """(B, B) mean distance between two different tokens of a pair of blocks; 0 for a block of one with itself."""

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -34,12 +33,12 @@ from theory.embedding_gram import (
     raw_variance,
     require_scale,
 )
-from theory.gram_maps import Applied, AttentionMap, AttentionModel, FeedForwardMap, alibi_slopes, rotation_correlation
-from theory.grams import Blocks, Gram, causal, normalised
+from theory.gram_maps import Applied, AttentionModel
+from theory.grams import Blocks, Gram, normalised
 from theory.head import head_gradient, head_tilt, head_variance, own_gradient, own_word
-from theory.logits import attention_logits, norm_gain
-from theory.routing import Routing
+from theory.logits import norm_gain
 from theory.scatter import inner_loss, output_norm_error, output_norm_gain, post_norm, scatter, stream_scatter
+from theory.sublayer_maps import attention_map, feedforward_map, value_gain
 
 Array = NDArray[np.float64]
 
@@ -75,6 +74,7 @@ class _Branch(NamedTuple):
     kept: float  # share of the gradient that the input norm lets through, over LayerNorm scaling's divisor
     after: Array | None  # (B,) the output norm's 1/s
     size: Array  # (B,) mean square of what it adds to the stream
+    lacking: float  # share of eps in what the norm before it divides by; 1 without one
 
     @property
     def fixed(self) -> float:
@@ -87,11 +87,13 @@ class _Update(NamedTuple):
 
     after: (B,) root of the norm's backward gain, E[1/s^2] in it. kept: share of the gradient along the shortcut that
     the norm below lets through; what the norm above took out is nearly the direction that it takes out itself.
+    stream: (B,) mean square of the sum.
     """
 
     branches: tuple[_Branch, ...]
     after: Array | None
     kept: float
+    stream: Array
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -131,15 +133,24 @@ class ForwardPass:
         own = own_word(a, final, own_share) if a.tied else np.zeros(n_blocks)
         isotropic = head_gradient(a, final, targets, distinct=self.distinct)
         behind_norm = own_gradient(final, own, own_share)
+        along = head_tilt(a, final) * np.ones(n_blocks)  # the gradient's part along the stream x, over x
+        # The norm at the end takes it out but for eps, in its output what lacks of mean square 1.
+        left = along * np.maximum(1 - final.diag, 0.0) / scale**2
         if a.final_norm:
-            gradient = (isotropic + behind_norm).over_outer(scale)
+            tilt = self.stream.outer(left)
+            gradient = (isotropic + behind_norm).over_outer(scale) + tilt
             norms = [blocks.trace(gradient)]
         else:
-            gradient = isotropic + head_tilt(a, final) + Gram(own**2, np.zeros((n_blocks, n_blocks)))
+            tilt = self.stream.outer(along)
+            gradient = isotropic + tilt + Gram(own**2, np.zeros((n_blocks, n_blocks)))
             norms = [blocks.trace(gradient)]
             # Post-LN's last norm is the one that takes the tilt out, with the token's direction and the mean.
             if a.block == "post-ln":
-                gradient = isotropic * norm_gain(a.norm, a.d_model, fixed_scale=True) + behind_norm
+                tilt = self.stream.outer(left)
+                gradient = isotropic * norm_gain(a.norm, a.d_model, fixed_scale=True) + behind_norm + tilt
+        along = left if a.final_norm else along
+        whole = blocks.total(gradient)
+        aligned = along_stream = blocks.total(tilt) / whole if whole > 0 else 0.0
         # Each norm takes its token's direction out: over the places of a token's gradient, the sum of |g|^2/|x|^2.
         radial = gradient.diag / scale**2 if a.final_norm else np.zeros(n_blocks)
         scattered, below_norms, through = 0.0, 0.0, {"attention": 0.0, "feedforward": 0.0}
@@ -150,12 +161,16 @@ class ForwardPass:
             total, below = gradient * a.shortcut_multiplier**2 * update.kept, radial * a.shortcut_multiplier**4
             passed: dict[str, float] = {}
             for branch in update.branches:
-                added = _backward(a, branch, gradient, _share(branch.size * radial, gradient.diag))
+                reached = gradient
+                if branch.after is not None:  # its norm takes out what it has added to the stream, but for eps
+                    own_part = branch.applied.output.outer(along * branch.after * a.residual_multiplier)
+                    reached = gradient - own_part * (1 - (1 - branch.fixed) ** 2)
+                added = _backward(a, branch, reached, _share(branch.size * radial, gradient.diag))
                 total = total + added
                 if a.block in ("pre-ln", "peri-ln"):
                     below = below + added.diag * branch.passed**2
                 passed[branch.name] = blocks.trace(added)
-            gradient, radial = total, below
+            gradient, radial, along = total, below, along * a.shortcut_multiplier**2
             norms.append(blocks.trace(gradient))
             passed = {name: part / norms[-1] if norms[-1] else 0.0 for name, part in passed.items()}
             shares = [passed.get(name, 0.0) for name in through]
@@ -163,6 +178,9 @@ class ForwardPass:
             below_norms += output_norm_error(a, *shares)
             for name, part in passed.items():
                 through[name] += part
+            for branch in update.branches:
+                part = float(np.mean(_share(branch.size, update.stream))) * branch.lacking * (1 - branch.fixed)
+                aligned *= 1 + passed[branch.name] * part * growth_domain.alignment(a, branch.name)
         profile = tuple(_root(norm / norms[0]) for norm in reversed(norms))
         entering = blocks.trace(final) / self.n_tokens
         written = {name: float(np.sum(np.square(self.branch_std[n::2]))) for n, name in enumerate(through)}
@@ -179,6 +197,7 @@ class ForwardPass:
             along_own=growth_domain.along_own(
                 a, self.n_tokens, float(np.mean(own**2)), float(np.mean(own_share)), written, through
             ),
+            aligned=aligned - along_stream,
             block=int(np.max(blocks.sizes)),
             uneven=self.uneven,
             tokens=self.tokens,
@@ -305,7 +324,7 @@ def forward_pass(
                 total, scale = total.normalised(a.norm, a.eps)
                 after = np.sqrt(gain) / scale
                 own /= _root(float(np.mean(scale**2)))
-            updates.append(_Update(tuple(branches), after, kept))
+            updates.append(_Update(tuple(branches), after, kept, seen))
             stream = total
             residual_std.append(_root(blocks.trace(stream.varied) / n_tokens))
     return ForwardPass(
@@ -331,19 +350,20 @@ def _branch(
 ) -> _Branch:
     """A sub-layer applied to the stream."""
     sublayer = attention_map(a, blocks, layer, model) if name == "attention" else feedforward_map(a, layer)
-    normed = a.block in ("pre-ln", "peri-ln")
+    normed, below = a.block in ("pre-ln", "peri-ln"), a.block == "post-ln" and (layer > 0 or name != "attention")
     kernel, passed, kept = stream.read(a.norm if normed else None), np.ones(blocks.sizes.size), 1.0
     if normed:
         kernel, scale = normalised(kernel, a.eps)
         passed, kept = 1 / scale, norm_gain(a.norm, a.d_model, fixed_scale=fixed)
-    elif a.block == "post-ln" and (layer > 0 or name != "attention"):
+    elif below:
         kept = norm_gain(a.norm, a.d_model, fixed_scale=True)  # the norm below removes the token's own direction
+    lacking = max(1 - float(np.mean(kernel.diag)), 0.0) if normed or below else 1.0
     if a.norm_depth_scaling:
         kernel, kept = kernel * (1 / (layer + 1)), kept / (layer + 1)
     applied, after = sublayer.at(kernel), None
     if a.block in ("peri-ln", "branch-ln"):
         after = 1 / np.sqrt(applied.output.diag + a.eps)
-    return _Branch(name, applied, passed, kept, after, applied.output.diag)
+    return _Branch(name, applied, passed, kept, after, applied.output.diag, lacking)
 
 
 def _backward(a: Architecture, branch: _Branch, gradient: Gram, radial: Array) -> Gram:
@@ -387,66 +407,9 @@ def growth_closed_form(architecture: Architecture, n_tokens: int) -> float:
     total = 0.0
     for layer in range(a.n_layers if a.init.layer_scaled else 1):
         feedforward = float(feedforward_map(a, layer).at(Gram(one, zero)).output.diag[0])
-        total += feedforward + _value_gain(a, layer) * harmonic
+        total += feedforward + value_gain(a, layer) * harmonic
     total *= 1 if a.init.layer_scaled else a.n_layers
     return math.sqrt(1 + a.residual_multiplier**2 * total / embedding_variance(a))
-
-
-def attention_map(
-    architecture: Architecture, blocks: Blocks, layer: int, model: AttentionModel = "expanded"
-) -> AttentionMap:
-    """Attention of one layer, as it acts on Gram matrices over `blocks`."""
-    a = architecture
-    slopes = alibi_slopes(a.n_heads) if a.positions == "alibi" else (0.0,)
-    window = a.window_at(layer)
-    stds, base, logits = a.layer_stds(layer), a.rope_base_at(layer), attention_logits(a, layer)
-    return AttentionMap(
-        value=_value_gain(a, layer),
-        logits=logits.variance,
-        averagings=tuple(causal(blocks, window=window, slope=slope) for slope in slopes),
-        rotation=None if base is None else _rotation(a, base, a.rope_slowing(layer), tuple(blocks.sizes.tolist())),
-        qk_eps=None if a.qk_norm == "none" else a.eps / max(a.d_model * stds.query * stds.key, 1e-300),
-        query_gain=logits.queries,
-        key_gain=logits.keys,
-        capped=logits.capped,
-        model=model,
-    )
-
-
-def feedforward_map(architecture: Architecture, layer: int) -> FeedForwardMap:
-    """The feed-forward sub-layer of one layer, as it acts on Gram matrices."""
-    a, stds = architecture, architecture.layer_stds(layer)
-    return FeedForwardMap(
-        activation=a.activation,
-        enter=stds.ffn_in**2 * a.d_model,
-        gate=stds.ffn_gate**2 * a.d_model if a.gated else None,
-        leave=stds.ffn_out**2 * a.d_ffn,
-        routing=routing(a, layer) if a.n_experts else None,
-    )
-
-
-def routing(architecture: Architecture, layer: int) -> Routing:
-    """The router of one layer."""
-    a = architecture
-    return Routing(
-        experts=a.n_experts,
-        chosen=a.experts_per_token,
-        gain=a.layer_stds(layer).router ** 2 * a.d_model,
-        renormalised=a.gates_renormalised,
-    )
-
-
-@lru_cache(maxsize=32)
-def _rotation(architecture: Architecture, base: float, slowing: tuple[float, ...], sizes: tuple[float, ...]) -> Gram:
-    a, size = architecture, np.array(sizes)
-    distances = Blocks(size, np.concatenate([[0.0], np.cumsum(size)[:-1]])).distances()
-    return rotation_correlation(a.d_head, a.rope_width, base, distances, slowing)
-
-
-def _value_gain(architecture: Architecture, layer: int) -> float:
-    """c_V c_O: variance gain of the value and output matrices together."""
-    stds, heads = architecture.layer_stds(layer), architecture.n_heads * architecture.d_head
-    return architecture.d_model * stds.value**2 * heads * stds.output**2
 
 
 def _root(square: float) -> float:

@@ -52,6 +52,7 @@ def reasons(
     norms: float,
     head_variance: float,
     along_own: float,
+    aligned: float,
     block: int,
     uneven: float,
     tokens: NDArray[np.int64] | None,
@@ -110,6 +111,11 @@ def reasons(
         found.append(
             f"the tied head knows its own token: a share {along_own:.3g} of the gradient's square, above {MAX_MISSED}, "
             "comes of what runs along the branches' own outputs, or is lost along the embedding"
+        )
+    if aligned > MAX_MISSED:
+        found.append(
+            "the loss gradient runs along the stream, which no norm takes out of it (there is none, or its eps is as "
+            f"large as what it normalises): branches send back {aligned:.3g} more of its square, above {MAX_MISSED}"
         )
     if tokens is not None and uneven > MAX_UNEVEN:
         found.append(
@@ -188,6 +194,14 @@ def along_own(
     }
     along = own_square * share * (1 - share) / whole
     return max(embedding, along * sum(gain * through[name] * written[name] / outputs for name, gain in gains.items()))
+
+
+def alignment(architecture: Architecture, name: str) -> float:
+    """How much more a branch sends back of the square of a gradient along its own output than of another's, at most."""
+    a = architecture
+    if name == "attention":
+        return (1 + a.d_model / (a.n_heads * a.d_head)) * (1 + a.d_model / (a.n_kv_heads * a.d_head)) - 1
+    return 2 * (1 + a.d_model / (a.d_ffn * (a.experts_per_token if a.n_experts else 1))) - 1
 
 
 def lasting(

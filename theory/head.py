@@ -40,10 +40,10 @@ def head_gradient(
     return Gram(1 + (rest * itself - 1) / a.vocab_size, same + (rest * together - 1) / a.vocab_size)
 
 
-def head_tilt(architecture: Architecture, final: Gram) -> Gram:
-    """Gram, in the same units, of the part of the gradient that runs along the token: E[W'p] = m sigma^2 x.
+def head_tilt(architecture: Architecture, final: Gram) -> float:
+    """Over the token, the part of the gradient that runs along it, in the same units: E[W'p] = m sigma^2 x.
 
-    Logits m W x tilt p towards the rows of W along x. The norm before the head, orthogonal to its token, takes it out.
+    Logits m W x tilt p towards the rows of W along x. The norm before the head takes it out, but for its eps.
     """
     a, mean_square = architecture, float(np.mean(final.diag))
     variance, cap = _uncapped(a, mean_square), a.logit_softcap
@@ -53,7 +53,7 @@ def head_tilt(architecture: Architecture, final: Gram) -> Gram:
         p = np.exp(logits) * weights
         # Stein: E_p[l'^2 + l''] over the standard deviation is E_p[z l']; over the square of the target's slope.
         variance = float(z * slopes @ p / p.sum()) ** 2 / max(float(slopes**2 @ weights), SMALLEST)
-    return final * (variance / max(mean_square, SMALLEST) / a.d_model)
+    return math.sqrt(variance / max(mean_square, SMALLEST) / a.d_model)
 
 
 def own_word(architecture: Architecture, final: Gram, share: Array) -> Array:

@@ -94,7 +94,9 @@ _PROBABILITIES = {
 _SIGNED = {
     "E[l''.p]": "mean over heads of a softmax row times the second derivatives of the cap",
     "E_p[l'^2+l'']": "mean of l'^2 + l'' over logits weighted by e^l",
-    "x.x'": "product of two tokens of length 1",
+    "x.x'": "product of two tokens",
+    "f.f'": "product of two tokens' outputs of a branch",
+    "P_f x.P_f' x'": "product of two tokens less their parts along f",
     "(e-x(x.e)).(e'-x'(x'.e'))": "product of what is left of two tokens' rows",
     "(p-y).(p'-y')": "product of two tokens' loss gradients at the logits",
     "E[(p-y).(p'-y')]": "its mean over the vocabulary's order, or over heads",
@@ -215,6 +217,7 @@ _SCALARS = {
     "s_+": "std of the stream after the addition, before the norm",
     "s_0": "std of the stream at its start",
     "s_N": "std of the stream at its end",
+    "s_eps": "what the norm divides by, its eps in it",
     "s_l": "std of the stream at place l",
     "s_{l+1}": "std of the stream at place l + 1",
     "s_t": "std of the stream at token t, at its end",

@@ -20,11 +20,12 @@ from theory.experts import experts_upper
 from theory.feedforward import ffn_estimate, ffn_gated_estimate, ffn_upper
 from theory.gram_maps import steepest_alibi_slope
 from theory.grams import Gram
-from theory.growth import ForwardPass, Growth, forward_pass, routing
+from theory.growth import ForwardPass, Growth, forward_pass
 from theory.initialisation import Stds
 from theory.kernels import activation_kernel
 from theory.normalisation import norm_jacobian_upper
 from theory.random_matrix import cesaro_opnorm, gaussian_opnorm_estimate, gaussian_opnorm_upper
+from theory.sublayer_maps import routing
 
 Array = NDArray[np.float64]
 FAILURE_PROBABILITY = 1e-6  # of all random events behind a rigorous product together; a convention
