@@ -369,9 +369,12 @@ def forward(model: nn.Module, tokens: Tensor) -> Any:
     keeps_cache = hasattr(getattr(model, "config", None), "use_cache")
     try:
         return model(tokens, use_cache=False) if keeps_cache else model(tokens)
-    except (TypeError, RuntimeError, IndexError) as error:
+    except (TypeError, RuntimeError, IndexError, AssertionError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"{type(model).__name__} does not run on token ids alone ({reason}); give a decoder") from None
+        raise ValueError(
+            f"{type(model).__name__} does not run on {tokens.shape[1]} token ids alone ({reason}); give a decoder, and "
+            "tokens=IDS, shape (B, T), where it has no place for so many"
+        ) from None
 
 
 def token_table(model: nn.Module) -> nn.Embedding:

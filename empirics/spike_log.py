@@ -43,6 +43,18 @@ class Log:
     values: Series
     record: Mapping[str, Any] | None = None
 
+    @property
+    def diverged_at(self) -> int | None:
+        """Step of the first value that is not finite, or where its record says that the run diverged."""
+        whole = finite(self.values).size
+        return int(self.steps[whole]) if whole < self.values.size else _diverged_at(self.record)
+
+    @property
+    def ended(self) -> Series:
+        """The values, and one that is not finite after a finite loss whose gradient was not."""
+        whole = finite(self.values).size == self.values.size
+        return np.append(self.values, np.nan) if whole and self.diverged_at is not None else self.values
+
 
 def read_log(path: Path, column: str) -> Log:
     """A run's folder, losses.jsonl (or other lines of JSON), a training record, or a CSV with a header.
@@ -112,6 +124,12 @@ def _record_of(path: Path) -> Mapping[str, Any] | None:
     return read_record(path) if path.suffix == ".json" else None
 
 
+def _diverged_at(record: Mapping[str, Any] | None) -> int | None:
+    final = (record or {}).get("final")
+    at = final.get("diverged_at") if isinstance(final, Mapping) else None
+    return at if isinstance(at, int) else None
+
+
 def _batches(log: Log) -> dict[str, Any] | None:
     """What a run's record says of its batches, by the words for it; None where nothing does."""
     spec, data = ((log.record or {}).get(part) for part in ("spec", "data"))
@@ -148,6 +166,8 @@ def _of_record(path: Path, column: str) -> tuple[list[float], list[int]]:
         values = series_of(record, column).tolist()
     except OverflowError:
         raise ValueError(f"{column} of {path} has a number beyond all floats; write null for it") from None
+    at = _diverged_at(record)
+    values = values if at is None else values[: at + 1]  # no step was taken after it
     return values, list(range(len(values)))
 
 
@@ -195,7 +215,6 @@ def tell(log: Log, reference: Log | None, names: Sequence[str]) -> dict[str, Any
         ValueError: the reference has other steps, or its record says that it saw other batches.
     """
     pairing = None if reference is None else _pairing(log, reference)
-    whole = finite(log.values).size
     return {
         "file": str(log.path),
         "column": log.column,
@@ -203,7 +222,7 @@ def tell(log: Log, reference: Log | None, names: Sequence[str]) -> dict[str, Any
         "same_batches": pairing,
         "entries": log.values.size,
         "steps": [int(log.steps[0]), int(log.steps[-1])],
-        "diverged_at": int(log.steps[whole]) if whole < log.values.size else None,
+        "diverged_at": log.diverged_at,
         "recovery": asdict(RULE),
         "definitions": [_told(DEFINITIONS[name], log, reference) for name in names],
     }
@@ -233,8 +252,8 @@ def _told(definition: Definition, log: Log, reference: Log | None) -> dict[str, 
         "deviation": definition.deviation or None,
         "parameters": dict(definition.parameters),
         "begins": definition.begins,
-        "raw": found(log.values),
-        "paired": None if reference is None else found(pair(definition, log.column, log.values, reference.values)),
+        "raw": found(log.ended),
+        "paired": None if reference is None else found(pair(definition, log.column, log.ended, reference.values)),
     }
 
 

@@ -193,9 +193,11 @@ def _pairing(record: Mapping[str, Any]) -> tuple[Any, ...]:
 def series_of(record: Mapping[str, Any], quantity: str) -> Series:
     """A record's series; a number that was not finite (null in the record) is nan.
 
-    A loss that is not finite has no gradient, so the norms of a diverged run get the nan that they lack.
+    Every series of a diverged run ends with one: a loss that is not finite has no gradient, so the norms get the nan
+    that they lack, and a finite loss whose gradient was not is followed by it.
     """
     values = list(record["series"][quantity])
-    if (record.get("final") or {}).get("diverged_at") == len(values):
+    at = (record.get("final") or {}).get("diverged_at")
+    if at is not None and len(values) >= at and None not in values:
         values.append(None)
     return np.array(values, dtype=np.float64)

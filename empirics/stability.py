@@ -70,7 +70,7 @@ class StabilityRecord:
                 f"step {self.step}, {counted(self.n_tokens, 'token')}: gradient growth {self.growth:.4g}",
                 f"{'place':<20}{'residual std':>14}{'gradient':>12}{'a token':>12}",
                 *(f"{name:<20}{std:>14.4g}{norm:>12.4g}{token:>12.4g}" for name, std, norm, token in rows),
-                *(_range(name, found.values) for name, found in self.probes.items()),
+                *(_range(name, found) for name, found in self.probes.items()),
                 *(f"{name}: left out; {reason}" for name, reason in self.left_out.items()),
             ]
         )
@@ -81,10 +81,10 @@ class StabilityRecord:
         return self.place_gradient[0] / self.place_gradient[-1] if self.place_gradient[-1] else math.nan
 
     def row(self) -> dict[str, Any]:
-        """As JSON: the fields, the growth, and of every probe its labels and values."""
-        kept = ("labels", "values", "residuals")
+        """As JSON: the fields, the growth, of every probe its labels and values, and if these are lower estimates."""
+        kept = ("labels", "values", "lower_estimate", "residuals")
         probes = {
-            name: {key: value for key in kept if (value := getattr(found, key)) is not None}
+            name: {key: value for key in kept if (value := getattr(found, key)) not in (None, False)}
             for name, found in self.probes.items()
         }
         return plain(self) | {"growth": plain(self.growth), "probes": plain(probes)}
@@ -104,11 +104,12 @@ class StabilityRecord:
         return growth, gradient, residual
 
 
-def _range(name: str, values: Sequence[float]) -> str:
+def _range(name: str, found: Reading) -> str:
+    values, kind = found.values, " (lower estimate)" if found.lower_estimate else ""
     if len(values) == 1:
-        return f"{name}: {values[0]:.4g}"
+        return f"{name}: {values[0]:.4g}{kind}"
     there = [value for value in values if not math.isnan(value)] or [math.nan]
-    return f"{name}: {min(there):.4g} to {max(there):.4g} over {len(there)}"
+    return f"{name}: {min(there):.4g} to {max(there):.4g} over {len(there)}{kind}"
 
 
 def series(records: Sequence[StabilityRecord]) -> dict[str, Any]:

@@ -4,7 +4,8 @@ A probe reads what the step's own passes leave, or runs the network once more; i
 gradients, the optimizer or a random state, so that the numbers of a training are the same, bit for bit, with any.
 
 A record's `series.probes` has, for every probe, its `labels`, the `steps` it was taken at and a row of `values` each;
-lower estimates have `residuals` too. A value at step s is of the weights after s steps, or of step s itself.
+lower estimates say so in `lower_estimate` and have `residuals` too. A value at step s is of the weights after s steps,
+or of step s itself.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from empirics.model import Transformer
 from empirics.registry import Probe, Reading, Unavailable, find, schedule
 from empirics.subject import Subject, whole_model
 
-Probed = dict[str, dict[str, list[Any]]]
+Probed = dict[str, dict[str, Any]]
 Batch = Callable[[], tuple[Tensor, Tensor]]  # tokens and next tokens, (B, T) each
 # These have a place in the record from before there was a list of probes: `probe_step` and a series each.
 PLACES = ("residual_std", "place_gradient")
@@ -112,5 +113,7 @@ def add(series: Probed, name: str, step: int, found: Reading) -> None:
     kept = series.setdefault(name, {"labels": list(found.labels), "steps": [], "values": []})
     kept["steps"].append(step)
     kept["values"].append(list(found.values))
+    if found.lower_estimate:
+        kept["lower_estimate"] = True
     if found.residuals is not None:
         kept.setdefault("residuals", []).append(list(found.residuals))

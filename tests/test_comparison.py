@@ -44,6 +44,14 @@ def test_a_nanogpt_held_to_an_architecture() -> None:
     assert wrong.reasons == ("parallel is measured False, the config says True",)
 
 
+def test_fewer_places_than_tokens_are_named_with_the_remedy() -> None:
+    model = NanoGPT()
+    model.transformer["wpe"] = torch.nn.Embedding(32, 64)
+    with pytest.raises(ValueError, match=r"^NanoGPT does not run on 48 token ids alone \(.*\); .* tokens=IDS[^\n]*$"):
+        check(model)
+    assert check(model, torch.randint(50, (4, 33), generator=torch.Generator().manual_seed(0))).measured > 1
+
+
 @pytest.mark.parametrize("wrong", ["tiny", {"model_type": "gpt2"}, parse_config(REAL["gpt2"])])
 def test_what_is_no_architecture_is_refused_in_one_line(wrong: object) -> None:
     with pytest.raises(ValueError, match=r"^architecture is a \w+, .*; give theory\.preset\(name\) or [^\n]*$"):

@@ -312,3 +312,9 @@ def test_norms_are_taken_at_the_steps_asked_for() -> None:
     row = monitor.records[0].row()["probes"]["layer_jacobian"]
     assert row["labels"] == ["layer 0", "layer 1", "layer 2"]
     assert len(row["residuals"]) == 3
+    assert row["lower_estimate"] is True
+    assert "lower_estimate" not in monitor.records[0].row()["probes"]["gradient_growth"]
+    said = str(monitor.records[0]).splitlines()
+    (norms,) = (line for line in said if line.startswith("layer_jacobian: "))
+    assert norms.endswith("over 3 (lower estimate)")
+    assert [line for line in said if "lower estimate" in line] == [norms]

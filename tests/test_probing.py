@@ -73,6 +73,8 @@ def test_probes_change_no_bit_of_a_training(text: Path, tmp_path: Path, changes:
         assert all(value is not None for row in series["values"] for value in row)
     assert len(probed["probes"]["stack_jacobian"]["residuals"]) == 4
     assert "residuals" not in probed["probes"]["update_ratio"]
+    said = {name for name, series in probed["probes"].items() if series.get("lower_estimate")}
+    assert said == {"stack_jacobian", "half_layer_jacobian", "bound_ratio"}
 
 
 def test_a_probe_at_a_step_is_of_the_weights_of_that_step(text: Path, tmp_path: Path) -> None:

@@ -198,3 +198,13 @@ def test_the_norms_of_a_run_whose_loss_diverged_never_recover() -> None:
         rows = count_events([run | {"final": final}], references=())
         (found,) = [r for r in rows if (r["quantity"], r["definition"]) == ("gradient_norm", "twice-median")]
         assert (found["raw"], found["raw_outcomes"]) == ([60], [outcome])
+
+
+def test_a_finite_loss_whose_gradient_was_not_never_recovers() -> None:
+    loss = series(70)
+    loss[60:] = 9.0
+    run = record("Vanilla", loss, [*series(69), None])
+    for final, outcome in (({"diverged_at": 69}, "never"), ({"diverged_at": None}, "undecided")):
+        rows = count_events([run | {"final": final}], references=())
+        (found,) = [r for r in rows if (r["quantity"], r["definition"]) == ("loss", "twice-median")]
+        assert (found["raw"], found["raw_outcomes"]) == ([60], [outcome])

@@ -97,6 +97,25 @@ def test_command_prints_definitions_side_by_side(tmp_path: Path, capsys: pytest.
     assert "and 17 more (--json has all)" in (tmp_path / "t" / "told.txt").read_text()
 
 
+@pytest.mark.parametrize("diverged_at", [None, 204])
+def test_a_gradient_that_is_not_finite_ends_a_finite_loss(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], diverged_at: int | None
+) -> None:
+    """Only the record knows of it, beside the losses."""
+    run, calm = write(tmp_path / "losses.jsonl", LOSS[:205]), write(tmp_path / "calm" / "losses.jsonl", CALM)
+    record = tmp_path / "records" / "run.json"
+    write(record, LOSS[:205])
+    record.write_text(json.dumps(json.loads(record.read_text()) | {"final": {"diverged_at": diverged_at}}))
+    for path in (str(tmp_path), run, str(record)):
+        told = found_in(capsys, path, "--reference", calm, "--definition", "six-sigma")
+        assert (told["entries"], told["steps"], told["diverged_at"]) == (205, [0, 204], diverged_at)
+        (definition,) = told["definitions"]
+        for kind in ("raw", "paired"):
+            assert definition[kind]["entries"] == 205
+            outcomes = [event["outcome"] for event in definition[kind]["events"]]
+            assert outcomes == ["undecided" if diverged_at is None else "never"], (path, kind)
+
+
 def test_steps_are_the_logs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "log.csv"
     path.write_text("step,train\n" + "".join(f"{1000 + 10 * n},{value}\n" for n, value in enumerate(LOSS)))
