@@ -15,8 +15,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers.kills import spread
 from helpers.ranks import ROOT, Launcher
-from helpers.training import cut, files, flip, moments
+from helpers.training import cut, files, flip
 from safetensors.torch import load_file
 
 from empirics.__main__ import main
@@ -251,13 +252,16 @@ def test_a_rank_holds_its_part(launch: Launcher, text: Path, tmp_path: Path) -> 
 
 @pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.slow)])
 def test_killed_at_random_moments_is_the_same(launch: Launcher, text: Path, tmp_path: Path, kills: int) -> None:
-    """All ranks at once, by SIGKILL: while they meet, step, write a checkpoint or the record."""
-    steps = 30 * kills
+    """All ranks at once, by SIGKILL, from the first steps to the last ones: while they step or write a checkpoint."""
+    steps = 10 * kills
     calm, killed = tmp_path / "calm", tmp_path / "killed"
     undisturbed = launch(2, command(text, calm, steps=steps), steps=steps)
     assert undisturbed.statuses == [0, 0], undisturbed.said
-    for moment in moments(kills, undisturbed.seconds):
-        assert launch(2, command(text, killed, steps=steps), kill=moment).statuses == [-9, -9]
+    for kill in spread(kills, steps):
+        ended = launch(2, command(text, killed, steps=steps), kill=kill, steps=steps)
+        assert ended.statuses == [-9, -9]
+        assert ended.step is not None
+        assert ended.step >= kill["step"]  # it had come so far
     ended = launch(2, command(text, killed, steps=steps), steps=steps)
     assert ended.statuses == [0, 0], ended.said
     assert files(killed) == files(calm)

@@ -8,14 +8,14 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from helpers.training import Interrupted, cut, files, flip, moments, record_bytes, specification, train_until
+from helpers.kills import spread
+from helpers.training import Interrupted, cut, files, flip, record_bytes, specification, train_until
 from safetensors.torch import load_file
 
 import empirics.run
@@ -175,21 +175,26 @@ def command(text: Path, out: Path, *, steps: int) -> list[str]:
 
 
 KILLER = """
-import json, os, signal, sys, time
+import json, os, signal, sys
 import torch
 from empirics.__main__ import main
+from helpers.kills import tell_steps, wait_for
 
 torch.set_num_threads(1)
-moments, command = map(json.loads, sys.argv[1:])
-killed = 0
-for moment in moments:
+kills, command = map(json.loads, sys.argv[1:])
+reached = []
+for kill in kills:
+    told, tells = os.pipe()
     child = os.fork()
     if child == 0:
+        tell_steps(tells)
         os._exit(main(command))
-    time.sleep(moment)
+    os.close(tells)
+    reached.append(wait_for(told, kill, 60.0))
     os.kill(child, signal.SIGKILL)
-    killed += os.WIFSIGNALED(os.waitpid(child, 0)[1])
-print(killed, flush=True)
+    assert os.WIFSIGNALED(os.waitpid(child, 0)[1])
+    os.close(told)
+print(json.dumps(reached), flush=True)
 os._exit(main(command))
 """
 
@@ -198,19 +203,20 @@ os._exit(main(command))
     ("times", "steps"), [(3, 100), pytest.param(20, 1000, marks=pytest.mark.slow)], ids=["3 kills", "20 kills"]
 )
 def test_killed_at_random_moments_is_the_same(text: Path, tmp_path: Path, times: int, steps: int) -> None:
-    """A real SIGKILL, again and again: while it imports data, steps, writes a checkpoint or its record."""
+    """A real SIGKILL, again and again, from the first steps to the last ones: while it steps or writes a checkpoint."""
     calm, killed = tmp_path / "calm", tmp_path / "killed"
-    start = time.monotonic()
     assert main(command(text, calm, steps=steps)) == 0
-    until = moments(times, time.monotonic() - start)
-    arguments = [json.dumps(until), json.dumps(command(text, killed, steps=steps))]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    kills = spread(times, steps)
+    arguments = [json.dumps(kills), json.dumps(command(text, killed, steps=steps))]
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [sys.executable, "-c", KILLER, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True,
         check=False, timeout=200 + steps,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert int(done.stdout.split()[0]) == times
+    reached = json.loads(done.stdout.splitlines()[0])
+    assert len(reached) == times
+    assert all(step >= kill["step"] for step, kill in zip(reached, kills))  # each had come so far
     assert files(killed) == files(calm)
 
 

@@ -18,17 +18,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from helpers.kills import tell_steps, wait_for
+
 ROOT = Path(__file__).resolve().parents[2]
 LIMIT = 120.0  # seconds: ranks that have not ended by then, and a second for every step, hang
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ended:
-    """How ranks ended: exit statuses by rank (negative: by that signal), and what they printed, together."""
+    """How ranks ended: exit statuses by rank (negative: by that signal), and what they printed, together.
+
+    Attributes:
+        step: the last one before a kill.
+    """
 
     statuses: list[int]
     said: str
     seconds: float
+    step: int | None = None
 
 
 class Launcher:
@@ -48,7 +55,7 @@ class Launcher:
 
         Args:
             stop_after: stop, as Ctrl-C does, after so many steps.
-            kill: seconds after which all are killed.
+            kill: when all are killed, as `kills.spread` has it.
             steps: how many they take.
             fault: of one rank, after one step: {"rank", "step", "what": "error" or "killed"}.
             signal: that every rank gets after step 3.
@@ -84,13 +91,17 @@ def _launch(request: dict[str, Any]) -> dict[str, Any]:
         start = time.monotonic()
         limit = LIMIT + request.get("steps", 0)
         store = _fork_store(port, limit)
-        children = [_fork(request, rank, port, said.fileno()) for rank in range(request["ranks"])]
-        deadline = start + request.get("kill", limit)
-        statuses = _wait(children, deadline)
+        told, tells = os.pipe()
+        children = [_fork(request, rank, port, said.fileno(), tells) for rank in range(request["ranks"])]
+        os.close(tells)
+        kill = request.get("kill")
+        step = None if kill is None else wait_for(told, kill, limit)
+        statuses = _wait(children, start + limit if kill is None else 0.0)
+        os.close(told)
         _wait([store], 0.0)
         said.seek(0)
         text = said.read().decode()
-    return {"statuses": statuses, "said": text, "seconds": time.monotonic() - start}
+    return {"statuses": statuses, "said": text, "seconds": time.monotonic() - start, "step": step}
 
 
 def _wait(children: list[int], deadline: float) -> list[int]:
@@ -121,7 +132,7 @@ def _fork_store(port: int, limit: float) -> int:
     return child
 
 
-def _fork(request: dict[str, Any], rank: int, port: int, said: int) -> int:
+def _fork(request: dict[str, Any], rank: int, port: int, said: int, tells: int) -> int:
     child = os.fork()
     if child:
         return child
@@ -133,6 +144,8 @@ def _fork(request: dict[str, Any], rank: int, port: int, said: int) -> int:
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"
         _disturb(request, rank)
+        if rank == 0 and "kill" in request:
+            tell_steps(tells)
         from empirics.__main__ import main
 
         status = main(request["argv"])

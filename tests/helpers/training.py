@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from pathlib import Path
 from typing import Any
 
@@ -56,15 +55,6 @@ def specification(text: Path, **changes: Any) -> RunSpec:
 
 def record_bytes(spec: RunSpec, out: Path) -> bytes:
     return record_path(spec, out).read_bytes()
-
-
-def moments(times: int, seconds: float) -> list[float]:
-    """When to kill, each time after a new start: at random, and in all half as long as an undisturbed run takes.
-
-    So none comes after the end, also where the machine has become faster since.
-    """
-    shares = [random.Random(n).uniform(0.05, 1.0) for n in range(times)]
-    return [seconds / 2 * share / sum(shares) for share in shares]
 
 
 class Interrupted(Exception):

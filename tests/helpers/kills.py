@@ -1,0 +1,53 @@
+"""Kills spread over a training: it tells its steps through a pipe, and whoever reads them chooses the moment."""
+
+from __future__ import annotations
+
+import os
+import random
+import select
+import time
+from typing import Any
+
+# A step of a training: when it is taken, kill after so many times as long as the step before it took.
+Kill = dict[str, float]
+
+
+def spread(times: int, steps: int) -> list[Kill]:
+    """Random steps from the first to the last but a few, in order, and up to two steps after each of them.
+
+    A start goes on from its last checkpoint, so that each of them comes further than the one before; none ends.
+    """
+    chance = random.Random(times)
+    at = sorted(chance.randrange(steps - 6) for _ in range(times))
+    return [{"step": step, "later": chance.uniform(0.0, 2.0)} for step in at]
+
+
+def tell_steps(pipe: int) -> None:
+    """Make every training of this process write its steps to a pipe."""
+    import empirics.run
+
+    honest = empirics.run.train
+
+    def told(*arguments: Any, on_step: Any, **options: Any) -> Any:
+        def after(step: int, values: Any) -> None:
+            os.write(pipe, b"%d\n" % step)
+            on_step(step, values)
+
+        return honest(*arguments, on_step=after, **options)
+
+    empirics.run.train = told
+
+
+def wait_for(pipe: int, kill: Kill, limit: float) -> int:
+    """Return at the moment to kill, or when no more steps come: the last step that was told, -1 if none was."""
+    deadline, last, before, took, said = time.monotonic() + limit, -1, time.monotonic(), 0.0, b""
+    while last < kill["step"]:
+        ready, _, _ = select.select([pipe], [], [], max(0.0, deadline - time.monotonic()))
+        if not ready or not (found := os.read(pipe, 4096)):
+            return last
+        *lines, said = (said + found).split(b"\n")
+        if lines:
+            last, now = int(lines[-1]), time.monotonic()
+            before, took = now, now - before
+    time.sleep(min(kill["later"] * took, 1.0))
+    return last
