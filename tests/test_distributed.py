@@ -362,7 +362,7 @@ def test_torchrun(text: Path, two: Path, tmp_path: Path) -> None:
     assert files(tmp_path) == files(two)
 
 
-# --- on GPUs: written, and not run yet --------------------------------------------------------------------------
+# --- on several GPUs: written, and not run yet -------------------------------------------------------------------
 
 
 @pytest.mark.gpu
