@@ -139,7 +139,8 @@ def _add_execution(train: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--probes", default="default", metavar="NAMES",
         help="default (the cheap ones), none, or names with commas, such as default,stack_jacobian; dear ones are "
-        "taken before the first step and after the last, NAME@N every N steps; `probes --list` names them all",
+        "taken of the first micro-batch, before the first step and after the last, NAME@N every N steps; `probes "
+        "--list` names them all",
     )  # fmt: skip
     group.add_argument("--probe-every", type=whole, default=20, metavar="N", help="steps between probes (default 20)")
     group.add_argument(
