@@ -200,7 +200,7 @@ os._exit(main(command))
 
 
 @pytest.mark.parametrize(
-    ("times", "steps"), [(3, 100), pytest.param(20, 1000, marks=pytest.mark.slow)], ids=["3 kills", "20 kills"]
+    ("times", "steps"), [(3, 60), pytest.param(20, 300, marks=pytest.mark.slow)], ids=["3 kills", "20 kills"]
 )
 def test_killed_at_random_moments_is_the_same(text: Path, tmp_path: Path, times: int, steps: int) -> None:
     """A real SIGKILL, again and again, from the first steps to the last ones: while it steps or writes a checkpoint."""

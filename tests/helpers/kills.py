@@ -8,7 +8,7 @@ import select
 import time
 from typing import Any
 
-# A step of a training: when it is taken, kill after so many times as long as the step before it took.
+# A step of a training: when it is taken, kill after so many times as long as the step before it took (at most 50 ms).
 Kill = dict[str, float]
 
 
@@ -18,7 +18,7 @@ def spread(times: int, steps: int) -> list[Kill]:
     A start goes on from its last checkpoint, so that each of them comes further than the one before; none ends.
     """
     chance = random.Random(times)
-    at = sorted(chance.randrange(steps - 6) for _ in range(times))
+    at = sorted(chance.randrange(steps - 10) for _ in range(times))
     return [{"step": step, "later": chance.uniform(0.0, 2.0)} for step in at]
 
 
@@ -40,7 +40,8 @@ def tell_steps(pipe: int) -> None:
 
 def wait_for(pipe: int, kill: Kill, limit: float) -> int:
     """Return at the moment to kill, or when no more steps come: the last step that was told, -1 if none was."""
-    deadline, last, before, took, said = time.monotonic() + limit, -1, time.monotonic(), 0.0, b""
+    deadline, last, said = time.monotonic() + limit, -1, b""
+    before, took = 0.0, 0.01  # the first step's time is that of starting
     while last < kill["step"]:
         ready, _, _ = select.select([pipe], [], [], max(0.0, deadline - time.monotonic()))
         if not ready or not (found := os.read(pipe, 4096)):
@@ -48,6 +49,6 @@ def wait_for(pipe: int, kill: Kill, limit: float) -> int:
         *lines, said = (said + found).split(b"\n")
         if lines:
             last, now = int(lines[-1]), time.monotonic()
-            before, took = now, now - before
-    time.sleep(min(kill["later"] * took, 1.0))
+            before, took = now, min(now - before, 0.05) if before else took
+    time.sleep(kill["later"] * took)
     return last
