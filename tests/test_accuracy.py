@@ -6,12 +6,14 @@ import json
 import math
 from dataclasses import replace
 from pathlib import Path
+from statistics import median
 
 import pytest
 
 from empirics import accuracy, norm_samples
 from empirics.__main__ import main
 from empirics.accuracy_cases import Case, network
+from empirics.comparison import ACCURACY
 from empirics.run import run
 from theory.growth import gradient_growth
 from theory.statements import find
@@ -34,6 +36,24 @@ def test_the_page_has_every_case_and_no_other() -> None:
         row_of(label)
     growth = PAGE.partition("## Norms of sub-layers")[0].splitlines()
     assert sum(line.endswith(("inside |", "unknown |")) for line in growth) == len(labels)
+
+
+@pytest.mark.parametrize("group", ["grid", "variant", "deep", "text"])
+def test_growth_is_as_accurate_as_stated(group: str) -> None:
+    """Inside the domain: the worst by what is stated and a standard error, the median of many by a quarter of it."""
+    found = [
+        [c.strip() for c in row_of(case.label).strip("|").split("|")]
+        for case in accuracy.cases()
+        if case.group == group
+    ]
+    inside = [(abs(float(row[3].split()[0])), float(row[4].split()[0])) for row in found if row[-1] == "inside"]
+    assert len(inside) >= len(found) - 2
+    assert all(error <= 100 * ACCURACY + standard_error for error, standard_error in inside)
+    if group != "deep":
+        assert median(error for error, _ in inside) <= 25 * ACCURACY
+    # Control: as if tokens were distinct, a text's growth is off by more.
+    if group == "text":
+        assert any(abs(float(row[6].split()[0])) > 100 * ACCURACY for row in found)
 
 
 @pytest.mark.parametrize("place", range(0, len(accuracy.cases()), 7))

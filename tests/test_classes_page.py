@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import pytest
@@ -61,6 +62,18 @@ def test_printed_predictions_are_what_is_predicted_now(label: str) -> None:
     else:
         assert verdict == "unknown: outside the domain"
         assert any(line.startswith(f"- {label}: ") for line in lines())
+
+
+def test_the_page_meets_the_targets() -> None:
+    """Median |error| at most 2 %, worst at most 8 %, unknown at most two of the classes themselves; in 6 to 24 layers."""
+    rows = {label: cells(label) for label in class_configs.CASES}
+    errors = {label: abs(float(row[8].split()[0])) for label, row in rows.items() if row[-1] == "agrees"}
+    assert median(errors.values()) <= 2
+    assert max(errors.values()) <= 100 * ACCURACY
+    assert not any(row[-1] == "**differs**" for row in rows.values())
+    assert len(TESTED - errors.keys()) <= 2
+    assert {"gpt2, 24 layers", "llama, 24 layers", "olmo2, 24 layers"} <= errors.keys()
+    assert all(float(row[6].split()[0]) <= 2 for label, row in rows.items() if label in errors)  # standard errors
 
 
 def test_an_unknown_class_is_refused(capsys: pytest.CaptureFixture[str]) -> None:

@@ -335,3 +335,19 @@ def test_what_a_symbol_cannot_be_is_outside() -> None:
         ("qk_norm", 1.5, "0, 1 or 2"),
     ):
         assert f"{name}={wrong} is not {words}" in simulated.outside(variants | {name: wrong})
+
+
+@pytest.mark.parametrize(
+    ("change", "reasons"),
+    [
+        ({"n_heads": -4}, ("n_heads=-4 is not integer >= 1",)),
+        ({"d": math.nan}, ("d=nan is not within 256 to inf", "d=nan is not integer >= 1")),
+        ({"d": math.inf}, ("d=inf is not integer >= 1",)),
+        ({"kv_group": 0}, ("kv_group=0 is not integer >= 1",)),
+    ],
+)
+def test_relations_are_not_asked_of_what_is_no_size(change: dict[str, float], reasons: tuple[str, ...]) -> None:
+    """They solve for an edge, which has none there: unknown, and not an error of the solver."""
+    sizes = {"c_VO": 1.0, "d": 256, "n_heads": 4, "d_head": 64, "n_tokens": 16, "logit_variance": 0.1, "kv_group": 1}
+    for name in ("attention-sharp", "attention-half-layer-sharp"):
+        assert find(name).predict(sizes | {"s": 1.0} | change).reasons == reasons

@@ -131,16 +131,18 @@ class Statement:
 
         needed = dict.fromkeys((*self.domain, *(name for test in self.relations.values() for name in _names(test))))
         reasons = [f"{name} is not given" for name in needed if name not in values]
+        wrong = {name for name in needed if name not in values}
         for name, (least, most) in self.domain.items():
             if name in values and not least <= values[name] <= most:
                 reasons.append(f"{name}={values[name]:g} is not within {least:g} to {most:g}")
-        for name in dict.fromkeys((*self.parameters, *self.domain)):
+        for name in dict.fromkeys((*self.parameters, *needed)):
             entry = SYMBOLS.get(name)
             if name in values and entry is not None and not entry.admits(values[name]):
                 reasons.append(f"{name}={values[name]:g} is not {entry.values}")
-        for words, test in self.relations.items():
+                wrong.add(name)
+        for words, test in self.relations.items():  # of numbers that mean something
             names = _names(test)
-            if all(name in values for name in names) and not test(**{name: values[name] for name in names}):
+            if wrong.isdisjoint(names) and not test(**{name: values[name] for name in names}):
                 reasons.append(f"it does not hold that {words}")
         return tuple(reasons)
 
