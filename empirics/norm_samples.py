@@ -334,7 +334,7 @@ def full_attentions() -> Iterator[Setting]:
     """|J_u| without a mask."""
     for d, length, a, heads in ((64, 16, 0.05, FILLING), (256, 16, 0.05, FILLING), (256, 16, 0.2, FILLING),
                                 (256, 64, 0.2, FILLING), (256, 16, 0.2, Heads(4, 32)), (256, 16, 0.2, Heads(8, 64, 4)),
-                                (256, 16, 0.2, Heads(2, 256)), (256, 16, 4.0, FILLING),
+                                (256, 16, 0.2, Heads(2, 256)), (256, 16, 1.0, FILLING), (256, 16, 4.0, FILLING),
                                 (256, 4, 1.0, FILLING)):  # fmt: skip
         yield sub_layer(d, length, a, heads, SEQUENCES, causal=False)
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from helpers.weights import architecture
 
+from empirics.bench_sublayers import FullAttention
 from empirics.model import Attention, make_norm
 from empirics.probes import PlainAttention
 from empirics.spectral import explicit_jacobian, explicit_opnorm
@@ -47,10 +48,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def model_of(drawn: SimulatedAttention) -> tuple[PlainAttention, torch.Tensor]:
+def model_of(drawn: SimulatedAttention, kind: type[Attention] = Attention) -> tuple[PlainAttention, torch.Tensor]:
     """The model's attention with a draw's weights, and its input."""
     a = drawn.architecture
-    module = Attention(a).double().requires_grad_(False)
+    module = kind(a).double().requires_grad_(False)
     for name in ("query", "key", "value"):
         getattr(module, name).weight.copy_(torch.from_numpy(drawn.weights[name].reshape(-1, a.d_model)))
     module.output.weight.copy_(torch.from_numpy(drawn.weights["output"].reshape(-1, a.d_model).T.copy()))
@@ -73,6 +74,20 @@ def test_a_draws_jacobian_is_the_models(variant: str) -> None:
     backward = np.stack([drawn.backward(row) for row in basis], axis=0)
     np.testing.assert_allclose(forward, expected, rtol=0, atol=1e-9 * np.abs(expected).max())
     np.testing.assert_allclose(backward, expected, rtol=0, atol=1e-9 * np.abs(expected).max())
+
+
+def test_without_a_mask_a_draws_jacobian_is_the_models() -> None:
+    """And its norm, in the statement's draws; behind a mask it is another."""
+    a = architecture(**SIZES)
+    drawn = SimulatedAttention(a, LENGTH, np.random.default_rng(0), causal=False)
+    module, u = model_of(drawn, FullAttention)
+    expected = explicit_jacobian(module, u).numpy()
+    basis = np.eye(expected.shape[0])
+    for found in (np.stack([drawn.forward(c) for c in basis], axis=1), np.stack([drawn.backward(c) for c in basis])):
+        np.testing.assert_allclose(found, expected, rtol=0, atol=1e-9 * np.abs(expected).max())
+    norm = simulated_norms(a, LENGTH, draws=1, causal=False)[0]
+    assert norm == pytest.approx(np.linalg.norm(expected, 2), rel=1e-3)
+    assert abs(norm / simulated_norms(a, LENGTH, draws=1)[0] - 1) > 0.01
 
 
 @pytest.mark.parametrize(
@@ -134,6 +149,16 @@ def test_where_the_closed_form_ends() -> None:
     assert closed < 0.8 * uneven
 
 
+def test_without_a_mask_the_closed_form_ends_with_small_logits() -> None:
+    values = {"c_VO": 0.7, "d": 256, "n_heads": 4, "d_head": 64, "n_tokens": 16}
+    closed = float(find("attention-full-sharp").evaluate(values | {"kv_group": 1}))
+    even, uneven = (
+        float(find("attention-full-simulated").evaluate(values | {"logit_variance": a})) for a in (0.05, 1.0)
+    )
+    assert closed == pytest.approx(even, rel=0.03)
+    assert closed < 0.8 * uneven
+
+
 def test_a_half_layer_where_rows_are_even_is_the_closed_form() -> None:
     values = {"c_VO": 0.02, "s": 0.3, "d": 256, "n_heads": 4, "d_head": 64, "n_tokens": 8, "logit_variance": 0.01}
     closed = float(find("attention-half-layer-sharp").evaluate(values | {"kv_group": 1}))
@@ -146,6 +171,7 @@ INSIDE: dict[str, dict[str, Any]] = {
     "attention-uneven-sharp": {"logit_variance": 1.0},
     "attention-simulated": {"logit_variance": 1.0},
     "attention-half-layer-simulated": {"logit_variance": 1.0},
+    "attention-full-simulated": {"logit_variance": 1.0},
 }
 
 

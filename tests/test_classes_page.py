@@ -65,7 +65,7 @@ def test_printed_predictions_are_what_is_predicted_now(label: str) -> None:
 
 
 def test_the_page_meets_the_targets() -> None:
-    """Median |error| at most 2 %, worst at most 8 %, unknown at most two of the classes themselves; in 6 to 24 layers."""
+    """Median |error| at most 2 %, worst at most 8 %, unknown at most two of the classes; in 6 to 24 layers."""
     rows = {label: cells(label) for label in class_configs.CASES}
     errors = {label: abs(float(row[8].split()[0])) for label, row in rows.items() if row[-1] == "agrees"}
     assert median(errors.values()) <= 2

@@ -123,8 +123,8 @@ def against_simulation(closed: str, simulated: str, **changes: float) -> float:
     strict=True,
     raises=AssertionError,
     reason="the outlier of one row leaves out that rows strengthen each other: 3.1 % below the mean of 1400 simulated "
-    "draws, known to 0.2 % (3.6 % below that of the statement's 64), at 16 tokens and logit variance 1, where the target "
-    "is 3 %; its strength is drawn, too, and has no formula",
+    "draws, known to 0.2 % (3.6 % below that of the statement's 64), at 16 tokens and logit variance 1, where the "
+    "target is 3 %; its strength is drawn, too, and has no formula",
 )
 def test_attention_norm_at_uneven_rows_in_closed_form() -> None:
     assert abs(against_simulation("attention-uneven-sharp", "attention-simulated")) <= 0.03

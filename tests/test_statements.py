@@ -115,7 +115,7 @@ _INTEGERS = {
 # Seconds each at the sizes they are for, so compared at tiny ones.
 SECONDS = (
     "attention-simulated", "attention-half-layer-sharp", "attention-half-layer-simulated",
-    "attention-variants-simulated", "attention-uneven-sharp",
+    "attention-variants-simulated", "attention-uneven-sharp", "attention-full-simulated",
 )  # fmt: skip
 _TINY = {"kv_group": (1, 1), "d_head": (2, 2), "alibi": (0, 1), "qk_norm": (0, 2)}
 

@@ -208,8 +208,9 @@ def _rotation(n_tokens: int, width: int, base: float, slowing: tuple[float, ...]
 
 @lru_cache(maxsize=64)
 def simulated_norms(
-    architecture: Architecture, n_tokens: int, layer: int = 0, *, std: float | None = None, draws: int = DRAWS
-) -> Array:
+    architecture: Architecture, n_tokens: int, layer: int = 0, *, std: float | None = None, draws: int = DRAWS,
+    causal: bool = True,
+) -> Array:  # fmt: skip
     """(draws,) norms of a layer's attention Jacobian in its normalised input, by fixed seeds.
 
     Args:
@@ -229,7 +230,7 @@ def simulated_norms(
     norms: list[float] = []
     for seed in range(draws):
         rng = np.random.default_rng(seed)
-        norms.append(SimulatedAttention(architecture, n_tokens, rng, layer).norm(rng, std))
+        norms.append(SimulatedAttention(architecture, n_tokens, rng, layer, causal=causal).norm(rng, std))
     return np.array(norms)
 
 
@@ -247,7 +248,7 @@ def plain_attention(width: int, heads: int, d_head: int, n_tokens: int, logit_va
 def simulated(
     name: str, of: str, formula: Callable[..., Any], *, drawn: str, positions: str, draws: int = DRAWS,
     largest: int = LARGEST_INPUT, domain: Mapping[str, tuple[float, float]] | None = None,
-    relations: Mapping[str, Callable[..., bool]] | None = None,
+    relations: Mapping[str, Callable[..., bool]] | None = None, covers: Mapping[str, tuple[Any, ...]] | None = None,
 ) -> Statement:  # fmt: skip
     """A sharp statement of the mean norm over draws by fixed seeds.
 
@@ -256,6 +257,7 @@ def simulated(
         drawn, positions: assumptions in words: what is drawn from which law, and where tokens know their places.
         largest: numbers in an input, above which so many draws are not made.
         domain, relations: what bounds it besides `DRAWN` and the input's size.
+        covers: the variants it speaks of, if not of attention with a mask.
     """
     return Statement(
         name=name,
@@ -269,6 +271,7 @@ def simulated(
         ),
         why="the exact Jacobian's norm, averaged over draws of the law that the configuration states",
         target=0.03,
+        covers=covers or {},
         domain=DRAWN | {"numbers": (0.0, float(largest))} | dict(domain or {}),
         relations=relations or {},
     )  # fmt: skip

@@ -1,4 +1,7 @@
-"""Attention without a mask at initialisation: every softmax row is the mean over all tokens, 11'/T, of norm 1."""
+"""Attention without a mask at initialisation: where logits are small every softmax row is the mean, 11'/T, of norm 1.
+
+Where they are not, the norm is simulated.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from theory.attention import HEADS, value_ratio
+from theory.attention_simulation import OWN_KEYS, plain_attention, simulated, simulated_norms
 from theory.functions import sqrt
 from theory.quantities import quantity
 from theory.random_matrix import elementwise, heads_edge, heads_opnorm
@@ -99,3 +103,28 @@ def attention_full_half_layer_sharp() -> Statement:
         domain=DOMAIN,
         relations=RELATIONS,
     )
+
+
+@register
+def attention_full_simulated() -> Statement:
+    r"""Predict the mean norm of attention without a mask where softmax rows are uneven.
+
+    .. math:: E \|J_u\|, \qquad \text{mean over 64 draws of weights and tokens}
+
+    Holds: as `attention-simulated`, without its mask.
+    Why: it is the definition, evaluated on the law that the configuration states. Where rows are even
+        `attention-full-sharp` is a closed form.
+    """
+
+    def formula(c_VO: Any, d: Any, n_heads: Any, d_head: Any, n_tokens: Any, logit_variance: Any) -> Any:
+        def one(gain: Any, width: Any, heads: Any, width_of_head: Any, length: Any, variance: Any) -> float:
+            a = plain_attention(int(width), int(heads), int(width_of_head), int(length), float(variance))
+            return math.sqrt(gain) * float(simulated_norms(a, a.context, causal=False).mean())
+
+        return elementwise("simulated_full_attention", one, c_VO, d, n_heads, d_head, n_tokens, logit_variance)
+
+    return simulated(
+        "attention-full-simulated", "attention_jacobian", formula,
+        drawn="independent normal weights and tokens", positions="no positions inside", relations=OWN_KEYS,
+        covers=FULL,
+    )  # fmt: skip

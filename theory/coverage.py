@@ -135,7 +135,7 @@ def _attentions() -> Iterator[SubLayer]:
             "any logit scale", {"attention_scale": (0.0, 3.0)}, ("logit_variance",), ("attention-general-upper",),
             _SMALL_LOGITS,
         ),
-        ("without a mask", {"causal": (False,)}, (), ("attention-full-upper",), "attention-full-sharp at small logits"),
+        ("without a mask", {"causal": (False,)}, (), ("attention-full-upper",), _SIMULATED),
     )  # fmt: skip
     for label, variant, symbols, chains, sharp in kinds:
         yield SubLayer(

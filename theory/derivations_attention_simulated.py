@@ -51,6 +51,10 @@ class Kind:
     architecture: Architecture
     symbols: Mapping[str, float]
     shortcut: bool = False
+    causal: bool = True
+
+    def draw(self, rng: Rng) -> SimulatedAttention:
+        return SimulatedAttention(self.architecture, LENGTH, rng, causal=self.causal)
 
 
 SIZES = {"d": WIDTH, "n_heads": HEADS, "d_head": HEAD, "n_tokens": LENGTH, "logit_variance": VARIANCE, "c_VO": 1.0}
@@ -59,6 +63,7 @@ _OPTIONS: dict[str, Any] = {"rotary": 0.5, "rope_base": 100.0, "alibi": 0, "n_se
 KINDS = (
     Kind(statement="attention-simulated", architecture=_PLAIN, symbols=SIZES),
     Kind(statement="attention-half-layer-simulated", architecture=_PLAIN, symbols={**SIZES, "s": STD}, shortcut=True),
+    Kind(statement="attention-full-simulated", architecture=_PLAIN, symbols=SIZES, causal=False),
     Kind(
         statement="attention-variants-simulated",
         architecture=variant(WIDTH, HEADS, HEAD, 2, LENGTH, VARIANCE, **_OPTIONS),
@@ -67,12 +72,12 @@ KINDS = (
 )
 
 
-def written_out(a: Architecture, weights: Mapping[str, Array], u: Array) -> Array:
-    """Causal attention from its definition, one head at a time; u (T, d), which may be complex for a derivative."""
+def written_out(a: Architecture, weights: Mapping[str, Array], u: Array, *, causal: bool = True) -> Array:
+    """Attention from its definition, one head at a time; u (T, d), which may be complex for a derivative."""
     tokens, group = len(u), a.n_heads // a.n_kv_heads
     places = np.arange(tokens)
     distance = places[:, None] - places
-    seen = (distance >= 0) & (distance < (a.window_at(0) or tokens))
+    seen = ((distance >= 0) | (not causal)) & (distance < (a.window_at(0) or tokens))
     out = np.zeros(u.shape, dtype=u.dtype)
     for head in range(a.n_heads):
         q, k = u @ weights["query"][head].T, u @ weights["key"][head // group].T
@@ -102,13 +107,13 @@ def dense(kind: Kind, drawn: SimulatedAttention) -> Array:
     """The Jacobian of a draw by complex steps, of the half-layer with its norm where the statement is of that."""
     a, weights = kind.architecture, drawn.weights
     if not kind.shortcut:
-        return jacobian(lambda x: written_out(a, weights, x), drawn.u)
+        return jacobian(lambda x: written_out(a, weights, x, causal=kind.causal), drawn.u)
     return jacobian(lambda x: x + written_out(a, weights, layer_norm(x.T).T), STD * drawn.u)
 
 
 def _drawn(rng: Rng, *, kind: Kind) -> Values:
     """The action that the simulation iterates on, against the Jacobian of the definition."""
-    drawn = SimulatedAttention(kind.architecture, LENGTH, rng)
+    drawn = kind.draw(rng)
     w = rng.normal(0, 1, (LENGTH * WIDTH, 1))
     forward = drawn.half_layer(STD)[0] if kind.shortcut else drawn.forward
     return {J: dense(kind, drawn), direction: w, action: forward(w[:, 0])[:, None]}
@@ -117,8 +122,8 @@ def _drawn(rng: Rng, *, kind: Kind) -> Values:
 def _first(rng: Rng, *, kind: Kind) -> Values:
     """The norm of the simulation's first draw."""
     std = STD if kind.shortcut else None
-    found = simulated_norms(kind.architecture, LENGTH, std=std, draws=1)
-    drawn = SimulatedAttention(kind.architecture, LENGTH, np.random.default_rng(0))
+    found = simulated_norms(kind.architecture, LENGTH, std=std, draws=1, causal=kind.causal)
+    drawn = kind.draw(np.random.default_rng(0))
     return {J: dense(kind, drawn), krylov: float(found[0])}
 
 
@@ -140,7 +145,7 @@ def _scaled(rng: Rng) -> Values:
 
 def _means(rng: Rng, *, kind: Kind) -> Values:
     """Spread of the norm over 24 draws, and of means of 16 taken from them at random."""
-    norms = [opnorm(dense(kind, SimulatedAttention(kind.architecture, LENGTH, rng))) for _ in range(24)]
+    norms = [opnorm(dense(kind, kind.draw(rng))) for _ in range(24)]
     means = rng.choice(norms, (4000, 16)).mean(axis=1)
     return {count: 16.0, one_std: float(np.std(norms)), mean_std: float(np.std(means))}
 
@@ -150,9 +155,7 @@ def _at_seeds(kind: str) -> tuple[float, float]:
     """Means of |J_u| and |J_u|_F^2 over the statement's own seeds, from the definition."""
     chosen = next(one for one in KINDS if one.statement == kind)
     draws = VARIANT_DRAWS if "variants" in kind else DRAWS
-    found = [
-        dense(chosen, SimulatedAttention(chosen.architecture, LENGTH, np.random.default_rng(n))) for n in range(draws)
-    ]
+    found = [dense(chosen, chosen.draw(np.random.default_rng(n))) for n in range(draws)]
     return float(np.mean([opnorm(J) for J in found])), float(np.mean([np.sum(J**2) for J in found]))
 
 
@@ -168,7 +171,7 @@ def _fresh(rng: Rng, *, kind: Kind) -> Values:
         stds |= {"query": 1.0, "key": 1.0}  # a norm takes out what they are
     squares: list[float] = []
     for _ in range(OTHERS):
-        drawn = SimulatedAttention(kind.architecture, LENGTH, rng)
+        drawn = kind.draw(rng)
         drawn.u = layer_norm(rng.normal(0, 1, (WIDTH, LENGTH))).T
         drawn.weights = {name: rng.normal(0, stds[name], part.shape) for name, part in drawn.weights.items()}
         squares.append(float(np.sum(dense(kind, drawn) ** 2)))
