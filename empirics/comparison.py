@@ -26,7 +26,7 @@ Outcome = Literal["agrees", "differs", "unknown"]
 
 CHECK_SHAPE = (4, 48)  # sequences and tokens that `check` runs
 STD_LIMIT = 0.15  # relative: five standard errors of the smallest matrices of a network 32 wide are 0.11
-ACCURACY = 0.08  # relative, of the predicted growth inside its domain: what docs/accuracy.md holds the worst case to
+ACCURACY = 0.08  # relative, of the predicted growth inside its domain; a measurement adds its standard error
 CHANCE = 0.01  # of calling a right prediction wrong, beyond the accuracy that it states
 SIGN_SEED = 0x5CA77E12  # one that nobody draws weights with, whose signs would then be of the same stream
 DRAWS = 8  # that the scatter of one network is taken from

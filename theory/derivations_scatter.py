@@ -11,6 +11,7 @@ import sympy as sp  # pyright: ignore[reportMissingTypeStubs]
 from theory.derivation import Derivation, line, register_derivation
 from theory.derivations_expressions import Values, entry
 from theory.derivations_numeric import Array, Rng, chi_square_mean
+from theory.growth_domain import MAX_SCATTER, MAX_STREAM_SCATTER
 from theory.sources import Source
 from theory.symbols import symbol
 
@@ -218,7 +219,7 @@ def update_scatter() -> Derivation:
         "law of total variance",
         "The mean square of a branch goes with |z|^2/n and |h|^2/m, a_A and a_F their shares of the whole; what the "
         "fluctuations have in common is of order 1/(d d_ffn). Conventions of `growth` hold the sum over the updates "
-        "against 0.32, and what has added up in the stream against 0.16.",
+        f"against {MAX_SCATTER:g}, and what has added up in the stream against {MAX_STREAM_SCATTER:g}.",
         sample=_scatter,
         tolerance=0.06,
         accuracy=f"within 6 % at d = {WIDTH} and {UNITS} units: {SAMPLED} have 1 %, the rest is of order kappa_4/d_ffn",
