@@ -10,7 +10,7 @@ import pytest
 import torch
 from helpers.weights import architecture
 
-from empirics.bench_sublayers import FullAttention
+from empirics.bench_attention import FullAttention
 from empirics.model import Attention, make_norm
 from empirics.probes import PlainAttention
 from empirics.spectral import explicit_jacobian, explicit_opnorm
