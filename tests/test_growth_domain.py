@@ -71,6 +71,10 @@ def test_a_short_window_over_a_long_sequence(monkeypatch: pytest.MonkeyPatch) ->
     assert control > 0.08 + 3 * error
 
 
+def test_a_vocabulary_of_one_word() -> None:
+    assert "a vocabulary of 1 leaves the loss nothing to send back" in gradient_growth(wide(vocab_size=1), 16).reasons
+
+
 # --- outside ------------------------------------------------------------------------------------------------------
 
 TIED_WIDE: dict[str, Any] = {
@@ -95,6 +99,7 @@ OUTSIDE: dict[str, tuple[Architecture, str]] = {
         wide(**(TIED_WIDE | {"block": "post-ln", "residual_multiplier": 0.7, "embedding_multiplier": 1.0})),
         "the tied head knows its own token",
     ),
+    "zeros": (wide(init=replace(UNIT, embedding=0.0), positions="none"), "an embedding of zeros"),
     "eps": (wide(**(HEADS | {"attention_scale": 2 / 8**0.5, "eps": 1.0})), "eps=1 is as large as the mean square"),
     "one head": (one_head(2.5), "outputs of 1 head scatter with the softmax rows"),
     "small heads": (

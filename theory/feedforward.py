@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from theory.architecture import Activation
 from theory.functions import sqrt
@@ -16,6 +16,9 @@ from theory.unit_edges import gated_relu_squared_edge_opnorm, relu_squared_edge_
 
 # With few units an edge of the whole ensemble is no edge of a draw: measured 3 to 9 % high at 8 to 64 units.
 WIDE = {"d": (256.0, math.inf), "d_ffn": (256.0, math.inf)}
+NOT_FEW: Mapping[str, Callable[..., bool]] = {
+    "d <= 8 d_ffn": lambda d, d_ffn: d <= 8 * d_ffn
+}  # gated ones of 256 units: 4 % high at d = 4096
 MANY_UNITS = {**WIDE, "d_ffn": (512.0, math.inf)}  # half-layers with unbounded slopes: 3 % high at 256 units
 HALF_LAYER = Source(
     key="haagerup2000brown", label="sums of R-diagonal elements; the minimum and its correction derived here"
@@ -236,6 +239,7 @@ def _gated(activation: Activation) -> Statement:
         target=0.04,
         covers={"activation": (activation,), "gated": (True,)},
         domain=WIDE,
+        relations=NOT_FEW,
     )
 
 

@@ -181,7 +181,7 @@ class ForwardPass:
             for branch in update.branches:
                 part = float(np.mean(_share(branch.size, update.stream))) * branch.lacking * (1 - branch.fixed)
                 aligned *= 1 + passed[branch.name] * part * growth_domain.alignment(a, branch.name)
-        profile = tuple(_root(norm / norms[0]) for norm in reversed(norms))
+        profile = tuple(_root(norm / norms[0]) if norms[0] else math.nan for norm in reversed(norms))
         entering = blocks.trace(final) / self.n_tokens
         written = {name: float(np.sum(np.square(self.branch_std[n::2]))) for n, name in enumerate(through)}
         reasons = growth_domain.reasons(

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from theory.architecture import Architecture
+from theory.embedding_gram import raw_variance
 from theory.logits import normalised_widths
 from theory.softmax_moments import square_scatter
 from theory.words import counted
@@ -67,6 +68,8 @@ def reasons(
         head_variance: of the output logits. along_own: as the function of this name has it.
     """
     a, found = architecture, list(lasting(architecture, n_tokens, tokens=tokens))
+    if raw_variance(a) == 0:
+        found.append("an embedding of zeros leaves the stream at zero, where an activation may have no slope")
     if logit_variance > MAX_LOGIT_VARIANCE:
         found.append(f"{SHARP_LOGITS} {logit_variance:.3g}, above {MAX_LOGIT_VARIANCE}")
     elif logit_variance > a.d_head and a.qk_norm != "head":
@@ -217,6 +220,8 @@ def lasting(
         found.append(f"{kind} of {width} are too narrow for QK-norm: below {MIN_QK_HEAD} their scale scatters")
     if a.d_model < MIN_WIDTH:
         found.append(f"d_model={a.d_model} is below {MIN_WIDTH}, too narrow for a large-width prediction")
+    if a.vocab_size < 2:
+        found.append("a vocabulary of 1 leaves the loss nothing to send back")
     if a.n_layers > MAX_LAYERS:
         found.append(
             f"{a.n_layers} layers are more than {MAX_LAYERS}: how the recursion's error adds up over so "
