@@ -12,7 +12,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 IGNORED = -100  # the target of a token that does not count, as in torch's cross entropy
@@ -36,11 +35,14 @@ class HeadLoss(torch.autograd.Function):
         weight_gradient = torch.zeros_like(weight_VD) if ctx.needs_input_grad[1] else None
         loss = x_ND.new_zeros(())
         for x, targets, gradient in zip(*(t.split(n_tokens) for t in (x_ND, targets_N, x_gradient)), strict=True):
-            logs = F.log_softmax(x @ weight_VD.mT, -1)
-            loss += F.nll_loss(logs, targets, reduction="sum")
-            excess = logs.exp_()  # in the memory of its logarithm
-            excess[torch.arange(len(targets), device=targets.device), targets.clamp(min=0)] -= 1
-            excess.index_fill_(0, (targets == IGNORED).nonzero()[:, 0], 0.0)  # a mask would pass over all of them
+            logits = x @ weight_VD.mT
+            ignored, places = targets == IGNORED, (torch.arange(len(targets), device=x.device), targets.clamp(min=0))
+            excess = logits.softmax(-1)
+            # The logarithm of the sum of exponentials by the largest of them: one exponential a logit is enough.
+            losses = logits.amax(-1) - logits[places] - excess.amax(-1).log()
+            loss += losses.masked_fill_(ignored, 0.0).sum()
+            excess[places] -= 1
+            excess.index_fill_(0, ignored.nonzero()[:, 0], 0.0)  # a mask would pass over all of them
             torch.mm(excess, weight_VD, out=gradient)
             if weight_gradient is not None:
                 torch.addmm(weight_gradient, excess.mT, x, out=weight_gradient)

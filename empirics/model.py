@@ -213,16 +213,21 @@ class Attention(nn.Module):
 
     def queries_keys_values(self, u_BTD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries (B, H, T, E) and keys (B, G, T, E), normalised and rotated if the architecture does; and values."""
-        query, key, value = self.query(u_BTD), self.key(u_BTD), self.value(u_BTD)
+        u_ND = u_BTD.flatten(0, 1)  # once, and not in every product and in its backward pass
+        query, key, value = self.query(u_ND), self.key(u_ND), self.value(u_ND)
         if self.qk_norm == "full":
             query, key = self.query_norm(query), self.key_norm(key)
-        query, key, value = (x.unflatten(-1, (-1, self.d_head)).transpose(1, 2) for x in (query, key, value))
+        query, key, value = (self._split(x, u_BTD.shape[1]) for x in (query, key, value))
         if self.qk_norm == "head":
             query, key = self.query_norm(query), self.key_norm(key)
         if self.rope:
             cosine, sine = self.rotary_table(u_BTD.shape[1], u_BTD.device, query.dtype)
             query, key = rotate(query, cosine, sine), rotate(key, cosine, sine)
         return query, key, value
+
+    def _split(self, x_ND: Tensor, length: int) -> Tensor:
+        """Sequence by sequence and head by head, (B, H, T, E)."""
+        return x_ND.view(-1, length, x_ND.shape[-1] // self.d_head, self.d_head).transpose(1, 2)
 
     def rotary_table(self, length: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Cosines and sines (T, W) of what turns of each head."""
@@ -309,10 +314,11 @@ class FeedForward(nn.Module):
 
     def forward(self, u_BTD: Tensor) -> Tensor:
         """Token by token, (B, T, D)."""
-        hidden = self.activation(self.enter(u_BTD))
+        u_ND = u_BTD.reshape(-1, u_BTD.shape[-1])  # once, and not in every product and in its backward pass
+        hidden_NM = self.activation(self.enter(u_ND))
         if self.gate is not None:
-            hidden = hidden * self.gate(u_BTD)
-        return self.leave(hidden)
+            hidden_NM = hidden_NM * self.gate(u_ND)
+        return self.leave(hidden_NM).view_as(u_BTD)
 
 
 class Experts(nn.Module):

@@ -58,12 +58,26 @@ class Stepper:
         self.groups = parameter_groups(model)
         self.parameters = [parameter for group in self.groups.values() for parameter in group]
         self._here = [local(parameter.detach()) for parameter in self.parameters]
-        self._before = [torch.empty_like(parameter) for parameter in self._here]
+        # The copy before a step lies by width of a row, so that the norms of all rows of a width are one call; a vector
+        # is rows of one number.
+        by_width: dict[int, list[int]] = {}
+        for k, x in enumerate(self._here):
+            by_width.setdefault(x.shape[1] if x.ndim > 1 else 1, []).append(k)
+        before, self._stacks = dict[int, Tensor](), list[Tensor]()
+        for width, members in by_width.items():
+            sizes = [self._here[k].numel() for k in members]
+            stack = self._here[0].new_empty(sum(sizes))
+            self._stacks.append(stack.view(-1, width) if width > 1 else stack)
+            for k, part in zip(members, stack.split(sizes), strict=True):
+                before[k] = part.view_as(self._here[k])
+        self._before = [before[k] for k in sorted(before)]
         self._rows = [sum(local(p.detach()).shape[0] for p in group) for group in self.groups.values()]
+        owner_R = torch.cat([torch.full((len(self._here[k]),), k) for k in before])
+        self._in_order = owner_R.argsort(stable=True).to(self._here[0].device)
 
     def gradient_norms(self) -> dict[str, float]:
         """Norm of the gradient, group by group."""
-        return self._group_norms(self._gradients())
+        return self._group_norms(_row_norms(self._gradients()))
 
     def step(self, *, rate: float, scale: float) -> dict[str, float]:
         """Scale the gradient, step, and return the norm of the parameters' change, group by group."""
@@ -74,20 +88,25 @@ class Stepper:
         torch._foreach_copy_(self._before, self._here)  # type: ignore[attr-defined]
         self.optimizer.step()
         torch._foreach_sub_(self._before, self._here)  # type: ignore[attr-defined]
-        return self._group_norms(self._before)
+        return self._group_norms(_row_norms(self._stacks)[self._in_order])
 
     def _gradients(self) -> list[Tensor]:
         gradients = [local(parameter.grad) for parameter in self.parameters if parameter.grad is not None]
         assert len(gradients) == len(self.parameters)  # every parameter takes part in the loss
         return gradients
 
-    def _group_norms(self, tensors: list[Tensor]) -> dict[str, float]:
+    def _group_norms(self, norms_R: Tensor) -> dict[str, float]:
+        """From the norms of rows, in the order of the parameters."""
         # Ranks have whole rows, whose norms are the same bits wherever they are; float64 from there on, so that what
         # clipping multiplies by does not depend on how many ranks a matrix is spread over.
-        rows = [torch.linalg.vector_norm(x, dim=-1) if x.ndim > 1 else x for x in tensors]
-        squares = torch.cat(rows).double().square().split(self._rows)
+        squares = norms_R.double().square().split(self._rows)
         totals = self.ranks.total(torch.stack([group.sum() for group in squares]))
         return dict(zip(self.groups, totals.sqrt().tolist(), strict=True))
+
+
+def _row_norms(tensors: list[Tensor]) -> Tensor:
+    """Norms of the rows of matrices, and entries of vectors, (R,)."""
+    return torch.cat([torch.linalg.vector_norm(x, dim=1) if x.ndim > 1 else x for x in tensors])
 
 
 def total_norm(norms: dict[str, float]) -> float:

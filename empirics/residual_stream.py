@@ -19,7 +19,9 @@ def n_tokens(x_BTD: Tensor) -> int:
 
 def variance_sum(x_BTD: Tensor) -> Tensor:
     """Sum over tokens of the variance of a token's D entries, mean removed: one number, on the stream's device."""
-    return x_BTD.detach().double().var(-1, unbiased=False).sum()
+    centred_BTD = x_BTD.detach().to(torch.float64, copy=True)
+    centred_BTD -= centred_BTD.mean(-1, keepdim=True)  # in its memory: `var` takes eight times as long on a CPU
+    return torch.linalg.vector_norm(centred_BTD).square() / x_BTD.shape[-1]
 
 
 def length_sums(gradient_BTD: Tensor) -> Tensor:

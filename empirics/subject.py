@@ -226,12 +226,15 @@ class Subject(Shared):
 
     def compare(self) -> None:
         """Take the norms of what the step has changed since and of the gradients, and let the copies go."""
-        for name, before in self._before.items():
-            size = before.norm()
-            self._changes[name] = torch.stack([before.sub_(self.matrices[name]).norm(), size])
-            gradient = self.model.get_parameter(name).grad
-            if gradient is not None:
-                self._gradients[name] = local(gradient).norm()
+        before, parameters = list(self._before.values()), dict(self.model.named_parameters())
+        sizes = torch._foreach_norm(before)  # type: ignore[attr-defined]
+        torch._foreach_sub_(before, [self.matrices[name] for name in self._before])  # type: ignore[attr-defined]
+        changes = torch._foreach_norm(before)  # type: ignore[attr-defined]
+        self._changes = {name: torch.stack(pair) for name, *pair in zip(self._before, changes, sizes, strict=True)}
+        gradients = {name: parameters[name].grad for name in self._before}
+        here = {name: local(gradient) for name, gradient in gradients.items() if gradient is not None}
+        norms = torch._foreach_norm(list(here.values())) if here else ()  # type: ignore[attr-defined]
+        self._gradients = dict(zip(here, norms, strict=True))
         self._before = {}
 
     @cached_property
