@@ -20,7 +20,8 @@ from theory.words import counted
 
 SHARE_OF_PEAK = 0.4  # a convention: what well-tuned runs report at these sizes
 # A number of a parameter, all float32: weight, gradient, the two moments of Adam, and the weight before the step, whose
-# distance from the one after it is the update norm. AdamW's counters, 4 bytes a tensor, are left out.
+# distance from the one after it is the update norm. AdamW's counters, 4 bytes a tensor, and where the norm of a
+# matrix's row belongs, 8 bytes a row, are left out.
 STATE_BYTES = 20
 PROBE_BYTES = 4  # a number of a matrix: what a probed step compares itself with
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -71,6 +72,13 @@ def test_a_token_that_is_ignored_does_not_count(vocabulary: int, monkeypatch: py
 def test_a_target_of_no_probability_has_a_finite_loss() -> None:
     x, weight, targets = torch.tensor([[300.0]]), torch.tensor([[1.0], [-1.0]]), torch.tensor([1])
     assert float(HeadLoss.apply(x, weight, targets)) == 600.0
+
+
+def test_a_vocabulary_of_equal_logits_far_from_zero_has_its_logarithm_as_loss() -> None:
+    """The largest probability is 1/V there, as small as it can be."""
+    x, weight, targets = torch.full((3, 1), 1e4), torch.ones(50_000, 1), torch.tensor([0, 7, 49_999])
+    loss = float(HeadLoss.apply(x, weight, targets))
+    assert loss == pytest.approx(math.log(50_000), rel=4 * torch.finfo(torch.float32).eps)
 
 
 def test_a_second_derivative_is_refused() -> None:

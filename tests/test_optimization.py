@@ -209,7 +209,8 @@ def test_z_loss_is_recorded_apart(text: Path, tmp_path: Path) -> None:
     without, with_it = (run(specification(text, z_loss=z), tmp_path)["series"] for z in (0.0, 0.1))
     assert without["z_loss"] == []
     assert len(with_it["z_loss"]) == 9
-    assert with_it["loss"][0] == without["loss"][0]  # the cross entropy alone
+    # The cross entropy alone, from whole logits and not in parts: another order of sums in float32.
+    assert with_it["loss"][0] == pytest.approx(without["loss"][0], rel=4 * torch.finfo(torch.float32).eps)
     # Logits of variance v give log Z = log 258 + v/2, v = 2/5 at the most.
     assert with_it["z_loss"][0] == pytest.approx(0.1 * (math.log(258) + 0.2) ** 2, rel=0.1)
     parts = run(specification(text, z_loss=0.1, batch_size=4, micro_batch=1), tmp_path)["series"]

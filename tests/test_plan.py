@@ -116,8 +116,9 @@ def test_state_is_what_a_training_holds_to_the_byte(
     monkeypatch.setattr(Subject, "compare", counted)
     train(spec, corpus, on_step=on_step)
     planned = memory(a, n_tokens=1, precision=precision)
-    counters = 4 * len(list(build(a, seed=0).parameters()))  # AdamW's
-    assert between == dict.fromkeys(range(2), planned.state + counters)
+    parameters = list(build(a, seed=0).parameters())
+    counters, order = 4 * len(parameters), 8 * sum(map(len, parameters))  # AdamW's; where a row's norm belongs
+    assert between == dict.fromkeys(range(2), planned.state + counters + order)
     assert copies == [planned.probes]
 
 
