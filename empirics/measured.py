@@ -229,9 +229,8 @@ def _leaves(run: Run, sublayer: SubLayer) -> tuple[list[nn.Module], list[nn.Modu
         weights = [p for p in module.parameters() if p.ndim > 1]
         if call.child not in within or any(True for _ in module.children()) or len(weights) != 1 or weights[0].ndim > 2:
             continue
-        seen = call.input  # which may have sequences and tokens on one axis
-        alike = seen is not None and seen.shape[-1] == entering.shape[-1] and seen.numel() == entering.numel()
-        same = alike and torch.equal(seen.reshape_as(entering), entering)
+        # Sequences and tokens may be on one axis.
+        same = call.input is not None and torch.equal(_tokens(call.input), _tokens(entering))
         (readers if same else others).append(module)
     return readers, others
 
@@ -285,6 +284,11 @@ def _response(module: nn.Module, run: Run) -> Tensor:
     unit = torch.eye(given.shape[-1], dtype=given.dtype, device=given.device)
     bias = module(torch.zeros_like(unit[:1]))
     return torch.cat([module(rows) - bias for rows in unit.split(CHUNK)])
+
+
+def _tokens(x_BTD: Tensor) -> Tensor:
+    """(N, D), token by token."""
+    return x_BTD.reshape(-1, x_BTD.shape[-1])
 
 
 def _rms(x: Tensor) -> float:
