@@ -11,7 +11,7 @@ from typing import Any, Literal
 from torch import nn
 
 from empirics import real_classes
-from empirics.kept import architecture_of, load_model, model_folder
+from empirics.kept import REMEDY, architecture_of, load_model, model_folder
 from empirics.model import build
 from empirics.reduction import reduced_architecture
 from theory.__main__ import LARGEST_DEPTH, load
@@ -95,6 +95,11 @@ def network(
             if implementation == "own":
                 raise ValueError(f"{given} holds weights of a class of transformers; leave out --implementation own")
             return checkpoint(folder)
+        if not (folder / real_classes.CONFIG).exists():
+            raise ValueError(
+                f"{given} holds neither a model of `train` nor a {real_classes.CONFIG}; name the folder of a run, or "
+                f"{REMEDY}"
+            )
     elif os.path.isfile(given) and Path(given).suffix in (".safetensors", *real_classes.PICKLED):
         raise ValueError(f"{given} is a file of weights; give the folder that has its config.json beside it")
     if not os.path.exists(given):

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from empirics.reduction import reduced_settings
@@ -112,12 +113,14 @@ def n_parameters(configuration: Any) -> int:
 
 
 def require_safetensors(folder: Path) -> None:
-    """Refuse a folder without weights in safetensors.
+    """Refuse a folder without weights in safetensors, or with files of them that are not whole.
+
+    Of a file its size and its list of tensors are looked at, not what is in them.
 
     Raises:
-        ValueError: it has none; the message says what it has, and the remedy.
+        ValueError: the message says what the folder has, or which file is damaged, and the remedy.
     """
-    names = sorted(os.listdir(folder))
+    names, files = sorted(os.listdir(folder)), [WEIGHTS]
     if "adapter_config.json" in names:
         raise ValueError(f"{folder} is an adapter to another model; merge it (peft: merge_and_unload) and save that")
     if INDEX in names:
@@ -130,11 +133,18 @@ def require_safetensors(folder: Path) -> None:
         missing = sorted(shards - set(names))
         if missing:
             raise ValueError(f"{folder} lacks {missing[0]}, which {INDEX} names; fetch the checkpoint again")
+        files = sorted(shards)
     elif WEIGHTS not in names:
         pickled = [name for name in names if name.endswith(PICKLED)]
         if pickled:
             raise ValueError(f"{folder} holds {pickled[0]}, whose loading may run code; {CONVERT}")
         raise ValueError(f"{folder} has no {WEIGHTS}; give a folder that save_pretrained wrote")
+    for file in files:
+        try:
+            with safe_open(folder / file, framework="pt"):
+                pass
+        except (OSError, SafetensorError) as error:
+            raise ValueError(f"{folder / file} is damaged ({_short(error)}); fetch the checkpoint again") from None
 
 
 def load(folder: Path, configuration: Any, *, attention: str = "eager") -> nn.Module:

@@ -192,6 +192,12 @@ def cut_weights(f: Path) -> None:
     cut(f / "model.safetensors")
 
 
+def cut_shard(f: Path) -> None:
+    (f / "model.safetensors").unlink()
+    llama().save_pretrained(f, max_shard_size="100KB")
+    cut(sorted(f.glob("model-*.safetensors"))[1])
+
+
 def index(weight_map: Any) -> Spoil:
     return lambda f: write(f / real_classes.INDEX, {"weight_map": weight_map})
 
@@ -212,14 +218,14 @@ def other_weights(f: Path) -> None:
 
 
 FOLDERS: dict[str, tuple[Spoil, str]] = {
-    "nothing in it": (lambda f: [p.unlink() for p in f.iterdir()], "config.json"),
+    "nothing in it": (lambda f: [p.unlink() for p in f.iterdir()], "neither a model of `train` nor a config.json"),
     "no config": (lambda f: (f / "config.json").unlink(), "config.json"),
     "config of nothing": (lambda f: (f / "config.json").write_text(""), "not valid JSON"),
     "config of a list": (lambda f: (f / "config.json").write_text("[]"), "not an object"),
     "no model_type": (lambda f: write(f / "config.json", {"hidden_size": 64}), "model_type"),
-    "cut weights": (cut_weights, "transformers refuses"),
-    "garbage weights": (lambda f: (f / "model.safetensors").write_bytes(b"\xff" * 99), "transformers refuses"),
-    "empty weights": (lambda f: (f / "model.safetensors").write_bytes(b""), "transformers refuses"),
+    "cut weights": (cut_weights, "model.safetensors is damaged"),
+    "garbage weights": (lambda f: (f / "model.safetensors").write_bytes(b"\xff" * 99), "model.safetensors is damaged"),
+    "empty weights": (lambda f: (f / "model.safetensors").write_bytes(b""), "model.safetensors is damaged"),
     "too deep a config": (edit(num_hidden_layers=5), "no weights that fit model.layers.3"),
     "too wide a config": (edit(hidden_size=128, head_dim=32), "no weights that fit"),
     "another class": (edit(model_type="olmo2"), "no weights that fit"),
@@ -228,6 +234,7 @@ FOLDERS: dict[str, tuple[Spoil, str]] = {
     "a million layers": (edit(num_hidden_layers=10**6), "out of range"),
     "too large": (edit(num_hidden_layers=4000, hidden_size=8192, intermediate_size=10**5), "needs"),
     "an adapter": (lambda f: write(f / "adapter_config.json", {}), "merge it"),
+    "a cut shard": (cut_shard, "checkpoint/model-00002-of-"),
     "no shard": (index({"a": "model-1.safetensors"}), "lacks model-1.safetensors"),
     "a shard elsewhere": (index({"a": "../w.safetensors"}), "outside its folder"),
     "index of nothing": (index(None), "cannot be read"),
