@@ -27,6 +27,11 @@ with warnings.catch_warnings():
     torch.func.jvp(torch.sin, (torch.ones(1),), (torch.ones(1),))
 
 
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+
+
 @pytest.fixture(scope="session")
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from helpers.training import write_text  # imports the whole package, which not every test needs; as below
