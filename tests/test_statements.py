@@ -33,7 +33,7 @@ from empirics.spectral import explicit_jacobian
 from theory.__main__ import main
 from theory.architecture import preset
 from theory.sources import REFERENCES
-from theory.statements import Statement, find, register, residual
+from theory.statements import Answer, OutOfRange, Statement, find, register, residual
 from theory.symbols import SYMBOLS, symbol
 
 # --- estimates --------------------------------------------------------------------------------------------------
@@ -287,6 +287,18 @@ def test_errors_parameterthe_remedy() -> None:
     ):
         register(ffn_upper)
     assert find("ffn-upper") is ALL["ffn-upper"]
+
+
+@pytest.mark.parametrize("name", ["half-layer-sharp-relu", "half-layer-sharp-gated-silu"])
+def test_numbers_beyond_floating_point_are_named_and_no_file_is_blamed(name: str) -> None:
+    values = {"sigma_1": 0.02, "sigma_2": 0.02, "sigma_3": 0.02, "s": 1e-300, "d": 256, "d_ffn": 1024}
+    with pytest.raises(OutOfRange, match=r"range of floating-point numbers at .*; use less extreme ones") as error:
+        find(name).evaluate(values)
+    assert "s=1e-300" in str(error.value)
+    assert "file" not in str(error.value)
+    assert find(name).predict(values) == Answer(value=None, reasons=("it has no finite value here",))
+    assert find(name).evaluate(values | {"s": 1.0}) > 1  # the control
+    assert find(name).evaluate(values | {"s": 1e300}) == 1  # a branch that adds nothing overflows nowhere
 
 
 def test_a_sharp_statement_answers_unknown_outside_its_domain() -> None:

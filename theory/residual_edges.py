@@ -43,6 +43,7 @@ class ResidualEdge(NamedTuple):
 
 
 NO_BRANCH = ResidualEdge(1.0, 0.0)
+WEAKEST = 1e-100  # the edge is 1 to every digit from far above it; far below it powers of 1 / strength overflow
 
 
 def residual_edge(squares: Array, weights: Array, ratio: float, strength: float) -> ResidualEdge:
@@ -57,7 +58,7 @@ def residual_edge(squares: Array, weights: Array, ratio: float, strength: float)
     from scipy.optimize import minimize_scalar
 
     squares, weights = squares[squares > 0], weights[squares > 0]
-    if strength == 0 or not squares.size:
+    if strength < WEAKEST or not squares.size:
         return NO_BRANCH
     largest = float(np.max(squares))
 

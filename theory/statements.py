@@ -39,6 +39,10 @@ STATEMENT_MODULES = (
 FAULTS = (ArithmeticError, AttributeError, ImportError, LookupError, NameError, RecursionError, SyntaxError, TypeError)
 
 
+class OutOfRange(ValueError):
+    """A formula has no value among floating-point numbers where it was evaluated."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Answer:
     """What a sharp statement says at given numbers: None is `unknown`, for the reasons given."""
@@ -108,6 +112,7 @@ class Statement:
 
         Raises:
             ValueError: a symbol has no value, or the formula raises an error.
+            OutOfRange: it overflows there.
         """
         missing = [name for name in self.parameters if name not in values]
         if missing:
@@ -117,6 +122,10 @@ class Statement:
     def _formula(self, values: Mapping[str, Any]) -> Any:
         try:
             return self.formula(**values)
+        except OverflowError:
+            at = ", ".join(f"{name}={value}" for name, value in values.items() if np.ndim(value) == 0)
+            where = f"{self.name} leaves the range of floating-point numbers at {at or 'these values'}"
+            raise OutOfRange(f"{where}; use less extreme ones") from None
         except FAULTS as error:  # a ValueError is about the values, and says so itself
             place = f"the formula of {self.name} in {_file(self.formula)}"
             raise ValueError(f"{place} raises {_fault(error)}; fix the file") from error
@@ -160,7 +169,10 @@ class Statement:
         reasons = self.outside(values)
         if reasons:
             return Answer(value=None, reasons=reasons)
-        value = as_float(self.evaluate(values))
+        try:
+            value = as_float(self.evaluate(values))
+        except OutOfRange:
+            value = math.nan
         finite = math.isfinite(value)
         return Answer(value=value if finite else None, reasons=() if finite else ("it has no finite value here",))
 
