@@ -7,7 +7,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from empirics.command_line import device_name, positive
+from empirics.command_line import device_name, positive, require_whole_page
 from empirics.distributed import silenced_after_first
 from empirics.measure_command import add_command as add_measure
 from empirics.perplexity_command import add_command as add_perplexity
@@ -33,6 +33,7 @@ def _accuracy(arguments: argparse.Namespace) -> int:
         return 0
     if not chosen_cases and not sharp:
         raise ValueError(f"no case or sharp statement has {only!r} in its name; --list prints them")
+    require_whole_page(arguments.markdown, only)
     norms = norm_rows(Path(arguments.out), sharp)
     out = Path(arguments.out)
     records = run_all([case.spec for case in chosen_cases], out, title="networks")
@@ -47,6 +48,7 @@ def _classes(arguments: argparse.Namespace) -> int:
     only = arguments.only or ""
     if not any(only in label for label in CASES):
         raise ValueError(f"no class has {only!r} in its name; use one of {'; '.join(CASES)}")
+    require_whole_page(arguments.markdown, only)
     emit(markdown(records(Path(arguments.out), only=only, seeds=arguments.seeds)), arguments.markdown)
     return 0
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 import os
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -52,6 +53,24 @@ def add_text_options(command: argparse.ArgumentParser) -> None:
         "random ids",
     )  # fmt: skip
     command.add_argument("--cache", type=Path, metavar="DIR", help="folder that keeps tokenised text")
+
+
+def require_whole_page(page: str | None, only: str) -> None:
+    """Refuse to write a page of what --only chooses over one that has rows of more.
+
+    Raises:
+        ValueError: such a page is there; a row's first cell is its name.
+    """
+    if page is None or not os.path.isfile(page):
+        return
+    lines = Path(page).read_text(encoding="utf-8", errors="replace").splitlines()
+    rows = [line for line, after in pairwise([*lines, ""]) if line.startswith("| ") and not after.startswith("|--")]
+    others = [name for row in rows if only not in (name := row.removeprefix("| ").split(" | ")[0])]
+    if others:
+        raise ValueError(
+            f"{page} has {counted(len(others), 'row')} of others than {only!r}, {others[0]} for one, which a page of "
+            "these alone would lose; leave out --only, or write another file"
+        )
 
 
 def check_device(device: str) -> str:

@@ -13,12 +13,14 @@ import pytest
 from empirics import accuracy, norm_samples
 from empirics.__main__ import main
 from empirics.accuracy_cases import Case, network
+from empirics.command_line import require_whole_page
 from empirics.comparison import ACCURACY
 from empirics.run import run
 from theory.growth import gradient_growth
 from theory.statements import find
 
-PAGE = (Path(__file__).resolve().parents[1] / "docs" / "accuracy.md").read_text()
+ROOT = Path(__file__).resolve().parents[1]
+PAGE = (ROOT / "docs" / "accuracy.md").read_text()
 QUICK = "gaussian-opnorm-sharp"
 
 
@@ -161,6 +163,31 @@ def test_a_missed_target_is_said() -> None:
     }  # fmt: skip
     assert "**missed**" in accuracy.norms_markdown([row])[-1]
     assert "missed" not in accuracy.norms_markdown([row | {"in_domain": False}])[-1]
+
+
+@pytest.mark.parametrize("command", ["accuracy", "classes"])
+def test_a_page_of_a_few_rows_takes_no_others_place(
+    command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of either command, on the published page; nothing is measured before."""
+    page, out = tmp_path / "page.md", tmp_path / "out"
+    published = (ROOT / "docs" / f"{command}.md").read_text()
+    page.write_text(published)
+    only = {"accuracy": "gaussian-opnorm", "classes": "olmo2"}[command]
+    assert main([command, "--only", only, "--out", str(out), "--markdown", str(page)]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert f"rows of others than {only!r}" in said
+    assert "leave out --only" in said
+    assert page.read_text() == published
+    assert not out.exists()
+    # Of the chosen ones alone, or of all, it may be written over.
+    rows = [line for line in published.splitlines() if not line.startswith("| ") or only in line.split(" | ")[0]]
+    page.write_text("\n".join(rows))
+    require_whole_page(str(page), only)
+    page.write_text(published)
+    require_whole_page(str(page), "")
+    require_whole_page(str(tmp_path / "none.md"), only)
 
 
 def test_only_what_exists(capsys: pytest.CaptureFixture[str]) -> None:
