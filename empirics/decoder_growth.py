@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,6 +14,7 @@ from empirics.anatomy import some_tokens
 from empirics.comparison import one_pass
 from empirics.measured import Measured, describe
 from empirics.probes import growth_over_seeds
+from empirics.running import first_tensor, removed
 from empirics.stability import StabilityMonitor
 from theory.records import Measurement
 
@@ -59,7 +61,7 @@ def measure_decoder(
     seeds: tuple[int, ...],
     batches: Callable[[nn.Module, int], Tokens],
     device: str = "cpu",
-    on_seed: Callable[[int], object] | None = None,
+    on_layer: Callable[[int], object] | None = None,
 ) -> DecoderGrowth:
     """Growth, gradient and residual profile over seeds, and which architecture it is.
 
@@ -68,6 +70,7 @@ def measure_decoder(
     Args:
         make: the network of a seed; where it is the same one each time, the seeds are of the tokens alone.
         batches: tokens and next tokens of a network and a seed, on its device.
+        on_layer: called after each layer's forward pass and before its backward pass, with how many times in all.
 
     Raises:
         ValueError: there is no residual stream, or the gradient or the stream is zero somewhere.
@@ -83,7 +86,8 @@ def measure_decoder(
             if other is not model:
                 model.load_state_dict(other.state_dict())
                 del other
-        record = one_pass(monitor, model, *(first if seed == seeds[0] else batches(model, seed)))
+        with _telling(monitor.anatomy.blocks, on_layer, 2 * len(seeds) * len(monitor.anatomy.blocks)):
+            record = one_pass(monitor, model, *(first if seed == seeds[0] else batches(model, seed)))
         if any(not math.isfinite(x) or x == 0 for x in (*record.place_gradient, *record.residual_std)):
             raise ValueError(
                 f"{type(model).__name__}: the residual stream or its gradient is zero or not finite somewhere; "
@@ -91,8 +95,6 @@ def measure_decoder(
             )
         logs.append([math.log(value / record.place_gradient[-1]) for value in record.place_gradient])
         deviations.append([math.log(value) for value in record.residual_std])
-        if on_seed is not None:
-            on_seed(seed)
     growth, gradient, residual_std = growth_over_seeds(np.array(logs), np.array(deviations), seeds)
     return DecoderGrowth(
         growth=growth,
@@ -104,3 +106,26 @@ def measure_decoder(
         tokens=first[0],
         targets=first[1],
     )
+
+
+@contextmanager
+def _telling(blocks: Iterable[nn.Module], on_layer: Callable[[int], object] | None, total: int) -> Iterator[None]:
+    """How far the passes inside have come: one backward pass of a slow class takes minutes."""
+    if on_layer is None:
+        yield
+        return
+
+    def tell(_: Tensor) -> None:  # a hook's answer would take the gradient's place
+        on_layer(total)
+
+    def after(_: nn.Module, __: object, output: object) -> None:
+        x = first_tensor((output,))
+        if x is not None:
+            tell(x)
+            if x.requires_grad:
+                x.register_hook(tell)
+
+    with ExitStack() as hooks:
+        for block in blocks:
+            hooks.enter_context(removed(block.register_forward_hook(after)))
+        yield

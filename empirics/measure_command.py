@@ -47,6 +47,7 @@ LARGEST_SEEDS = 100_000
 COLUMNS = {function: probe for probe, function in FUNCTIONS.items() if probe != "experts_jacobian"} | {
     "attention_half": "half_layer_jacobian attention", "feedforward_half": "half_layer_jacobian feedforward",
 }  # fmt: skip
+PATIENCE = 5.0  # seconds without a bar
 SEQ_LEN = 128  # default where the context is longer: activations of the whole batch are kept
 
 
@@ -130,14 +131,16 @@ def _measured(subject: Network, arguments: argparse.Namespace, device: str) -> d
     with ExitStack() as bars:
         bar: list[Any] = []
 
-        def on_seed(_: int) -> None:
+        def on_layer(total: int) -> None:
             if not bar:  # not before the first network is made: what is wrong with it is one line
-                bar.append(tqdm(total=arguments.seeds, desc="seeds", unit="seed", disable=arguments.seeds < 2))
-                bars.callback(bar[0].close)
+                what = f"{subject.name}, {counted(arguments.seeds, 'seed')}, both ways"
+                bar.append(bars.enter_context(tqdm(total=total, desc=what, unit="layer", delay=PATIENCE)))
+                smaller = "--seq-len" if subject.trained else "--layers, --width or --seq-len"
+                bar[0].set_postfix_str(f"shorter with a smaller {smaller}", refresh=False)
             bar[0].update(1)
 
         grown = measure_decoder(
-            subject.make, seeds=tuple(range(arguments.seeds)), batches=tokens.of, device=device, on_seed=on_seed
+            subject.make, seeds=tuple(range(arguments.seeds)), batches=tokens.of, device=device, on_layer=on_layer
         )
     predicted = None if a is None else predict(a, grown.tokens)
     return _answer(subject, arguments, grown, predicted, tokens.description, _norms(arguments, grown))

@@ -16,7 +16,7 @@ transformers = pytest.importorskip("transformers")
 from helpers.measuring import LLAMA, QUICK, forbid_network, measure, write  # noqa: E402  (after the skip)
 from helpers.real_classes import REAL, TINY, measured_growth  # noqa: E402
 
-from empirics import real_classes  # noqa: E402
+from empirics import measure_command, real_classes  # noqa: E402
 from empirics.__main__ import main  # noqa: E402
 from empirics.block_norms import Norms, block_norms  # noqa: E402
 from empirics.comparison import (  # noqa: E402
@@ -64,6 +64,33 @@ def test_growth_over_seeds_is_that_of_hooks_set_by_name(kind: str) -> None:
     assert grown.log_sd is not None
     assert grown.log_sd / 2**0.5 == pytest.approx(error, rel=1e-4)
     assert grown.gradient.values[0] == pytest.approx(value, rel=1e-6)
+
+
+def test_how_far_the_passes_have_come_is_told_and_changes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of two seeds of two layers, forward and back; the bar of the command says what makes it shorter."""
+    settings, _ = real_classes.settings(LLAMA | {"num_hidden_layers": 2})
+    told: list[int] = []
+    grown = [
+        measure_decoder(
+            lambda seed: real_classes.build(settings, seed),
+            seeds=(0, 1),
+            batches=lambda model, seed: distinct_tokens(model, seed, batch_size=2, seq_len=12),
+            on_layer=on_layer,
+        )
+        for on_layer in (None, told.append)
+    ]
+    assert told == [8] * 8
+    assert grown[0].gradient == grown[1].gradient
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in grown[1].model.modules())
+    config = write(tmp_path / "config.json", LLAMA | {"num_hidden_layers": 2})
+    for patience, shown in ((0.0, True), (1000.0, False)):
+        monkeypatch.setattr(measure_command, "PATIENCE", patience)
+        assert main(["measure", config, *QUICK]) == 0
+        said = capsys.readouterr().err
+        assert ("llama, 1 seed, both ways" in said) == shown
+        assert ("4/4" in said and "shorter with a smaller --layers, --width or --seq-len" in said) == shown
 
 
 @pytest.mark.parametrize("kind", TINY)
