@@ -18,7 +18,7 @@ from empirics.distributed import ALONE, Ranks
 from empirics.initialisation import InitialisationSpec, initialisation
 from empirics.run_spec import RunSpec
 from empirics.train import OnStep, check_shares, train
-from theory.records import read_record, write_record
+from theory.records import read_record, remove_unfinished, write_record
 
 Spec = RunSpec | InitialisationSpec
 Record = dict[str, Any]
@@ -91,6 +91,9 @@ def run(
         assert record is not None
     elif keep_model and isinstance(spec, RunSpec) and not model_path(spec, out).exists():
         raise ValueError(f"the run is finished and its model was not kept; delete {path} and run again to train anew")
+    if ranks.first:
+        for made in (path, model_path(spec, out)) if isinstance(spec, RunSpec) else (path,):
+            remove_unfinished(made)
     if isinstance(spec, RunSpec):  # not before the record is there: a kill between would lose the run
         checkpoints_of(spec, out, ranks).remove()
     return record

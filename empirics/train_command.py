@@ -18,7 +18,7 @@ from empirics.run_spec import SCHEDULES, RunSpec
 from empirics.tensorboard import TensorBoard
 from theory.__main__ import add_architecture_options, chosen, emit, natural, whole
 from theory.architecture import Architecture
-from theory.records import write_bytes
+from theory.records import remove_unfinished, write_bytes
 from theory.words import counted
 
 EXPERIMENT = "train"
@@ -207,6 +207,7 @@ def _report(arguments: argparse.Namespace, spec: RunSpec, out: Path, record: dic
         json.dumps({"step": step, "loss": loss}) + "\n" for step, loss in enumerate(record["series"]["loss"])
     )
     write_bytes(out / "losses.jsonl", losses.encode())
+    remove_unfinished(out / "losses.jsonl")
     final, steps = record["final"], counted(spec.steps, "step")
     if final["diverged_at"] is not None:
         print(f"diverged: the loss or its gradient was not finite at step {final['diverged_at']}")

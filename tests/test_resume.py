@@ -220,6 +220,56 @@ def test_killed_at_random_moments_is_the_same(text: Path, tmp_path: Path, times:
     assert files(killed) == files(calm)
 
 
+DYING = """
+import json, os, signal, sys
+from pathlib import Path
+import torch
+from empirics.__main__ import main
+from helpers.kills import die_where_renamed
+
+torch.set_num_threads(1)
+left = []
+for folder, after, command in json.loads(sys.argv[1]):
+    ends, out = [], Path(command[-1])
+    for dies in (True, False):
+        child = os.fork()
+        if child == 0:
+            if dies:
+                die_where_renamed(out / folder, after=after)
+            os._exit(main(command))
+        ends.append(os.waitpid(child, 0)[1])
+        if dies:
+            seen = [out / name for name in (folder, "checkpoints")]
+            left.append([sorted(os.listdir(path)) if path.is_dir() else [] for path in seen])
+    assert os.WIFSIGNALED(ends[0]) and os.WTERMSIG(ends[0]) == signal.SIGKILL and ends[1] == 0, ends
+print(json.dumps(left), flush=True)
+"""
+
+
+def test_killed_while_its_results_get_their_names_is_the_same(text: Path, tmp_path: Path) -> None:
+    """A real SIGKILL right before the model, the record or the losses are renamed into place, or right after.
+
+    What has no name yet is not left behind either.
+    """
+    assert main(command(text, tmp_path / "calm", steps=7)) == 0
+    places = [("models", False), ("records", False), ("records", True), (".", False)]
+    killed = [tmp_path / str(n) for n in range(len(places))]
+    kills = [(*place, command(text, out, steps=7)) for place, out in zip(places, killed, strict=True)]
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", DYING, json.dumps(kills)], cwd=ROOT, env=environment, capture_output=True, text=True,
+        check=False, timeout=200,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    for (folder, after), found, out in zip(places, json.loads(done.stdout.splitlines()[-1]), killed, strict=True):
+        there, checkpoints = found
+        assert sum(name.startswith(".") for name in there) == (not after)
+        if folder != ".":
+            assert len(there) == 1
+            assert checkpoints  # the run is not lost before its record is there
+        assert files(out) == files(tmp_path / "calm")
+
+
 def test_killed_before_the_record_is_written(
     text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, undisturbed: bytes
 ) -> None:

@@ -7,13 +7,16 @@ time, so an interrupted and resumed run writes the same bytes as an undisturbed 
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import math
 import os
 import re
+import shutil
 import tempfile
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -118,6 +121,16 @@ def write_bytes(path: Path, content: bytes) -> None:
             raise
     except OSError as error:
         raise ValueError(f"cannot write {path}: {error.strerror}; choose a writable folder with --out") from None
+
+
+def remove_unfinished(path: Path) -> None:
+    """Remove what writers of a file or folder that were killed have left beside it; nobody may be writing it now."""
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*"):
+        if left.is_dir():
+            shutil.rmtree(left, ignore_errors=True)
+        else:
+            with suppress(OSError):
+                left.unlink()
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -1,11 +1,16 @@
-"""Kills spread over a training: it tells its steps through a pipe, and whoever reads them chooses the moment."""
+"""Kills of a training: spread over it, or exactly where it gives what it has written its name.
+
+For the former it tells its steps through a pipe, and whoever reads them chooses the moment.
+"""
 
 from __future__ import annotations
 
 import os
 import random
 import select
+import signal
 import time
+from pathlib import Path
 from typing import Any
 
 # A step of a training: when it is taken, kill after so many times as long as the step before it took (at most 50 ms).
@@ -36,6 +41,20 @@ def tell_steps(pipe: int) -> None:
         return honest(*arguments, on_step=after, **options)
 
     empirics.run.train = told
+
+
+def die_where_renamed(folder: Path, *, after: bool) -> None:
+    """Have this process kill itself where something whole gets its name in a folder: right before, or right after."""
+    honest = os.replace
+
+    def replace(source: Any, target: Any) -> None:
+        ours = Path(target).parent == folder
+        if after or not ours:
+            honest(source, target)
+        if ours:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    os.replace = replace
 
 
 def wait_for(pipe: int, kill: Kill, limit: float) -> int:
