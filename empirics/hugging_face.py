@@ -17,7 +17,8 @@ class StabilityCallback(TrainerCallback):
     """Probes every `every`-th optimiser step and appends a line to a file; the training itself is not changed.
 
     With several processes each probes its own tokens, and the first one writes. With `torch_compile` the probed steps
-    run uncompiled. A resumed training goes on in its file; one that starts anew needs a new one.
+    run uncompiled. A resumed training goes on in its file; one that starts anew needs a new one. With `fp16` gradients
+    at the places have the loss scaler's factor, as in `StabilityMonitor`.
 
     Args:
         out: JSON lines, one a probed step: the step, standard deviation and gradient norm at every place, the growth,

@@ -46,8 +46,9 @@ class StabilityRecord:
         step: the step's number.
         places: `embedding`, then `layer N attention` (serial blocks) and `layer N`.
         residual_std: over the entries of a token, its square averaged over tokens.
-        place_gradient: norm of the loss gradient over all tokens of the step; not a number where none arrives.
-        token_gradient: mean over tokens of the norm of the loss gradient at that token.
+        place_gradient: norm of the loss gradient over all tokens of the step; not a number where none arrives. Of the
+            loss as backward() has it: a loss scaler's factor is in it, and not in the growth.
+        token_gradient: mean over tokens of the norm of the loss gradient at that token; likewise.
         n_tokens: tokens of the step, padding included.
         probes: what the probes found, by name, as `series.probes` of a training record has them. Those of the
             optimizer's step are there once it has stepped.
@@ -130,6 +131,8 @@ Found = tuple[dict[str, Reading], dict[str, str]]
 
 
 NO_BACKWARD = "no gradient arrived; run backward() in the probed step"
+FIELDS = ("place_gradient", "token_gradient")  # that every record has, probes or none
+GRADIENTS = (*FIELDS, "token_gradient_max", "gradient_growth")
 
 
 def require_steps(every: int) -> None:
@@ -151,6 +154,11 @@ class StabilityMonitor:
     steps run uncompiled, since a compiled graph calls no hook: their losses differ by rounding, all other steps are as
     they were. Of a sharded model (`fully_shard`, DistributedDataParallel) make a monitor on every rank; a record is of
     the rank's own tokens, of whole matrices, and of the loss as the rank scales it.
+
+    Gradients are those of the loss on which backward() is called. A loss scaler (`torch.amp.GradScaler`) makes
+    `place_gradient`, `token_gradient` and `token_gradient_max` as many times too large as its scale; divide by
+    `scaler.get_scale()` as it was in the step. The growth is a ratio and right as it is; `matrix_gradient` is what the
+    optimizer got, unscaled unless the optimizer itself unscales (`fused=True`).
 
     Args:
         model: any decoder with a list of equal blocks that add to a residual stream.
@@ -234,10 +242,9 @@ class StabilityMonitor:
         places = watched.place_statistics
         passes = [probe for probe in self._due if not (probe.in_training or of_weights(probe))]
         found, missing = measured(watched, passes)
-        if not watched.had_backward:
-            empty = {name for name, it in found.items() if all(map(math.isnan, it.values))}
-            found = {name: it for name, it in found.items() if name not in empty}
-            missing |= dict.fromkeys(sorted(empty | {"place_gradient", "token_gradient"}), NO_BACKWARD)
+        if unreached := watched.unreached if watched.had_backward else NO_BACKWARD:
+            found, without = _of_gradients(found, unreached)
+            missing |= without
         record = StabilityRecord(
             step=len(self.records) if step is None else step,
             places=tuple(watched.place_labels),
@@ -321,6 +328,13 @@ class StabilityMonitor:
 def of_weights(probe: Probe) -> bool:
     """Whether it looks at the matrices alone."""
     return probe.quantity.axis == "matrix" and not probe.in_training
+
+
+def _of_gradients(found: dict[str, Reading], unreached: str) -> Found:
+    """What is found where some places have no gradient, and why the rest is missing."""
+    gaps = {name: [math.isnan(x) for x in found[name].values] for name in GRADIENTS if name in found}
+    whole = {name: it for name, it in found.items() if not all(gaps.get(name, [False]))}
+    return whole, {name: unreached for name in GRADIENTS if name in FIELDS or any(gaps.get(name, ()))}
 
 
 def measured(watched: Watched, probes: Sequence[Probe]) -> Found:

@@ -32,6 +32,10 @@ UNSEEN = (
     "its class calls neither scaled_dot_product_attention nor nn.MultiheadAttention nor a softmax over tokens by "
     "tokens; a kernel as of flash or flex attention shows no row"
 )
+FROZEN = (
+    "no gradient arrives, since nothing before it is trained; to have it, let the output of the embeddings require one "
+    "(transformers: model.enable_input_require_grads())"
+)
 
 
 class PlaceSums:
@@ -246,6 +250,15 @@ class Watched(Shared):
     def had_backward(self) -> bool:
         """Whether a gradient has arrived at any place."""
         return any(sums.lengths for sums in self._sums)
+
+    @property
+    def unreached(self) -> str:
+        """Which places no gradient has arrived at, and why; empty if there are none."""
+        whys: dict[str, list[str]] = {}
+        for name, sums in zip(self.place_labels, self._sums, strict=True):
+            if not sums.lengths:
+                whys.setdefault(FROZEN if sums.unhooked else "no gradient arrived", []).append(name)
+        return "; ".join(f"{', '.join(places)}: {why}" for why, places in whys.items())
 
     @property
     def streams(self) -> list[Tensor]:

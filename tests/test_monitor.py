@@ -26,6 +26,7 @@ from empirics.comparison import disagreements
 from empirics.model import build as build_own
 from empirics.monitor import StabilityMonitor, check, describe, series
 from empirics.probes import gradient_profile
+from empirics.running import unwrapped
 
 # The monitor sums in float64 what the reference sums in float64, over at most 2^11 entries.
 TOLERANCE = 2.0**-40
@@ -211,10 +212,62 @@ def test_an_untrained_part_has_no_gradient() -> None:
     record = monitor.records[-1]
     assert math.isnan(record.place_gradient[0])
     assert math.isfinite(record.place_gradient[1])
+    unmeasured = {"place_gradient", "token_gradient", "token_gradient_max", "gradient_growth"}
+    assert unmeasured <= record.left_out.keys()
+    for name in unmeasured:
+        assert record.left_out[name].startswith("embedding: no gradient arrives, since nothing before it is trained")
+    assert "gradient_growth" not in record.probes  # its one value is no number
+    assert len(record.probes["token_gradient_max"].values) == len(record.places)
+    assert f"gradient_growth: left out; {record.left_out['gradient_growth']}" in str(record).splitlines()
+    assert record.row()["left_out"] == record.left_out
     growth, profile, residual = record.measurements()
     assert math.isnan(growth.values[0])
     assert profile.values[-1] == 1
     assert residual.values == record.residual_std
+    # What the reason names as the remedy is one.
+    model.tok_embeddings.register_forward_hook(lambda _, __, output: output.requires_grad_())
+    with monitor.probe():
+        loss_of(model, some_batch()).backward()
+    assert monitor.records[-1].place_gradient[1:] == record.place_gradient[1:]
+    assert math.isfinite(monitor.records[-1].growth)
+    assert unmeasured.isdisjoint(monitor.records[-1].left_out)
+
+
+def test_frozen_layers_are_named_together() -> None:
+    model = Titan()
+    model.tok_embeddings.requires_grad_(False)
+    block = unwrapped(StabilityMonitor(model).anatomy.blocks[0]).requires_grad_(False)
+    monitor = StabilityMonitor(model, probes="none")
+    with monitor.probe():
+        loss_of(model, some_batch()).backward()
+    record = monitor.records[-1]
+    assert record.left_out.keys() == {"place_gradient", "token_gradient"}
+    assert record.left_out["place_gradient"].startswith("embedding, layer 0 attention, layer 0: no gradient arrives")
+    assert all(p.grad is None for p in block.parameters())  # it is watched, and not changed
+
+
+def test_a_loss_scaler_scales_gradients_and_not_the_growth() -> None:
+    """As the class says: by a power of two, so to the bit."""
+    records = []
+    for scale in (1.0, 1024.0):
+        torch.manual_seed(0)
+        model = Titan()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, fused=False)
+        scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+        monitor = StabilityMonitor(model)
+        with monitor.step():
+            scaler.scale(loss_of(model, some_batch())).backward()
+            scaler.step(optimizer)
+        records.append(monitor.records[-1])
+    plain, scaled = records
+    for name in ("place_gradient", "token_gradient"):
+        assert getattr(scaled, name) == tuple(1024 * x for x in getattr(plain, name))
+    assert scaled.probes["token_gradient_max"].values == tuple(
+        1024 * x for x in plain.probes["token_gradient_max"].values
+    )
+    assert scaled.growth == plain.growth
+    for name in ("gradient_growth", "matrix_gradient", "update_norm"):
+        assert scaled.probes[name].values == plain.probes[name].values
 
 
 # --- what is refused ------------------------------------------------------------------------------------------------

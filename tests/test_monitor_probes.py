@@ -25,6 +25,7 @@ from empirics.registry import probes
 from empirics.subject import Subject
 
 CHEAP = {name for name, found in probes().items() if found.cost == "cheap"} - {"residual_std", "place_gradient"}
+ROWS = ["logit_variance", "attention_entropy", "attention_entropy_relative", "attention_entropy_lowest"]
 UPDATES = {"update_norm", "update_ratio", "matrix_gradient"}
 
 
@@ -109,6 +110,43 @@ def test_attention_is_what_the_class_says_of_it(kind: str) -> None:
     assert max(values(record, "logit_variance").values()) > 1e-2
 
 
+@pytest.mark.parametrize("kind", ["gpt2", "llama", "mistral"])
+def test_fused_attention_shows_the_rows_that_are_written_out(kind: str) -> None:
+    """Whose weights the class does not return; shared keys, windows and padding too."""
+    model, found = sharpened(kind), []
+    padding = torch.ones_like(some_batch())
+    padding[:, :2] = 0
+    for implementation in ("eager", "sdpa"):
+        model.set_attn_implementation(implementation)
+        monitor = StabilityMonitor(model)
+        for mask in (None, padding):
+            with monitor.probe():
+                model(some_batch(), attention_mask=mask, labels=some_batch()).loss.backward()
+        assert all(set(record.left_out) == UPDATES for record in monitor.records)
+        found.append([values(record, name) for record in monitor.records for name in ROWS])
+    for fused, plain in zip(*reversed(found), strict=True):
+        assert fused == pytest.approx(plain, rel=1e-5)
+    assert found[0][0] != found[0][len(ROWS)]  # the padding counts
+
+
+def test_fused_attention_in_anyones_module_shows_its_rows() -> None:
+    """Of scaled_dot_product_attention under any name: what the same products by hand give."""
+    model, softmax = NanoGPT().eval(), torch.softmax
+    model.transformer["h"][0].attn.c_attn.weight.data.mul_(4)
+    found = []
+    for by_hand in (False, True):
+        for block in model.transformer["h"] if by_hand else ():
+            block.attn = Spelled(block.attn, softmax)
+        monitor = StabilityMonitor(model)
+        with monitor.probe():
+            loss_of(model, some_batch()).backward()
+        assert set(monitor.records[-1].left_out) == UPDATES
+        found.append([values(monitor.records[-1], name) for name in ROWS])
+    for fused, plain in zip(*found, strict=True):
+        assert fused == pytest.approx(plain, rel=1e-5)
+    assert found[0][0]["layer 0"] > 10 * found[0][0]["layer 1"] > 0
+
+
 @pytest.mark.parametrize("batch_first", [True, False])
 @pytest.mark.parametrize("norm_first", [True, False])
 def test_attention_by_torchs_own_layers_is_what_they_say_of_it(norm_first: bool, batch_first: bool) -> None:
@@ -172,16 +210,21 @@ def test_masks_and_padding_of_torchs_attention_are_seen(separate: bool) -> None:
 
 
 class Spelled(nn.Module):
-    """Attention by hand: the same product, and a softmax of its own making."""
+    """Attention by hand: the same product, and a softmax of its own making unless one is given."""
 
-    def __init__(self, attention: Any) -> None:
+    def __init__(self, attention: Any, softmax: Any = None) -> None:
         super().__init__()
-        self.c_attn, self.c_proj = attention.c_attn, attention.c_proj
+        self.c_attn, self.c_proj, self.softmax = attention.c_attn, attention.c_proj, softmax
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = (part.unflatten(-1, (4, -1)).transpose(1, 2) for part in self.c_attn(x).chunk(3, -1))
-        weights = (q @ k.mT / 4).exp().tril()
-        return self.c_proj((weights / weights.sum(-1, keepdim=True) @ v).transpose(1, 2).flatten(2))
+        logits = q @ k.mT / 4
+        if self.softmax is None:
+            weights = logits.exp().tril()
+            weights = weights / weights.sum(-1, keepdim=True)
+        else:
+            weights = self.softmax(logits.masked_fill(torch.ones_like(logits).tril() == 0, -math.inf), -1)
+        return self.c_proj((weights @ v).transpose(1, 2).flatten(2))
 
 
 def test_what_cannot_be_seen_is_said() -> None:
