@@ -135,8 +135,8 @@ def _measured(subject: Network, arguments: argparse.Namespace, device: str) -> d
             if not bar:  # not before the first network is made: what is wrong with it is one line
                 what = f"{subject.name}, {counted(arguments.seeds, 'seed')}, both ways"
                 bar.append(bars.enter_context(tqdm(total=total, desc=what, unit="layer", delay=PATIENCE)))
-                smaller = "--seq-len" if subject.trained else "--layers, --width or --seq-len"
-                bar[0].set_postfix_str(f"shorter with a smaller {smaller}", refresh=False)
+                fewer = "" if subject.trained else "fewer --layers or "
+                bar[0].set_postfix_str(f"shorter with {fewer}a smaller --seq-len", refresh=False)
             bar[0].update(1)
 
         grown = measure_decoder(

@@ -76,8 +76,10 @@ def reduced_settings(
     """
     new = dict(full)
     d_key, n_key, h_key = (names.get(key, key) for key in ("hidden_size", "num_hidden_layers", "num_attention_heads"))
-    if any(not isinstance(new.get(key), int) for key in (d_key, n_key, h_key)):
-        raise ValueError(f"this class does not say {d_key}, {n_key} and {h_key}; leave out --width and --layers")
+    needed = {"--layers": (n_key,) * (n_layers is not None), "--width": (d_key, h_key) * (width is not None)}
+    for option, keys in needed.items():
+        if lacking := [key for key in keys if not isinstance(new.get(key), int)]:
+            raise ValueError(f"this class does not say {' and '.join(lacking)}; leave out {option}")
     if width is not None and width != new[d_key]:
         d, h = new[d_key], new[h_key]
         kv = next((key for key in GROUPS if isinstance(new.get(key), int)), None)

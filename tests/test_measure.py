@@ -90,7 +90,7 @@ def test_how_far_the_passes_have_come_is_told_and_changes_nothing(
         assert main(["measure", config, *QUICK]) == 0
         said = capsys.readouterr().err
         assert ("llama, 1 seed, both ways" in said) == shown
-        assert ("4/4" in said and "shorter with a smaller --layers, --width or --seq-len" in said) == shown
+        assert ("4/4" in said and "shorter with fewer --layers or a smaller --seq-len" in said) == shown
 
 
 @pytest.mark.parametrize("kind", TINY)
@@ -148,6 +148,14 @@ def test_every_class_can_be_made_smaller(kind: str) -> None:
     matrices = sum(p.numel() for p in real_classes.build(settings, 0).parameters() if p.ndim > 1)
     assert matrices == a.n_weights + (2 * a.d_model if kind == "opt" else 0)  # OPT has two positions more
     assert real_classes.n_parameters(settings) >= matrices
+
+
+def test_a_class_without_heads_has_another_depth() -> None:
+    mamba = {"model_type": "mamba", "hidden_size": 32, "num_hidden_layers": 3, "vocab_size": 50}
+    settings, reduced = real_classes.settings(mamba, n_layers=2)
+    assert (settings.num_hidden_layers, reduced) == (2, ("num_hidden_layers 3 -> 2",))
+    with pytest.raises(ValueError, match="does not say num_attention_heads; leave out --width"):
+        real_classes.settings(mamba, n_layers=2, width=16)
 
 
 def test_a_deeper_one_repeats_its_layers() -> None:
