@@ -8,46 +8,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
-from torch.nn import Module
 
 from empirics.adversaries import normal
 from empirics.bench_attention import FullAttention
-from empirics.benches import Choices, small_architecture
+from empirics.benches import small_architecture
 from empirics.model import Attention, FeedForward, make_norm
+from empirics.norm_settings import PRECISE, Setting, fill, to_fill
 from empirics.observables import opnorm, true_each_token, true_feedforward, true_half_layer
 from empirics.probes import PlainAttention
+from empirics.routed_samples import experts, tied_tables
 from empirics.spectral import lanczos_opnorm
 from theory.statements import Statement, catalogue
 
 WIDTHS = (64, 128, 256, 512)
 HEADS = 4
-PRECISE = 1e-3  # of Lanczos, as what it makes likely: its value is closer still
-Layer = TypeVar("Layer", bound=Module)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Setting:
-    """One row of the table: the symbols' values, and how to draw the true norm at a seed.
-
-    Attributes:
-        values: every symbol of the statement, and what else its domain speaks of.
-    """
-
-    label: str
-    values: Mapping[str, Any]
-    draw: Callable[[int], float]
-    seeds: int
-
-    def inside(self, statement: Statement) -> bool:
-        """Whether the statement claims its target here."""
-        return not statement.outside(self.values)
-
-    def predicted(self, statement: Statement) -> float:
-        return float(statement.evaluate(self.values))
 
 
 def matrices(statement: Statement) -> Iterator[Setting]:
@@ -66,19 +43,6 @@ def feedforward(statement: Statement, d: int, d_ffn: int) -> FeedForward:
     """A sub-layer of the statement's variant, to fill."""
     variant = {name: values[0] for name, values in statement.covers.items()}
     return to_fill(FeedForward, {"d_model": d, "d_ffn": d_ffn, **variant}, torch.float64)
-
-
-def to_fill(kind: type[Layer], choices: Choices, dtype: torch.dtype = torch.float32) -> Layer:
-    """A sub-layer whose weights are all still to be drawn: until then they take neither time nor memory."""
-    with torch.device("meta"):
-        module = kind(small_architecture(choices)).to(dtype)
-    return module.to_empty(device="cpu").requires_grad_(False)
-
-
-def fill(module: Any, sigmas: Mapping[str, float], generator: torch.Generator) -> None:
-    """Normal weights, in the order of the names."""
-    for name, sigma in sigmas.items():
-        getattr(module, name).weight.normal_(0, sigma, generator=generator)
 
 
 def feedforwards(statement: Statement) -> Iterator[Setting]:
@@ -372,6 +336,8 @@ SAMPLERS: dict[str, Callable[[Statement], Iterator[Setting]]] = {
     "half_layer_jacobian": half_layers,
     "attention_jacobian": attentions,
     "embedding_jacobian": embeddings,
+    "experts_jacobian": experts,
+    "tied_jacobian": tied_tables,
 }
 
 

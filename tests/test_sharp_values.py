@@ -20,14 +20,16 @@ QUICK, MANY_SEEDS = 256, 255  # wider ones are in docs/accuracy.md
 ALIKE = {
     *(f"half-layer-sharp-gated-{name}" for name in ("gelu", "gelu-tanh", "relu", "relu-squared", "identity")),
     "half-layer-sharp-gelu-tanh", "attention-half-layer-simulated", "attention-uneven-sharp",
-    "attention-full-half-layer-sharp", "ffn-sharp-gated-relu-squared",
+    "attention-full-half-layer-sharp", "ffn-sharp-gated-relu-squared", "experts-sharp-gated-silu",
 }  # fmt: skip
+WIDE = {"experts-sharp-relu": 65, "tied-simulated": 65}  # from which a row of it takes seconds
 NARROW = " heads of 32"  # of the heads that do not fill the stream, quick ones
 
 
 def takes_seconds(name: str, setting: norm_samples.Setting) -> bool:
     other = " heads of " in setting.label and (NARROW not in setting.label or name != "attention-sharp")
-    return setting.seeds > MANY_SEEDS or name in ALIKE or other
+    wide = setting.values.get("d", 0) >= WIDE.get(name, math.inf) or setting.values.get("n_tokens", 0) > MANY_SEEDS
+    return setting.seeds > MANY_SEEDS or name in ALIKE or other or wide
 
 
 MEASURED = [

@@ -116,8 +116,16 @@ _INTEGERS = {
 SECONDS = (
     "attention-simulated", "attention-half-layer-sharp", "attention-half-layer-simulated",
     "attention-variants-simulated", "attention-uneven-sharp", "attention-full-simulated",
+    "experts-sharp-relu", "experts-sharp-gated-silu", "tied-simulated",
 )  # fmt: skip
-_TINY = {"kv_group": (1, 1), "d_head": (2, 2), "alibi": (0, 1), "qk_norm": (0, 2)}
+_TINY = {
+    "kv_group": (1, 1),
+    "d_head": (2, 2),
+    "alibi": (0, 1),
+    "qk_norm": (0, 2),
+    "n_chosen": (1, 2),
+    "vocab_size": (3, 9),
+}
 
 
 @st.composite
@@ -129,6 +137,8 @@ def symbol_values(draw: st.DrawFn, statement: Statement) -> dict[str, float]:
             values[name] = draw(st.integers(*(_TINY.get(name, (2, 3)) if slow else _INTEGERS.get(name, (1, 64)))))
         elif name == "rotary":
             values[name] = draw(st.sampled_from([0.0, 1.0]))
+        elif name == "gates_renormalised":
+            values[name] = draw(st.integers(0, 1))
         elif name == "alibi":  # excludes RoPE
             values[name] = 0 if values["rotary"] else draw(st.integers(0, 1))
         elif name.startswith("sigma"):

@@ -117,7 +117,6 @@ def _feedforwards() -> Iterator[SubLayer]:
         reasons={
             "estimate": "the paper states none",
             "upper a priori": "experts-upper with bounds on one expert, as `theory.stack.rigorous_bound` does",
-            "sharp": "open: a norm jumps with the routing; growth has it in expectation (derivation routing)",
         },
     )
 
@@ -169,7 +168,6 @@ def _embeddings() -> Iterator[SubLayer]:
         reasons={
             "estimate": path,
             "upper a priori": "tied-upper, with a head input of norm at most sqrt(T) R and no count above T",
-            "sharp": f"open; {path}",
         },
     )
 

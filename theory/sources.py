@@ -16,6 +16,8 @@ REFERENCES: dict[str, str] = {
     "von Neumann algebras. Journal of Functional Analysis, 2000.",
     "haagerup2005application": "Haagerup, Thorbjornsen. A new application of random matrices: Ext(C*_red(F_2)) is not "
     "a group. Annals of Mathematics, 2005.",
+    "benaych2012singular": "Benaych-Georges, Nadakuditi. The singular values and vectors of low rank perturbations of "
+    "large rectangular random matrices. Journal of Multivariate Analysis, 2012.",
     "helton2007operator": "Helton, Rashidi Far, Speicher. Operator-valued semicircular elements: solving a quadratic "
     "matrix equation with positivity constraints. International Mathematics Research Notices, 2007.",
     "cho2009kernel": "Cho, Saul. Kernel methods for deep learning. NeurIPS 2009.",

@@ -31,7 +31,7 @@ Kind = Literal["estimate", "upper", "sharp"]
 
 # Modules whose statements make up the catalogue. A file theory/bounds_NAME.py is found without being listed.
 STATEMENT_MODULES = (
-    "normalisation", "embedding", "random_matrix", "feedforward", "experts", "attention", "attention_variants",
+    "normalisation", "embedding", "tied", "random_matrix", "feedforward", "experts", "attention", "attention_variants",
     "attention_simulation", "attention_ensembles", "attention_outliers", "attention_unmasked",
 )  # fmt: skip
 

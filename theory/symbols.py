@@ -64,6 +64,16 @@ _ALL = (
     SymbolEntry(name="n_heads", latex=r"n_h", meaning="number of heads", known="config", integer=True),
     SymbolEntry(name="n_layers", latex="N", meaning="number of layers", known="config", integer=True),
     SymbolEntry(name="n_tokens", latex="T", meaning="sequence length", known="config", integer=True),
+    SymbolEntry(name="n_experts", latex="E", meaning="experts of a layer", known="config", integer=True),
+    SymbolEntry(name="n_chosen", latex="k", meaning="experts that a token goes to", known="config", integer=True),
+    SymbolEntry(
+        name="gates_renormalised",
+        latex=r"\iota_G",
+        meaning="1 if gates are a softmax over the chosen experts, 0 if over all",
+        known="config",
+        range="0 or 1",
+    ),
+    SymbolEntry(name="vocab_size", latex="V", meaning="words of the vocabulary", known="config", integer=True),
     SymbolEntry(name="kv_group", latex="g", meaning="query heads that share a key head", known="config", integer=True),
     SymbolEntry(name="sigma_e", latex=r"\sigma_e", meaning="std of the embedding output", known="config", range="> 0"),
     SymbolEntry(
@@ -82,6 +92,7 @@ _ALL = (
     SymbolEntry(name="sigma_1", latex=r"\sigma_1", meaning="std of W_1", known="config"),
     SymbolEntry(name="sigma_2", latex=r"\sigma_2", meaning="std of W_2", known="config"),
     SymbolEntry(name="sigma_3", latex=r"\sigma_3", meaning="std of the gate's W_3", known="config"),
+    SymbolEntry(name="sigma_router", latex=r"\sigma_r", meaning="std of the router", known="config"),
     SymbolEntry(name="sigma_O", latex=r"\sigma_O", meaning="std of W_O", known="config"),
     SymbolEntry(
         name="logit_variance", latex="a", meaning="variance of a logit between normalised tokens", known="config"
@@ -367,7 +378,12 @@ FUNCTIONS: dict[str, FunctionEntry] = {
         latex=r"\mathrm{gated\ residual\ edge}", meaning="the same of a gated half-layer", range="> 0"
     ),
     "simulated_*": FunctionEntry(
-        latex=r"\mathrm{simulated}", meaning="mean norm over simulated draws of attention", range="> 0"
+        latex=r"\mathrm{simulated}", meaning="mean norm over simulated draws of attention or a tied table", range="> 0"
+    ),
+    "experts_*": FunctionEntry(
+        latex=r"\mathrm{experts}",
+        meaning="mean largest norm over tokens of experts behind a router, sigma_3 = 0 where they have no gate",
+        range=">= 0",
     ),
     "attention_outlier": FunctionEntry(
         latex=r"\mathrm{attention\ outlier}", meaning="norm of what the strongest softmax row adds", range="> 0"
