@@ -97,7 +97,7 @@ def norm_lines(name: str) -> list[str]:
 def takes_seconds(name: str, setting: norm_samples.Setting) -> bool:
     values = setting.values
     return "simulated" in name and (
-        values["numbers"] > QUICKLY_SIMULATED or values["n_heads"] * values["d_head"] > values["d"]
+        values["numbers"] > QUICKLY_SIMULATED or values.get("n_heads", 0) * values.get("d_head", 0) > values["d"]
     )
 
 

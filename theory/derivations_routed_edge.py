@@ -243,7 +243,8 @@ def _chain(name: str, *, gated: bool) -> Derivation:
         _sp.Integer(1),
         "outliers of a low-rank part",
         "X + A B' has the singular value z where a b has the eigenvalue 1, with a = A'RA and b the same of B and X'; "
-        "at |J_u| it has, the root being shown, but for the mixed forms, which are 0 on average.",
+        "at |J_u| it has, the root being shown, but for the mixed forms, which are 0 on average and drawn as normal "
+        "numbers of variance t/d, t being the sum in line 3 over d.",
         source=OUTLIERS,
         sample=resolvents,
         tolerance=0.1,

@@ -31,8 +31,8 @@ Kind = Literal["estimate", "upper", "sharp"]
 
 # Modules whose statements make up the catalogue. A file theory/bounds_NAME.py is found without being listed.
 STATEMENT_MODULES = (
-    "normalisation", "embedding", "tied", "random_matrix", "feedforward", "experts", "attention", "attention_variants",
-    "attention_simulation", "attention_ensembles", "attention_outliers", "attention_unmasked",
+    "normalisation", "embedding", "random_matrix", "feedforward", "experts", "attention", "attention_variants",
+    "attention_simulation", "attention_ensembles", "attention_outliers", "attention_unmasked", "tied",
 )  # fmt: skip
 
 # What a mistake in somebody's formula or file raises; a ValueError has its remedy already.
