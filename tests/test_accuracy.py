@@ -96,6 +96,8 @@ def norm_lines(name: str) -> list[str]:
 
 def takes_seconds(name: str, setting: norm_samples.Setting) -> bool:
     values = setting.values
+    if name.startswith("experts"):
+        return "gated" in name or values["d"] > 64 or values["n_tokens"] > 16
     return "simulated" in name and (
         values["numbers"] > QUICKLY_SIMULATED or values.get("n_heads", 0) * values.get("d_head", 0) > values["d"]
     )

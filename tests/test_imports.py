@@ -24,6 +24,7 @@ DOORS |= {"empirics.tokenise_command", "empirics.perplexity_command"}  # the opt
 DOORS |= {"empirics.measure_command", "empirics.classes", "empirics.networks"}
 DOORS |= {"empirics.bounds", "empirics.probes_command", "empirics.sweep_command", "empirics.train_command"}
 DOORS |= {"empirics.attack", "empirics.falsify", "empirics.accuracy", "empirics.norm_samples"}
+DOORS |= {"empirics.norm_settings", "empirics.routed_samples"}  # which it is made of
 
 
 def name_of(path: Path) -> str:

@@ -15,6 +15,7 @@ from fractions import Fraction
 from functools import cache
 from random import Random
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -30,6 +31,7 @@ from empirics import observables
 from empirics.attack import Observation, observe
 from empirics.benches import Undefined, find_bench
 from empirics.spectral import explicit_jacobian
+from theory import experts_outlier
 from theory.__main__ import main
 from theory.architecture import preset
 from theory.sources import REFERENCES
@@ -171,8 +173,9 @@ def test_sharp_expression_is_the_formula(name: str, data: st.DataObject) -> None
 def compare_expression(name: str, data: st.DataObject) -> None:
     statement = ALL[name]
     values = data.draw(symbol_values(statement))
-    computed = float(expression_as_function(name)(*values.values()))
-    assert computed == pytest.approx(float(statement.evaluate(values)), rel=1e-12)
+    with patch.object(experts_outlier, "MOST_ROUTERS", 2):  # quickly, of either
+        computed = float(expression_as_function(name)(*values.values()))
+        assert computed == pytest.approx(float(statement.evaluate(values)), rel=1e-12)
 
 
 @pytest.mark.parametrize("name", ALL)

@@ -107,6 +107,8 @@ def token_norm(found: Token, d: int, rng: np.random.Generator) -> float:
     squares, columns, rows = found
     open_ = (squares > 0) | (columns != 0).any(axis=0)
     squares, columns = squares[open_], columns[:, open_]
+    if not squares.any():
+        return 0.0
     normal = rng.standard_normal((len(columns), d))
     drawn, other = _root(normal @ normal.T / d), rng.standard_normal()
     b = np.zeros((len(columns), len(columns)))

@@ -66,6 +66,8 @@ class SimulatedTable:
 
         krylov: Any = linalg  # untyped in part
         (tokens, d), rows = self.seen.shape, len(self.seen) + len(self.others)
+        if tokens * rows == 1:  # a row, which the method does not take
+            return float(np.linalg.norm(self.backward(np.ones(1))))
         operator = krylov.LinearOperator(
             (tokens * rows, rows * d), matvec=self.forward, rmatvec=self.backward, dtype=np.float64
         )
@@ -94,9 +96,8 @@ def simulated_tables(d: int, n_tokens: int, vocab_size: int, std: float, eps: fl
     Raises:
         ValueError: the vocabulary has too few words for tokens that are all different, or there is too much to draw.
     """
-    least = max(n_tokens, 2)
-    if vocab_size < least:
-        raise ValueError(f"{n_tokens} different tokens are not drawn of {vocab_size}; use vocab_size={least} or more")
+    if vocab_size < n_tokens:
+        raise ValueError(f"{n_tokens} different tokens are not of {vocab_size}; use vocab_size={n_tokens} or more")
     if d * n_tokens > LARGEST_INPUT:
         raise ValueError(f"{n_tokens} tokens of width {d} are not simulated; use at most {LARGEST_INPUT} numbers")
     norms: list[float] = []
