@@ -37,6 +37,7 @@ KINDS = {
     **dict.fromkeys(("half-layer-sharp-relu", "half-layer-sharp-gated-relu", "ffn-sharp-relu-squared"), "sharp"),
     **dict.fromkeys(("attention-full-sharp", "attention-full-half-layer-sharp", "embedding-sharp"), "sharp"),
     **dict.fromkeys(("attention-half-layer-sharp", "attention-uneven-sharp", "attention-simulated"), "sharp"),
+    **dict.fromkeys(("experts-sharp-relu", "tied-simulated"), "sharp"),
     **dict.fromkeys(("ffn-sharp-relu", "ffn-sharp-gated-relu", "ffn-sharp-gated-relu-squared"), "sharp"),
     "gaussian-opnorm-sharp": "sharp",
     **dict.fromkeys(("gaussian-opnorm-estimate", "norm-jacobian-estimate"), "estimate"),
