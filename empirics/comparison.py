@@ -221,7 +221,7 @@ def check(
         tokens_ = some_tokens(model, (CHECK_SHAPE[0], min(CHECK_SHAPE[1], int(context)) + 1))
     else:
         tokens_ = tokens
-    inputs, targets = tokens_[:, :-1], tokens_[:, 1:]
+    inputs, targets = tokens_[:, :-1].contiguous(), tokens_[:, 1:].contiguous()  # nanoGPT views them as one axis
     monitor = StabilityMonitor(model, tokens=tokens, probes=probes)
     record = one_pass(monitor, model, inputs, targets, loss=loss)
     said, reasons = said_to_be(model) if architecture is None else (architecture, ())
@@ -276,12 +276,15 @@ def cross_entropy(model: nn.Module, tokens: Tensor, targets: Tensor) -> Tensor:
         return nn.functional.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
     try:  # nanoGPT's gives the last token's logits unless it has targets
         loss = model(tokens, targets)[1]
-    except (AttributeError, TypeError, IndexError, RuntimeError, ValueError):
-        loss = None
+        failed = ""
+    except (AttributeError, TypeError, IndexError, ValueError):  # it takes no targets
+        loss, failed = None, ""
+    except RuntimeError as error:
+        loss, failed = None, f" (given targets it says: {error})"
     if not isinstance(loss, Tensor):
         raise ValueError(
-            f"{type(model).__name__} gives no logits of every token; use the class with a language-model head, or give "
-            "loss=(model, tokens, targets) -> mean"
+            f"{type(model).__name__} gives no logits of every token{failed}; use the class with a language-model head, or "
+            "give loss=(model, tokens, targets) -> mean"
         )
     return loss
 

@@ -101,12 +101,16 @@ def architecture_from(data: Mapping[str, Any]) -> Architecture:
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all.
+    """Write a file whole or not at all; a link goes on naming its target, and a device or pipe is written to.
 
     Raises:
         ValueError: the folder cannot be written; the message names the remedy.
     """
     try:
+        if path.is_relative_to("/dev") or (path.exists() and not path.is_file() and not path.is_dir()):
+            path.write_bytes(content)
+            return
+        path = path.resolve()
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
         try:

@@ -72,7 +72,7 @@ class NanoGPT(nn.Module):
         if targets is None:
             return self.lm_head(x[:, -1:]), None
         logits = self.lm_head(x)
-        return logits, functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
+        return logits, functional.cross_entropy(logits.flatten(0, 1), targets.view(-1))  # viewed, as nanoGPT does
 
 
 class TitanAttention(nn.Module):
