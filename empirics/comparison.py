@@ -283,8 +283,8 @@ def cross_entropy(model: nn.Module, tokens: Tensor, targets: Tensor) -> Tensor:
         loss, failed = None, f" (given targets it says: {error})"
     if not isinstance(loss, Tensor):
         raise ValueError(
-            f"{type(model).__name__} gives no logits of every token{failed}; use the class with a language-model head, or "
-            "give loss=(model, tokens, targets) -> mean"
+            f"{type(model).__name__} gives no logits of every token{failed}; use the class with a language-model head, "
+            "or give loss=(model, tokens, targets) -> mean"
         )
     return loss
 
