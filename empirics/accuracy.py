@@ -54,11 +54,13 @@ def norm_rows(out: Path, chosen: Mapping[str, Statement]) -> list[dict[str, Any]
     for name, statement in tqdm(chosen.items(), desc="norms", unit="statement", disable=None):
         path = out / f"norms-{name}.json"
         rows_of = settings(statement)
-        kept = (read_record(path) or {}).get("rows", [])
-        if [[r["label"], r["seeds"]] for r in kept] != [[x.label, x.seeds] for x in rows_of]:
-            kept = [measure(statement, setting) for setting in rows_of]
-            write_record(path, kind="norms", body={"rows": kept})
-        rows += [r | claim(statement, setting) for r, setting in zip(kept, rows_of, strict=True)]
+        kept = found = (read_record(path) or {}).get("rows", [])
+        if [[r["label"], r["seeds"]] for r in found] != [[x.label, x.seeds] for x in rows_of]:
+            found = [measure(statement, setting) for setting in rows_of]
+        found = [r | claim(statement, setting) for r, setting in zip(found, rows_of, strict=True)]
+        if found != kept:  # measured now, or predicted otherwise than then: the figure draws what the table says
+            write_record(path, kind="norms", body={"rows": found})
+        rows += found
     return rows
 
 
