@@ -37,7 +37,15 @@ from theory.gram_maps import Applied, AttentionModel
 from theory.grams import Blocks, Gram, normalised
 from theory.head import head_gradient, head_tilt, head_variance, own_gradient, own_word
 from theory.logits import norm_gain
-from theory.scatter import inner_loss, output_norm_error, output_norm_gain, post_norm, scatter, stream_scatter
+from theory.scatter import (
+    inner_loss,
+    output_norm_error,
+    output_norm_gain,
+    own_gain,
+    post_norm,
+    scatter,
+    stream_scatter,
+)
 from theory.sublayer_maps import attention_map, feedforward_map, value_gain
 
 Array = NDArray[np.float64]
@@ -77,9 +85,19 @@ class _Branch(NamedTuple):
     lacking: float  # share of eps in what the norm before it divides by; 1 without one
 
     @property
+    def factor(self) -> Array:
+        """(B,) what multiplies the output on its way to the stream: the output norm's 1/s, or 1 without one."""
+        return np.ones(self.size.size) if self.after is None else self.after
+
+    @property
+    def loose(self) -> Array:
+        """(B,) share of a gradient along the output that the output norm leaves, by its eps; 1 without one."""
+        return np.ones(self.size.size) if self.after is None else 1 - self.applied.output.diag * self.after**2
+
+    @property
     def fixed(self) -> float:
         """Part of the output's mean square that the output norm makes 1, eps not in it; 0 without one."""
-        return 0.0 if self.after is None else float(np.mean(self.applied.output.diag * self.after**2))
+        return 1 - float(np.mean(self.loose))
 
 
 class _Update(NamedTuple):
@@ -134,21 +152,21 @@ class ForwardPass:
         isotropic = head_gradient(a, final, targets, distinct=self.distinct)
         behind_norm = own_gradient(final, own, own_share)
         along = head_tilt(a, final) * np.ones(n_blocks)  # the gradient's part along the stream x, over x
-        # The norm at the end takes it out but for eps, in its output what lacks of mean square 1.
-        left = along * np.maximum(1 - final.diag, 0.0) / scale**2
         if a.final_norm:
-            tilt = self.stream.outer(left)
-            gradient = (isotropic + behind_norm).over_outer(scale) + tilt
-            norms = [blocks.trace(gradient)]
+            # The norm takes it out but for eps: in its output what lacks of mean square 1.
+            along = along * np.maximum(1 - final.diag, 0.0) / scale**2
+            gradient = (isotropic + behind_norm).over_outer(scale)
         else:
-            tilt = self.stream.outer(along)
-            gradient = isotropic + tilt + Gram(own**2, np.zeros((n_blocks, n_blocks)))
-            norms = [blocks.trace(gradient)]
-            # Post-LN's last norm is the one that takes the tilt out, with the token's direction and the mean.
-            if a.block == "post-ln":
-                tilt = self.stream.outer(left)
-                gradient = isotropic * norm_gain(a.norm, a.d_model, fixed_scale=True) + behind_norm + tilt
-        along = left if a.final_norm else along
+            gradient = isotropic + Gram(own**2, np.zeros((n_blocks, n_blocks)))
+        tilt = self.stream.outer(along)
+        gradient = gradient + tilt
+        norms = [blocks.trace(gradient)]
+        if a.block == "post-ln":  # so does the last norm of its layers, with the token's direction and the mean
+            others = gradient - tilt
+            if not a.final_norm:
+                others = isotropic * norm_gain(a.norm, a.d_model, fixed_scale=True) + behind_norm
+            tilt = self.stream.outer(along * np.maximum(1 - self.stream.diag, 0.0))
+            gradient = others + tilt
         whole = blocks.total(gradient)
         aligned = along_stream = blocks.total(tilt) / whole if whole > 0 else 0.0
         # Each norm takes its token's direction out: over the places of a token's gradient, the sum of |g|^2/|x|^2.
@@ -158,13 +176,14 @@ class ForwardPass:
             if update.after is not None:
                 gradient = gradient.over_outer(1 / update.after)
                 radial = gradient.diag * update.after**2
+                along = along * np.maximum(1 - update.stream * update.after**2, 0.0) * update.after**2
             total, below = gradient * a.shortcut_multiplier**2 * update.kept, radial * a.shortcut_multiplier**4
             passed: dict[str, float] = {}
             for branch in update.branches:
-                reached = gradient
-                if branch.after is not None:  # its norm takes out what it has added to the stream, but for eps
-                    own_part = branch.applied.output.outer(along * branch.after * a.residual_multiplier)
-                    reached = gradient - own_part * (1 - (1 - branch.fixed) ** 2)
+                # Of what runs along its output its norm leaves the eps, and its own weights send back more.
+                own_part = branch.applied.output.outer(along * branch.factor * a.residual_multiplier)
+                sent = own_part.outer(branch.loose) * own_gain(a, branch.name, branch.lacking)
+                reached = gradient - own_part + sent
                 added = _backward(a, branch, reached, _share(branch.size * radial, gradient.diag))
                 total = total + added
                 if a.block in ("pre-ln", "peri-ln"):

@@ -203,7 +203,7 @@ def alignment(architecture: Architecture, name: str) -> float:
     """How much more a branch sends back of the square of a gradient along its own output than of another's, at most."""
     a = architecture
     if name == "attention":
-        return (1 + a.d_model / (a.n_heads * a.d_head)) * (1 + a.d_model / (a.n_kv_heads * a.d_head)) - 1
+        return (1 + a.n_heads * a.d_head / a.d_model) * (1 + a.d_model / (a.n_kv_heads * a.d_head)) - 1
     return 2 * (1 + a.d_model / (a.d_ffn * (a.experts_per_token if a.n_experts else 1))) - 1
 
 

@@ -102,6 +102,26 @@ def inner_loss(architecture: Architecture, name: str) -> float:
     return 1 / (a.n_kv_heads * a.d_head) if name == "attention" else (2 * _hidden(a).overlap - 1) / _units(a)
 
 
+def own_gain(architecture: Architecture, name: str, lacking: float) -> float:
+    r"""What a branch sends back of the square of a gradient along its own output, over what it does of another's.
+
+    .. math:: \left(1 + \frac{n}{d}\right)\left(1 + \frac{d}{n}\right) \text{ (attention)}, \qquad
+        1 + \frac{d}{m} \chi + \lambda^2 \text{ (feed-forward)}
+
+    of n = n_kv d_head values, and m units with the chi of `inner_loss`. Why: W'W = E[W'W] + a rest as of independent
+        weights. For W_2 h the mean is d/m of what that sends to h, where the slopes are large; of W_1' on it, the part
+        along the input is a norm's to take; its square is 1 for a ReLU, up to 3 for others. For W_O W_V the means are one another's rest: 1, n/d, d/n and 1.
+
+    Args:
+        lacking: lambda, the share of eps in what the norm before the branch divides by; 1 without one.
+    """
+    a = architecture
+    if name == "attention":
+        values = a.n_kv_heads * a.d_head / a.d_model
+        return (1 + values) * (1 + 1 / values)
+    return 1 + _hidden(a).overlap * a.d_model / _units(a) + lacking**2
+
+
 def output_norm_gain(architecture: Architecture, name: str) -> float:
     r"""Backward variance gain of the norm of a branch's output, times its mean square.
 
