@@ -14,7 +14,7 @@ from theory.architecture import Architecture
 from theory.grams import Gram
 from theory.growth import gradient_growth
 from theory.growth_domain import MAX_SCATTER, MAX_STREAM_SCATTER, max_head_variance
-from theory.head import head_gradient, head_tilt, head_variance, own_gradient, own_word
+from theory.head import behind_norm, head_gradient, head_tilt, head_variance, own_gradient, own_word
 
 
 @pytest.mark.parametrize("final_norm", [True, False])
@@ -78,8 +78,12 @@ def test_a_tied_head_that_knows_its_word(changes: Any) -> None:
     assert abs(math.log(untied) - found) > 0.08
 
 
-def test_rows_of_a_tied_head_behind_a_norm() -> None:
-    """W'(p - y) of tokens with a part along their own rows and a part that they share, over random tables."""
+@pytest.mark.parametrize("square", [1.0, 0.5])
+def test_rows_of_a_tied_head_behind_a_norm(square: float) -> None:
+    """W'(p - y) of tokens with a part along their own rows and a part that they share, over random tables.
+
+    square: of a token, 1 but for the norm's eps.
+    """
     a = wide(d_model=256, n_heads=2, n_kv_heads=2, tied=True, vocab_size=256, init=replace(UNIT, embedding=1 / 16))
     length, draws, d, share = 4, 200, a.d_model, np.array([0.3, 0.5, 0.7, 0.9])
     generator = np.random.default_rng(0)
@@ -89,21 +93,27 @@ def test_rows_of_a_tied_head_behind_a_norm() -> None:
         table = generator.standard_normal((a.vocab_size, d)) * a.stds.head
         rest = common * generator.standard_normal(d) + math.sqrt(0.5) * generator.standard_normal((length, d))
         x = np.sqrt(share)[:, None] * table[:length] / a.stds.head + np.sqrt(1 - share)[:, None] * rest
-        x *= math.sqrt(d) / np.linalg.norm(x, axis=1, keepdims=True)
+        x *= math.sqrt(square * d) / np.linalg.norm(x, axis=1, keepdims=True)
         p = np.exp(x @ table.T)
         p /= p.sum(1, keepdims=True)
         p[np.arange(length), length + np.arange(length)] -= 1
         g = p @ table
         g -= x * np.sum(g * x, axis=1, keepdims=True) / d
         total[draw], grams = g @ g.T / (d * a.stds.head**2), grams + x @ x.T / d / draws
-    final = Gram(np.ones(length), grams)
-    predicted = own_gradient(final, own_word(a, final, share), share).dense() + head_gradient(a, final, None).dense()
+    final = Gram(np.full(length, square), grams)
+    own = own_word(a, final, share)
+    along = behind_norm(head_tilt(a, final) * (1 - own), final.diag, own, share)
+    rows = own_gradient(final, along, own, share)
+    predicted = (rows + head_gradient(a, final, None)).dense()
     scale = np.trace(predicted)
     # 1/d-corrections of the norm, fluctuations of the logit (variance 2/d of its square) in p
     assert np.trace(total, axis1=1, axis2=2).mean() == pytest.approx(scale, rel=0.03)
     off = np.sum(total * (1 - np.eye(length)), axis=(1, 2)).mean()
     assert off == pytest.approx(np.sum(predicted * (1 - np.eye(length))), abs=0.03 * scale)
     assert abs(off - np.sum(head_gradient(a, final, None).dense() * (1 - np.eye(length)))) > 0.03 * scale
+    if square < 1:
+        whole = own_gradient(final, behind_norm(along, np.ones(length), own, share), own, share)
+        assert abs(np.trace((whole + head_gradient(a, final, None)).dense()) / scale - 1) > 0.03
 
 
 def test_a_saturated_output_has_no_tilt() -> None:

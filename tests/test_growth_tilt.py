@@ -115,6 +115,29 @@ def test_a_branch_sends_back_more_of_what_runs_along_its_output(changes: Any, mo
     assert gap < -0.08 - 3 * error
 
 
+def test_a_tied_head_s_rows_behind_norms_with_an_eps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The final norm takes out part of what runs along the token, output norms what runs along their branches."""
+    changes: dict[str, Any] = {"n_layers": 3, "n_heads": 8, "n_kv_heads": 8, "d_head": 16, "final_norm": True, **GATED}
+    init = replace(UNIT, embedding=0.125, query_key=0.05, value=0.3, writers=0.2)
+    treated: dict[str, Any] = {"tied": True, "embedding_multiplier": 8.0, "logit_multiplier": 2.4}
+    a = wide(**(NARROW | changes | treated), d_ffn=64, block="peri-ln", eps=0.5, residual_multiplier=0.3, init=init)
+    assert reason(a, 64) == ""
+    found, error = measured(a, 64, 16)
+    gap = math.log(gradient_growth(a, 64).value) - found
+    print(f"{gap:+.1%} +- {error:.1%}")
+    assert abs(gap) <= 0.08 + 3 * error
+
+    def whole(along: Any, square: Any, weight: Any, share: Any) -> Any:
+        return 0 * along - weight * np.sqrt(share / square)
+
+    monkeypatch.setattr(growth, "behind_norm", whole)
+    monkeypatch.setattr(growth, "own_gain", lambda *_: 1.0)
+    monkeypatch.setattr(growth._Branch, "loose", property(lambda branch: np.ones(branch.size.size)))
+    gap = math.log(gradient_growth(a, 64).value) - found
+    print(f"as if eps were 0 and branches random: {gap:+.1%}")
+    assert gap > 0.08 + 3 * error
+
+
 def test_a_stream_that_is_small_beside_eps() -> None:
     """Its norms take nothing out: what branches have written they send back amplified, layer after layer."""
     init = replace(UNIT, embedding=0.003, head=0.14, query_key=0.05, value="width")

@@ -35,7 +35,7 @@ from theory.embedding_gram import (
 )
 from theory.gram_maps import Applied, AttentionModel
 from theory.grams import Blocks, Gram, normalised
-from theory.head import head_gradient, head_tilt, head_variance, own_gradient, own_word
+from theory.head import behind_norm, head_gradient, head_tilt, head_variance, own_gradient, own_word
 from theory.logits import norm_gain
 from theory.scatter import (
     inner_loss,
@@ -97,7 +97,7 @@ class _Branch(NamedTuple):
     @property
     def fixed(self) -> float:
         """Part of the output's mean square that the output norm makes 1, eps not in it; 0 without one."""
-        return 1 - float(np.mean(self.loose))
+        return 0.0 if self.after is None else float(np.mean(self.applied.output.diag * self.after**2))
 
 
 class _Update(NamedTuple):
@@ -150,33 +150,26 @@ class ForwardPass:
         own_share = np.clip((self.own / np.sqrt(np.maximum(self.stream.diag, SMALLEST_SQUARE))) ** 2, 0.0, 1.0)
         own = own_word(a, final, own_share) if a.tied else np.zeros(n_blocks)
         isotropic = head_gradient(a, final, targets, distinct=self.distinct)
-        behind_norm = own_gradient(final, own, own_share)
-        along = head_tilt(a, final) * np.ones(n_blocks)  # the gradient's part along the stream x, over x
+        along = head_tilt(a, final) * np.maximum(1 - own, 0.0)  # the gradient's part along the stream x, over x
         if a.final_norm:
-            # The norm takes it out but for eps: in its output what lacks of mean square 1.
-            along = along * np.maximum(1 - final.diag, 0.0) / scale**2
-            gradient = (isotropic + behind_norm).over_outer(scale)
-        else:
-            gradient = isotropic + Gram(own**2, np.zeros((n_blocks, n_blocks)))
-        tilt = self.stream.outer(along)
-        gradient = gradient + tilt
+            along = behind_norm(along, final.diag, own, own_share) / scale**2
+        isotropic, row = isotropic.over_outer(scale), own / scale
+        gradient = isotropic + own_gradient(self.stream, along, row, own_share)
         norms = [blocks.trace(gradient)]
-        if a.block == "post-ln":  # so does the last norm of its layers, with the token's direction and the mean
-            others = gradient - tilt
-            if not a.final_norm:
-                others = isotropic * norm_gain(a.norm, a.d_model, fixed_scale=True) + behind_norm
-            tilt = self.stream.outer(along * np.maximum(1 - self.stream.diag, 0.0))
-            gradient = others + tilt
+        if a.block == "post-ln":  # the last norm of its layers takes that out too, with the mean
+            along = behind_norm(along, self.stream.diag, row, own_share)
+            kept = 1.0 if a.final_norm else norm_gain(a.norm, a.d_model, fixed_scale=True)
+            gradient = isotropic * kept + own_gradient(self.stream, along, row, own_share)
         whole = blocks.total(gradient)
-        aligned = along_stream = blocks.total(tilt) / whole if whole > 0 else 0.0
+        running = blocks.total(self.stream.outer(along)) / whole if whole > 0 else 0.0
         # Each norm takes its token's direction out: over the places of a token's gradient, the sum of |g|^2/|x|^2.
         radial = gradient.diag / scale**2 if a.final_norm else np.zeros(n_blocks)
-        scattered, below_norms, through = 0.0, 0.0, {"attention": 0.0, "feedforward": 0.0}
+        scattered, below_norms, aligned, through = 0.0, 0.0, 0.0, {"attention": 0.0, "feedforward": 0.0}
         for update in reversed(self.updates):
             if update.after is not None:
                 gradient = gradient.over_outer(1 / update.after)
                 radial = gradient.diag * update.after**2
-                along = along * np.maximum(1 - update.stream * update.after**2, 0.0) * update.after**2
+                along = along * update.after**2
             total, below = gradient * a.shortcut_multiplier**2 * update.kept, radial * a.shortcut_multiplier**4
             passed: dict[str, float] = {}
             for branch in update.branches:
@@ -199,7 +192,10 @@ class ForwardPass:
                 through[name] += part
             for branch in update.branches:
                 part = float(np.mean(_share(branch.size, update.stream))) * branch.lacking * (1 - branch.fixed)
-                aligned *= 1 + passed[branch.name] * part * growth_domain.alignment(a, branch.name)
+                aligned += (running + aligned) * passed[branch.name] * part * growth_domain.alignment(a, branch.name)
+            if a.block == "post-ln":
+                lacking = update.branches[-1].lacking
+                along, running = along * lacking, running * lacking**2
         profile = tuple(_root(norm / norms[0]) if norms[0] else math.nan for norm in reversed(norms))
         entering = blocks.trace(final) / self.n_tokens
         written = {name: float(np.sum(np.square(self.branch_std[n::2]))) for n, name in enumerate(through)}
@@ -216,7 +212,7 @@ class ForwardPass:
             along_own=growth_domain.along_own(
                 a, self.n_tokens, float(np.mean(own**2)), float(np.mean(own_share)), written, through
             ),
-            aligned=aligned - along_stream,
+            aligned=aligned,
             block=int(np.max(blocks.sizes)),
             uneven=self.uneven,
             tokens=self.tokens,

@@ -74,13 +74,21 @@ def own_word(architecture: Architecture, final: Gram, share: Array) -> Array:
     return slope / math.sqrt(max(float(slopes**2 @ weights), SMALLEST)) / (1 + np.exp(np.minimum(others - own, 700.0)))
 
 
-def own_gradient(final: Gram, weight: Array, share: Array) -> Gram:
-    """Gram of the part of the gradient along the own rows, behind a norm that takes out the direction of the token x.
+def behind_norm(along: Array, mean_square: Array, weight: Array, share: Array) -> Array:
+    """(B,) what a norm of tokens x of this mean square leaves of a part `along` of the gradient, over x.
 
-    Of a row e it leaves e - (e.x) x/|x|^2: 1 - share of its square, and with other tokens what they share with x.
+    Of x it leaves what lacks of mean square 1, by its eps. Of the own row e it takes (e.x) x.
+
+    Args:
+        weight, share: (B,) of the own row in the gradient, and of the token's embedding in the mean square.
     """
-    along = weight * np.sqrt(share / np.maximum(final.diag, SMALLEST))
-    return Gram(weight**2 * (1 - share), final.off * np.outer(along, along))
+    return along * np.maximum(1 - mean_square, 0.0) - weight * np.sqrt(share * mean_square)
+
+
+def own_gradient(tokens: Gram, along: Array, weight: Array, share: Array) -> Gram:
+    """Gram of the part of the gradient along the tokens x and their own rows e: along x + weight e."""
+    crossed = 2 * weight * along * np.sqrt(share * tokens.diag)
+    return tokens.outer(along) + Gram(weight**2 + crossed, np.zeros_like(tokens.off))
 
 
 def _variance_gain(architecture: Architecture, final: Gram) -> float:
