@@ -43,7 +43,7 @@ KINDS = {
     **dict.fromkeys(("gaussian-opnorm-estimate", "norm-jacobian-estimate"), "estimate"),
     **dict.fromkeys(("rmsnorm-jacobian-estimate", "ffn-gated-estimate"), "estimate"),
     **dict.fromkeys(("embedding-estimate", "embedding-normalised-estimate"), "estimate"),
-    **dict.fromkeys(("update-scatter", "post-norm-gain", "output-norm-gain", "head-gradient"), "sharp"),
+    **dict.fromkeys(("update-scatter", "post-norm-gain", "output-norm-gain", "own-gain", "head-gradient"), "sharp"),
     **dict.fromkeys(("norm-backward-gain", "softmax-moments"), "exact"),
 }
 # Tails and a product of maxima that nothing attains: how far below the bound their checks may stay.

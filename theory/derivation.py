@@ -65,6 +65,7 @@ DERIVATION_MODULES = (
     "derivations_layouts",
     "derivations_postnorm",
     "derivations_scatter",
+    "derivations_own",
     "derivations_head",
     "derivations_shortcut",
 )

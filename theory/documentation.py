@@ -66,7 +66,7 @@ QUESTIONS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("What do a softmax and a soft-cap make of the gradient?", ("softmax-moments", "soft-cap", "head-gradient")),
     (
         "What does a finite width add to the growth?",
-        ("update-scatter", "post-norm-gain", "output-norm-gain", "norm-backward-gain"),
+        ("update-scatter", "post-norm-gain", "output-norm-gain", "norm-backward-gain", "own-gain"),
     ),
     ("Why is Pre-LN more stable than Post-LN?", ("post-ln", "deepnorm")),
     ("What do other layouts and multipliers do?", ("residual-scaling", "normalised-branch", "growth-conservation")),

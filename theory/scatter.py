@@ -111,7 +111,7 @@ def own_gain(architecture: Architecture, name: str, lacking: float) -> float:
     of n = n_kv d_head values, and m units with the chi of `inner_loss`. Why: W'W = E[W'W] + a rest as of independent
         weights. For W_2 h the mean is d/m of what that sends to h, where the slopes are large; of W_1' on it, the part
         along the input is a norm's to take, of square 1 for a ReLU and up to 3 for others. For W_O W_V the means are
-        one another's rest: 1, n/d, d/n and 1.
+        one another's rest: 1, n/d, d/n and 1. Derivation `own-gain`.
 
     Args:
         lacking: lambda, the share of eps in what the norm before the branch divides by; 1 without one.
