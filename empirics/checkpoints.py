@@ -92,17 +92,27 @@ class Checkpoints:
 
         A damaged one is named on standard error, and passed over.
         """
+        path = self._newest()
+        if path is None:
+            return None
+        _load(path, model, optimizer, alone=self.ranks.size == 1)
+        return _taken(path)
+
+    def series(self) -> tuple[int, dict[str, Any]] | None:
+        """Step and series of the newest whole checkpoint, without its tensors; as `load` tells of damaged ones."""
+        path = self._newest()
+        return None if path is None else _taken(path)
+
+    def _newest(self) -> Path | None:
         damaged: list[str] = []
         for path in sorted(self.folder.glob("step-*"), reverse=True):
             reasons = [reason for reason in self.ranks.each(self._damage(path)) if reason]
             if reasons:
                 damaged.append(f"checkpoint {path} is damaged ({reasons[0]})")
                 continue
-            step = int(path.name.removeprefix("step-"))
-            self._say(damaged, f"the one of step {step} is used")
+            self._say(damaged, f"the one of step {_step(path)} is used")
             self._good = [path.name]
-            _load(path, model, optimizer, alone=self.ranks.size == 1)
-            return step, json.loads((path / SERIES).read_text())
+            return path
         self._say(damaged, "the run starts again from step 0")
         return None
 
@@ -132,6 +142,14 @@ class Checkpoints:
     def _say(self, damaged: list[str], remedy: str) -> None:
         for line in damaged if self.ranks.first else ():
             print(f"{line}; {remedy}", file=sys.stderr)
+
+
+def _step(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
+
+
+def _taken(path: Path) -> tuple[int, dict[str, Any]]:
+    return _step(path), json.loads((path / SERIES).read_text())
 
 
 def _difference(path: Path, size: int, digest: str) -> str:

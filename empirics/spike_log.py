@@ -6,7 +6,7 @@ import csv
 import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from empirics.spike_definitions import DEFINITIONS, Definition, Series, finite
-from empirics.spikes import RULE, events, pair, series_of
+from empirics.spikes import RULE, Outcome, events, pair, series_of
 from theory.records import read_record
 from theory.sources import REFERENCES
 from theory.words import counted
@@ -35,6 +35,7 @@ class Log:
         steps: shape (entries,), increasing; the entries' numbers where the file names no step.
         values: shape (entries,); what is not finite is a divergence.
         record: of the run that it is the log of, where there is one.
+        unfinished: whether the run goes on from here, so that what has not come back is undecided.
     """
 
     path: Path
@@ -42,6 +43,7 @@ class Log:
     steps: NDArray[np.int64]
     values: Series
     record: Mapping[str, Any] | None = None
+    unfinished: bool = False
 
     @property
     def diverged_at(self) -> int | None:
@@ -59,13 +61,18 @@ class Log:
 def read_log(path: Path, column: str) -> Log:
     """A run's folder, losses.jsonl (or other lines of JSON), a training record, or a CSV with a header.
 
+    An unfinished run is read from its newest whole checkpoint.
+
     Raises:
         ValueError: it cannot be read, or has no such numbers; the message names the remedy.
     """
     try:
         if not path.exists():
             raise ValueError(f"{path} does not exist; name a run's folder or its losses.jsonl")
-        path = _inside(path, column) if path.is_dir() else path
+        if path.is_dir():
+            if (begun := _begun(path, column)) is not None:
+                return begun
+            path = _inside(path, column)
         if path.suffix == ".json":
             return _log(path, column, *_of_record(path, column))
         if path.suffix not in (".jsonl", ".csv"):
@@ -108,8 +115,25 @@ def _inside(folder: Path, column: str) -> Path:
     trainings = _trainings(folder)
     if len(trainings) != 1:
         remedy = "name one of them" if trainings else "finish the run (train again goes on), or name a file with losses"
-        raise ValueError(f"{folder} has {len(trainings)} training records; {remedy}")
+        kept = "" if trainings else " and no checkpoint of one run alone"
+        raise ValueError(f"{folder} has {len(trainings)} training records{kept}; {remedy}")
     return trainings[0]
+
+
+def _begun(folder: Path, column: str) -> Log | None:
+    """What the newest whole checkpoint has of the only run of a folder, if that is not finished."""
+    runs = sorted((folder / "checkpoints").glob("*/"))
+    if len(runs) != 1 or (folder / "losses.jsonl").is_file() or _trainings(folder):
+        return None
+    from empirics.checkpoints import SERIES, Checkpoints  # torch, which no other log needs
+
+    kept = Checkpoints(runs[0], runs[0].name)
+    if (found := kept.series()) is None:
+        return None
+    step, series = found
+    path, record = runs[0] / f"step-{step:08d}" / SERIES, {"series": series, "final": series}
+    log = _log(path, column, *_of_series(record, path, column))
+    return replace(log, record=record, unfinished=log.diverged_at is None and series.get("diverged_at") is None)
 
 
 def _trainings(folder: Path) -> list[Path]:
@@ -159,6 +183,10 @@ def _of_record(path: Path, column: str) -> tuple[list[float], list[int]]:
     record = read_record(path)
     if record is None or record.get("kind") != "training" or not isinstance(record.get("series"), dict):
         raise ValueError(f"{path} is not a training record; name one, or a run's losses.jsonl")
+    return _of_series(record, path, column)
+
+
+def _of_series(record: Mapping[str, Any], path: Path, column: str) -> tuple[list[float], list[int]]:
     whole = [name for name, values in record["series"].items() if _is_flat(values)]
     if column not in whole:
         raise ValueError(f"{path} has no series {column!r}; choose with --column from {', '.join(whole)}")
@@ -223,6 +251,7 @@ def tell(log: Log, reference: Log | None, names: Sequence[str]) -> dict[str, Any
         "entries": log.values.size,
         "steps": [int(log.steps[0]), int(log.steps[-1])],
         "diverged_at": log.diverged_at,
+        "unfinished": log.unfinished,
         "recovery": asdict(RULE),
         "definitions": [_told(DEFINITIONS[name], log, reference) for name in names],
     }
@@ -242,6 +271,8 @@ def _pairing(log: Log, reference: Log) -> str:
 def _told(definition: Definition, log: Log, reference: Log | None) -> dict[str, Any]:
     def found(series: Series) -> dict[str, Any]:
         listed = [event | {"step": int(log.steps[event["step"]])} for event in events(definition, series)]
+        if log.unfinished:  # what has not come back yet may
+            listed = [e | {"outcome": Outcome.UNDECIDED.value} if e["after"] is None else e for e in listed]
         return {"entries": finite(series).size, "events": listed}
 
     cited = [] if definition.source.key == "convention" else [REFERENCES[definition.source.key]]
@@ -263,6 +294,8 @@ def text(told: Mapping[str, Any]) -> str:
     ended = "" if told["diverged_at"] is None else f"; diverged at step {told['diverged_at']}"
     entries = counted(told["entries"], "entry", "entries")
     lines = [f"{told['file']}: {told['column']}, {entries}, steps {first} to {last}{ended}"]
+    if told["unfinished"]:
+        lines.append(f"note: the run is unfinished, read from its checkpoint up to step {last}; train again goes on")
     if last - first + 1 != told["entries"]:
         lines.append("note: not every step is there; windows and times to recover count entries")
     if told["reference"] is not None:

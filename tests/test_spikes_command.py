@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from helpers.series import series, spike
+from helpers.training import flip, specification, train_until, write_text
 
 from empirics.__main__ import main
 from empirics.spike_definitions import DEFINITIONS
+from empirics.spike_log import Log, read_log, tell
 
 LOSS = spike(400, 14, at=200)  # slowly; two-valued noise before
 CALM = series(400)
@@ -191,6 +194,36 @@ def test_a_reference_of_other_steps_is_refused(tmp_path: Path, capsys: pytest.Ca
     write(tmp_path / "two" / "b.json", LOSS)
     assert main(["spikes", str(tmp_path / "two")]) == 2
     assert "2 training records" in capsys.readouterr().err
+
+
+def test_an_unfinished_run_is_read_from_its_newest_whole_checkpoint(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = train_until(specification(write_text(tmp_path), steps=40), tmp_path / "run", 12, every=4)
+    newest = max(folder.glob("step-*"))
+    series = json.loads((newest / "series.json").read_text())
+    for column in ("loss", "gradient_norm", "update_norm"):
+        told = found_in(capsys, str(tmp_path / "run"), "--column", column)
+        assert (told["entries"], told["steps"], told["unfinished"]) == (12, [0, 11], True)
+        log = read_log(tmp_path / "run", column)
+        assert log.values.tolist() == series[column]
+    assert main(["spikes", str(tmp_path / "run"), "--lag"]) == 0
+    assert "the run is unfinished, read from its checkpoint up to step 11" in capsys.readouterr().out
+    flip(newest / "series.json")
+    assert main(["spikes", str(tmp_path / "run")]) == 0
+    out, err = capsys.readouterr()
+    assert "up to step 7;" in out
+    assert "is damaged (series.json has another SHA-256); the one of step 8 is used" in err
+    assert main(["spikes", str(tmp_path / "run"), "--column", "los"]) == 2
+    assert "choose with --column from loss" in capsys.readouterr().err
+
+
+def test_what_has_not_come_back_in_an_unfinished_run_is_undecided() -> None:
+    lasting = np.append(CALM, np.full(250, 50.0))  # longer than the patience
+    log = Log(path=Path("a.csv"), column="loss", steps=np.arange(lasting.size), values=lasting)
+    for unfinished, outcome in ((False, "never"), (True, "undecided")):
+        told = tell(replace(log, unfinished=unfinished), None, ["six-sigma"])
+        assert {event["outcome"] for event in told["definitions"][0]["raw"]["events"]} == {outcome}
 
 
 def written(folder: Path, digest: str = "aa", **changes: Any) -> str:
