@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers.training import specification, write_text
+from helpers.training import specification, train_until, write_text
 from helpers.weights import architecture
 from hypothesis import given
 from hypothesis import strategies as st
@@ -345,6 +345,16 @@ def test_a_model_without_a_tokenizer_takes_one(tmp_path: Path, capsys: pytest.Ca
     assert said("bare", "--tokenizer", "bytes")[:2] == (0, answer)
     assert said("bare", "--tokenizer", str(tmp_path / "with" / "tokenizer.json"))[:2] == (0, answer)
     assert "there is no tokenizer 'bpe'; use bytes, gpt2," in said("bare", "--tokenizer", "bpe")[2]
+
+
+def test_an_unfinished_run_is_to_be_finished_with_its_tokenizer(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = write_text(tmp_path)
+    train_until(specification(text), tmp_path / "run", 2)
+    assert main(["perplexity", str(tmp_path / "run"), "--data", str(text)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "the run is not finished: finish it with --keep-checkpoint, or name the one" in line
 
 
 def test_bad_requests_name_the_remedy(model: LanguageModel, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
