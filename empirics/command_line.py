@@ -17,23 +17,35 @@ from theory.words import counted
 
 def positive(text: str) -> float:
     """A positive finite number for argparse."""
+    value = _number(text)
+    if not (math.isfinite(value) and value > 0):
+        raise argparse.ArgumentTypeError(f"{text} is not a positive finite number; use one above 0")
+    return value
+
+
+def _number(text: str) -> float:
     try:
-        value = float(text)
+        return float(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number; write for example 0.001") from None
-    if not (math.isfinite(value) and value > 0):
-        raise argparse.ArgumentTypeError(f"{text} is not a positive finite number")
-    return value
 
 
 def not_negative(text: str) -> float:
     """0 or a positive finite number for argparse."""
-    return 0.0 if text.strip() in ("0", "0.0") else positive(text)
+    value = _number(text)
+    if not (math.isfinite(value) and value >= 0):
+        raise argparse.ArgumentTypeError(f"{text} is not 0 or a positive finite number; use 0 or one above it")
+    return value
 
 
 def positive_or_off(text: str) -> float:
     """A positive finite number, or infinity for `off`, for argparse."""
-    return math.inf if text.strip() == "off" else positive(text)
+    if text.strip() == "off":
+        return math.inf
+    value = _number(text)
+    if not (math.isfinite(value) and value > 0):
+        raise argparse.ArgumentTypeError(f"{text} is not a positive finite number; use one above 0, or off for none")
+    return value
 
 
 def device_name(text: str) -> str:

@@ -35,7 +35,7 @@ from empirics.plan import kept_numbers
 from empirics.real_classes import n_parameters
 from empirics.spectral import NormEstimate
 from empirics.stability import StabilityMonitor
-from theory.__main__ import EXIT_UNKNOWN, LARGEST_SEQ_LEN, add_architecture_options, emit, whole
+from theory.__main__ import EXIT_UNKNOWN, add_architecture_options, emit, whole
 from theory.architecture import PRESETS
 from theory.growth import Growth
 from theory.hf_config import UnknownArchitecture
@@ -120,8 +120,6 @@ def run(arguments: argparse.Namespace) -> int:
 def _measured(subject: Network, arguments: argparse.Namespace, device: str) -> dict[str, Any]:
     seq_len = arguments.seq_len or min(subject.context, SEQ_LEN)
     a = subject.architecture
-    if seq_len > LARGEST_SEQ_LEN:
-        raise ValueError(f"--seq-len {seq_len} is out of range; use at most {LARGEST_SEQ_LEN}")
     if subject.positions is not None and seq_len > subject.positions:
         raise ValueError(f"--seq-len {seq_len} exceeds the {subject.positions} positions; use fewer tokens")
     _require_memory(subject, arguments.batch, seq_len)

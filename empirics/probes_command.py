@@ -19,7 +19,7 @@ from empirics.measure_tokens import tokenizer_of
 from empirics.model import Transformer, build
 from empirics.registry import Probe, Reading, Unavailable, find, probes
 from empirics.subject import TOLERANCE, Subject
-from theory.__main__ import LARGEST_SEQ_LEN, add_architecture_options, chosen, emit, natural, whole
+from theory.__main__ import add_architecture_options, chosen, emit, natural, whole
 from theory.architecture import PRESETS
 from theory.records import plain
 from theory.sources import REFERENCES
@@ -120,8 +120,6 @@ def _model(arguments: argparse.Namespace) -> tuple[Transformer, str, int, Path |
         seq_len = arguments.seq_len or min(a.context, SEQ_LEN)
         if a.positions == "learned" and seq_len > a.context:
             raise ValueError(f"--seq-len {seq_len} exceeds the {a.context} learned positions; use fewer tokens")
-        if seq_len > LARGEST_SEQ_LEN:
-            raise ValueError(f"--seq-len {seq_len} is out of range; use at most {LARGEST_SEQ_LEN}")
         check_memory(a, arguments.batch * seq_len)
         return load_model(found).to(device), f"{found}", seq_len, found
     a, longest, _ = chosen(arguments)

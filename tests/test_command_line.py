@@ -67,6 +67,27 @@ def test_bad_command(argv: list[str], monkeypatch: pytest.MonkeyPatch, capsys: p
 
 
 @pytest.mark.parametrize(
+    ("command", "option", "remedy"),
+    [
+        ("check", ["--layers", "0"], "use 1 to 4096"),
+        ("check", ["--layers", "5000"], "use 1 to 4096"),
+        ("check", ["--seq-len", "0"], "use 1 to 131072"),
+        ("check", ["--seq-len", "9" * 300], "9... (300 characters) is out of range; use 1 to 131072"),
+        ("train", ["--seed", "-1"], "use 0 to 1000000000"),
+        ("train", ["--weight-decay", "-1"], "use 0 or one above it"),
+        ("train", ["--weight-decay", "nan"], "use 0 or one above it"),
+        ("train", ["--clip", "0"], "or off for none"),
+        ("train", ["--lr", "0"], "use one above 0"),
+    ],
+)
+def test_a_range_is_what_is_taken(
+    command: str, option: list[str], remedy: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main = theory.__main__.main if command == "check" else empirics.__main__.main
+    assert_refused(call(main, [command, "tiny", *option], capsys), remedy)
+
+
+@pytest.mark.parametrize(
     ("main", "argv", "command"),
     [
         (theory.__main__.main, ["check", "tiny", "--foo"], "spikecheck check"),

@@ -17,7 +17,7 @@ from theory.architecture import EMBEDDINGS, INITS, PRESETS, Architecture, preset
 from theory.hf_config import AS_CLASS, Config, UnknownArchitecture, read_config
 from theory.names import meant, unknown
 from theory.quantities import QUANTITIES
-from theory.words import as_typed, counted, short, table
+from theory.words import as_typed, brief, counted, short, table
 
 T = TypeVar("T")
 
@@ -66,13 +66,25 @@ class Parser(argparse.ArgumentParser):
 
 def whole(text: str) -> int:
     """A positive whole number for argparse."""
+    return _between(text, 1, 10**9)
+
+
+def _between(text: str, least: int, most: int) -> int:
     try:
         value = int(text)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number; write for example 64") from None
-    if not 1 <= value <= 10**9:
-        raise argparse.ArgumentTypeError(f"{value} is out of range; use 1 to 1000000000")
+        raise argparse.ArgumentTypeError(f"{brief(text)} is not a whole number; write for example 64") from None
+    if not least <= value <= most:
+        raise argparse.ArgumentTypeError(f"{brief(value)} is out of range; use {least} to {most}")
     return value
+
+
+def _depth(text: str) -> int:
+    return _between(text, 1, LARGEST_DEPTH)
+
+
+def _length(text: str) -> int:
+    return _between(text, 1, LARGEST_SEQ_LEN)
 
 
 def natural_list(text: str) -> list[int]:
@@ -94,7 +106,7 @@ def listed(text: str, value: Callable[[str], T]) -> list[T]:
 
 def natural(text: str) -> int:
     """A whole number from 0 for argparse."""
-    return 0 if text.strip() == "0" else whole(text)
+    return _between(text, 0, 10**9)
 
 
 def load(config: str) -> Config:
@@ -153,9 +165,12 @@ def add_architecture_options(
         help=f"initialisation: {', '.join(INITS)} (default paper, or that of the file's class)",
     )  # fmt: skip
     parser.add_argument(
-        "--seq-len", type=whole, metavar="T", help=f"tokens of a sequence (default the context, at most {most_tokens})"
+        "--seq-len",
+        type=_length,
+        metavar="T",
+        help=f"tokens of a sequence (default the context, at most {most_tokens})",
     )
-    parser.add_argument("--layers", type=whole, metavar="N", help="number of layers (default the configuration's)")
+    parser.add_argument("--layers", type=_depth, metavar="N", help="number of layers (default the configuration's)")
 
 
 def chosen(arguments: argparse.Namespace) -> tuple[Architecture, int, tuple[str, ...]]:
@@ -171,8 +186,6 @@ def chosen(arguments: argparse.Namespace) -> tuple[Architecture, int, tuple[str,
     seq_len = arguments.seq_len or min(architecture.context, DEFAULT_SEQ_LEN)
     if architecture.n_layers > LARGEST_DEPTH:
         raise ValueError(f"{architecture.n_layers} layers are out of range; use at most {LARGEST_DEPTH}")
-    if seq_len > LARGEST_SEQ_LEN:
-        raise ValueError(f"--seq-len {seq_len} is out of range; use at most {LARGEST_SEQ_LEN}")
     if architecture.positions == "learned" and seq_len > architecture.context:
         raise ValueError(f"--seq-len {seq_len} exceeds the {architecture.context} learned positions; use fewer tokens")
     return architecture, seq_len, assumed
@@ -312,8 +325,6 @@ def _sizes(text: str) -> list[int]:
 def _sweep(arguments: argparse.Namespace) -> int:
     from theory.evaluate import closed_form_sweep
 
-    if arguments.seq_len > LARGEST_SEQ_LEN:
-        raise ValueError(f"--seq-len {arguments.seq_len} is out of range; use at most {LARGEST_SEQ_LEN}")
     rows = closed_form_sweep(arguments.widths, arguments.depths, arguments.embedding, arguments.seq_len)
     if arguments.json:
         emit(json.dumps(rows, indent=None, allow_nan=False), arguments.out)
@@ -384,7 +395,7 @@ def parser() -> argparse.ArgumentParser:
         "--embedding", choices=EMBEDDINGS, action="append", metavar="NAME",
         help=f"{', '.join(EMBEDDINGS)}; may be given again (default all four)",
     )  # fmt: skip
-    sweep.add_argument("--seq-len", type=whole, default=1024, metavar="T", help="tokens of a sequence (default 1024)")
+    sweep.add_argument("--seq-len", type=_length, default=1024, metavar="T", help="tokens of a sequence (default 1024)")
     sweep.set_defaults(run=_sweep)
 
     for command in (check, statements, sweep):

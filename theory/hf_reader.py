@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, TypeVar
 
 from theory.architecture import LARGEST_SIZE, Activation
+from theory.words import brief
 
 T = TypeVar("T")
 LARGEST_LIST = 100_000  # layers that a list of layers may name
@@ -123,7 +124,7 @@ class Reader:
         if value is None:
             return False if present else default if quiet else self._assume(name, default)
         if not isinstance(value, bool):
-            raise ValueError(f"{name}={value!r} is not true or false; write true or false without quotes")
+            raise ValueError(f"{name}={brief(value)} is not true or false; write true or false without quotes")
         return value
 
     def activation(self, key: str, default: str, *, also: Mapping[str, Activation] | None = None) -> Activation:
@@ -131,9 +132,9 @@ class Reader:
         known: dict[str, Activation] = {**ACTIVATIONS, **(also or {})}
         value: Any = self.data[key] if key in self.data else self._assume(key, default)
         if not isinstance(value, str):
-            raise ValueError(f"{key}={value!r} is not a name; use one of {', '.join(known)}")
+            raise ValueError(f"{key}={brief(value)} is not a name; use one of {', '.join(known)}")
         if value not in known:
-            raise UnknownArchitecture(f"{key} is {value!r}; predictions exist for {', '.join(known)}")
+            raise UnknownArchitecture(f"{key} is {brief(value)}; predictions exist for {', '.join(known)}")
         return known[value]
 
     def padding_row(self, default: int | None, vocab_size: int) -> bool:
@@ -143,10 +144,11 @@ class Reader:
         if value is None:
             return False
         if isinstance(value, bool) or not isinstance(value, int):
-            raise ValueError(f"{key}={value!r} is not a token; write a whole number, or null for none")
+            raise ValueError(f"{key}={brief(value)} is not a token; write a whole number, or null for none")
         if not -vocab_size <= value < vocab_size:
             raise ValueError(
-                f"{key}={value} is not a token of a vocabulary of {vocab_size}; use 0 to {vocab_size - 1}, or null"
+                f"{key}={brief(value)} is not a token of a vocabulary of {vocab_size}; "
+                f"use 0 to {vocab_size - 1}, or null"
             )
         return True
 
@@ -157,7 +159,7 @@ class Reader:
             if value is None:
                 continue
             if not isinstance(value, dict):
-                raise ValueError(f"{self.place}{key}={value!r} is not a table; write it as {{...}}, or null")
+                raise ValueError(f"{self.place}{key}={brief(value)} is not a table; write it as {{...}}, or null")
             if value:
                 nested = Reader(value, place=f"{self.place}{key}.", assumed=self.assumed)  # pyright: ignore[reportUnknownArgumentType]
                 return self.tables.setdefault(key, nested)
@@ -169,7 +171,7 @@ class Reader:
         if value is None:
             return None
         if not isinstance(value, list):
-            raise ValueError(f"{key}={value!r} is not a list; write one entry a layer, or null")
+            raise ValueError(f"{key}={brief(value)} is not a list; write one entry a layer, or null")
         entries: list[Any] = value  # pyright: ignore[reportUnknownVariableType]
         if len(entries) != n_layers and not (longer and len(entries) > n_layers):
             raise ValueError(f"{key} has {len(entries)} entries for {n_layers} layers; write one entry a layer")
@@ -197,7 +199,9 @@ class Reader:
         if other is None or other not in self.data:
             return self.place + key, key in self.data, self.data.get(key)
         if key in self.data and self.data[key] != self.data[other]:
-            raise ValueError(f"{key}={self.data[key]!r} and {other}={self.data[other]!r} disagree; give one of them")
+            raise ValueError(
+                f"{key}={brief(self.data[key])} and {other}={brief(self.data[other])} disagree; give one of them"
+            )
         return other, True, self.data[other]
 
     def _assume(self, name: str, default: T) -> T:
@@ -207,21 +211,22 @@ class Reader:
 
 def _integer(name: str, value: Any, *, lowest: int = 1, remedy: str = "") -> int:
     if isinstance(value, bool) or not isinstance(value, int):
-        raise ValueError(f"{name}={value!r} is not an integer; write it as a whole number without quotes or a point")
-    if not lowest <= value <= LARGEST_SIZE:
         raise ValueError(
-            f"{name}={value} is out of range; use {lowest} to {LARGEST_SIZE}{', or ' * bool(remedy)}{remedy}"
+            f"{name}={brief(value)} is not an integer; write it as a whole number without quotes or a point"
         )
+    if not lowest <= value <= LARGEST_SIZE:
+        range_ = f"at least {lowest}" if value < lowest else f"at most {LARGEST_SIZE}"  # an upper end may be less
+        raise ValueError(f"{name}={brief(value)} is out of range; use {range_}{', or ' * bool(remedy)}{remedy}")
     return value
 
 
 def _number(name: str, value: Any, *, positive: bool = False, lowest: float = 0, remedy: str = "") -> float:
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ValueError(f"{name}={value!r} is not a number; write it as a number without quotes")
+        raise ValueError(f"{name}={brief(value)} is not a number; write it as a number without quotes")
     if not lowest <= value <= LARGEST_SIZE or (positive and value == 0):  # also false for NaN
         least = "a number above 0, up" if positive else f"{lowest:g}"
         raise ValueError(
-            f"{name}={value!r} is out of range; use {least} to {LARGEST_SIZE}{', or ' * bool(remedy)}{remedy}"
+            f"{name}={brief(value)} is out of range; use {least} to {LARGEST_SIZE}{', or ' * bool(remedy)}{remedy}"
         )
     return float(value)
 

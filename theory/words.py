@@ -5,7 +5,9 @@ from __future__ import annotations
 import re
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
+LONGEST = 80  # characters of a value in a message
 UNITS = ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k"))
 
 
@@ -27,6 +29,16 @@ def short(number: int) -> str:
     rounded = float(f"{number:.3g}")
     unit, letter = next((pair for pair in UNITS if rounded >= pair[0]), (1.0, ""))
     return f"{rounded / unit:.3g}{letter}"
+
+
+def brief(value: Any) -> str:
+    """A value as Python writes it, and of a long one the beginning.
+
+    >>> brief("gpt2"), brief(64), brief(10**399)
+    ("'gpt2'", '64', '1000000000000000000000000000000000000000... (400 characters)')
+    """
+    written = repr(value)
+    return written if len(written) <= LONGEST else f"{written[:40]}... ({len(written)} characters)"
 
 
 def as_typed(message: str, names: Mapping[str, str]) -> str:
