@@ -139,6 +139,25 @@ def test_contradictory_config(
     assert_refused(call(theory.__main__.main, ["check", str(path)], capsys), word)
 
 
+@pytest.mark.parametrize("inside", [False, True], ids=["outside", "nested"])
+def test_a_key_that_is_there_twice_is_named(inside: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "config.json"
+    twice = '{"n_layer": 2, "n_layer": 3}'
+    path.write_text(f'{{"model_type": "gpt2", "task": {twice}}}' if inside else twice)
+    assert_refused(
+        call(theory.__main__.main, ["check", str(path)], capsys), "has the key 'n_layer' twice; write it once"
+    )
+
+
+def test_a_long_value_is_shortened(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "config.json"
+    for value, words in ((10**400, "n_layer=1000"), ("9" * 400, "n_layer='999"), (0, "use at least 1")):
+        path.write_text(json.dumps(GPT2 | {"n_layer": value}))
+        result = call(theory.__main__.main, ["check", str(path)], capsys)
+        assert_refused(result, words)
+        assert len(result[2]) < 200
+
+
 def test_unreadable_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "config.json"
     path.write_text(json.dumps(GPT2))

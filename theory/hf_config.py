@@ -20,7 +20,7 @@ from theory.hf_keys import HARMLESS, KEYS, OLDER, TABLES
 from theory.hf_llama import LLAMA_CLASSES
 from theory.hf_reader import Reader, UnknownArchitecture
 from theory.names import meant
-from theory.words import as_typed
+from theory.words import as_typed, brief
 
 __all__ = ["CLASSES", "Config", "UnknownArchitecture", "parse_config", "read_config", "read_json"]
 
@@ -114,10 +114,25 @@ def read_json(path: Path) -> Any:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
         raise ValueError(f"cannot read {path}: {reason}; give a readable config.json") from None
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=_table)
+    except _Twice as error:
+        raise ValueError(f"{path} has the key {error} twice; write it once") from None
     except (ValueError, RecursionError) as error:
         detail = "it is nested too deeply" if isinstance(error, RecursionError) else str(error).split(";")[0]
         raise ValueError(f"{path} is not valid JSON ({detail}); fix it and try again") from None
+
+
+class _Twice(Exception):
+    """A key that a table of JSON has twice: which of them counts is anyone's guess."""
+
+
+def _table(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise _Twice(brief(key))
+        found[key] = value
+    return found
 
 
 def _meant(kind: str) -> str:
