@@ -23,7 +23,7 @@ from theory.__main__ import emit
 from theory.names import unknown
 from theory.records import fingerprint, plain, read_record, write_json, write_record
 from theory.statements import Statement, catalogue, find
-from theory.words import counted
+from theory.words import brief, counted
 
 EXIT_HOLDS, EXIT_VIOLATED = 0, 1
 ALL = "all"
@@ -215,7 +215,10 @@ def _replayed(record: Mapping[str, Any], shrink: float | None) -> dict[str, Any]
     if case.bench.quantity != statement.quantity.name:
         raise ValueError(f"the witness is of {case.bench.quantity}, not of {statement.quantity.name}; fix the file")
     saved = record.get("shrink", 1.0)
-    factor = shrink if shrink is not None else saved if isinstance(saved, int | float) else 1.0
+    number = not isinstance(saved, bool) and isinstance(saved, int | float)
+    if shrink is None and not (number and 0 < saved < math.inf):
+        raise ValueError(f"shrink={brief(saved)} of {record['name']} is not a positive finite number; fix the file")
+    factor = saved if shrink is None else shrink
     observation, bound = evaluate(statement, case)
     return {
         "name": statement.name,

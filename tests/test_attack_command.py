@@ -236,10 +236,10 @@ def test_published_page_has_every_bound_and_no_violation() -> None:
         assert (row["several tokens"] == "") == (find_bench(UPPER[name].quantity.name).several is None)
 
 
-def saved(**changes: Any) -> str:
-    """A record whose witness is damaged."""
+def saved(record: Any = None, **changes: Any) -> str:
+    """A record that is damaged, or whose witness is."""
     witness = find_bench("softmax_jacobian").draw(Random(0)).witness()
-    return json.dumps({"name": "softmax-jacobian", "witness": {**witness, **changes}})
+    return json.dumps({"name": "softmax-jacobian", "witness": {**witness, **changes}, **(record or {})})
 
 
 @pytest.mark.parametrize(
@@ -264,6 +264,10 @@ def saved(**changes: Any) -> str:
         (saved(tensors={"input": [None]}), "not an array"),
         (saved(tensors={"input": [10**400]}), "not an array"),
         (saved(tensors={"input": math.nan}), "shape"),
+        *(
+            (saved({"shrink": factor}), "not a positive finite")
+            for factor in (-1, 0, math.nan, math.inf, True, "1", None)
+        ),
     ],
 )
 def test_what_cannot_be_replayed(content: str, word: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
