@@ -18,6 +18,7 @@ What has no second derivative, such as flash or flex attention, has no norm.
 from __future__ import annotations
 
 import math
+import operator
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -135,12 +136,16 @@ FIELDS = ("place_gradient", "token_gradient")  # that every record has, probes o
 GRADIENTS = (*FIELDS, "token_gradient_max", "gradient_growth")
 
 
-def require_steps(every: int) -> None:
+def require_steps(every: Any) -> None:
     """Refuse an interval that is none.
 
     Raises:
-        ValueError: it is below 1.
+        ValueError: it is no whole number, or below 1.
     """
+    try:
+        operator.index(every)
+    except TypeError:
+        raise ValueError(f"every={every!r} is not a whole number of steps; use for example 100") from None
     if every < 1:
         raise ValueError(f"every={every} is not a positive number of steps; use 1 to probe each step")
 

@@ -71,6 +71,12 @@ def test_what_is_no_probability_is_refused(failure: Any) -> None:
         rigorous_bound(TINY, 8, failure=failure)
 
 
+def test_a_name_is_no_architecture() -> None:
+    for function in (gradient_growth, growth_closed_form, check):
+        with pytest.raises(ValueError, match=r"^architecture='tiny' is not an Architecture; use theory\.preset"):
+            function("tiny", 64)  # pyright: ignore[reportArgumentType]
+
+
 def test_a_larger_failure_is_a_smaller_bound() -> None:
     assert require_failure(0.5) == 0.5
     found = [rigorous_bound(TINY, 8, failure=failure).log10_product for failure in (1e-12, 1e-6, 0.5)]

@@ -303,6 +303,9 @@ def test_what_is_no_decoder_is_refused(model: Any, words: str) -> None:
 def test_a_period_of_no_steps_is_refused() -> None:
     with pytest.raises(ValueError, match="every=0"):
         StabilityMonitor(Titan(), every=0)
+    for every in ("x", None, 2.5):
+        with pytest.raises(ValueError, match="is not a whole number of steps; use"):
+            StabilityMonitor(Titan(), every=every)  # pyright: ignore[reportArgumentType]
 
 
 @pytest.mark.parametrize("name", OURS)

@@ -6,14 +6,28 @@ import operator
 from typing import Any
 
 from theory.architecture import Architecture
+from theory.words import brief
+
+
+def require_architecture(architecture: Any) -> None:
+    """Refuse what is no `Architecture`, a preset's name for one.
+
+    Raises:
+        ValueError: it is none.
+    """
+    if not isinstance(architecture, Architecture):
+        remedy = "use theory.preset(NAME), or parse_config of a configuration"
+        raise ValueError(f"architecture={brief(architecture)} is not an Architecture; {remedy}")
 
 
 def require_tokens(n_tokens: Any, architecture: Architecture | None = None) -> int:
     """A sequence length as an int: at least 1, and within the positions that an architecture has learned.
 
     Raises:
-        ValueError: it is not.
+        ValueError: it is not, or the architecture is none.
     """
+    if architecture is not None:
+        require_architecture(architecture)
     try:
         count = operator.index(n_tokens)
     except TypeError:
