@@ -18,8 +18,8 @@ from empirics.run_spec import SCHEDULES, RunSpec
 from empirics.tensorboard import TensorBoard
 from theory.__main__ import add_architecture_options, chosen, emit, natural, whole
 from theory.architecture import Architecture
-from theory.records import remove_unfinished, write_bytes
-from theory.words import counted
+from theory.records import plain, read_record, remove_unfinished, write_bytes
+from theory.words import brief, counted
 
 EXPERIMENT = "train"
 WARMUP = 20
@@ -271,4 +271,26 @@ def _require_own_folder(spec: RunSpec, out: Path) -> None:
     found += [path.name for path in (out / "checkpoints").glob(pattern)]
     others = sorted({name for name in found if name != spec.identity})
     if others:
-        raise ValueError(f"{out} holds another run, {others[0]}; use another --out, one folder a run")
+        differing = _differing(spec, read_record(out / "records" / f"{others[0]}.json"))
+        raise ValueError(f"{out} holds another run, {others[0]}{differing}; use another --out, one folder a run")
+
+
+def _differing(spec: RunSpec, record: dict[str, Any] | None) -> str:
+    """In what a finished run differs from this one, in words; empty where there is no record that says so."""
+    theirs, ours = (record or {}).get("spec"), plain(spec)
+    if not (isinstance(theirs, dict) and isinstance(theirs.get("architecture"), dict)):
+        return ""
+    pairs = [(ours, theirs), (ours["architecture"], theirs["architecture"])]
+    found = [
+        f"{name}={_told(there[name])} and not {_told(here[name])}"
+        for here, there in pairs
+        for name in here
+        if name not in ("architecture", "label")
+        and name in there
+        and here[name] != there[name]  # older records lack some
+    ]
+    return f" ({', '.join(found)})" if found else ""
+
+
+def _told(value: Any) -> str:
+    return "none" if value is None else brief(value)  # a clip that is off is null in a record

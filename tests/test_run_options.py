@@ -117,7 +117,10 @@ def test_a_folder_holds_one_run(tmp_path: Path, capsys: pytest.CaptureFixture[st
     argv = ["train", "tiny", *SHORT, "--data", str(text), "--out", str(out)]
     assert call(empirics.__main__.main, argv, capsys)[0] == 0
     before = (out / "losses.jsonl").read_bytes()
-    assert_refused(call(empirics.__main__.main, [*argv, "--lr", "1e-2"], capsys), "holds another run", "another --out")
+    other = call(empirics.__main__.main, [*argv, "--lr", "1e-2"], capsys)
+    assert_refused(other, "holds another run", " (--lr 0.001 and not 0.01); use another --out")
+    other = call(empirics.__main__.main, [*argv, "--layers", "3", "--clip", "off"], capsys)
+    assert_refused(other, "n_layers=", " and not 3", "--clip 1.0 and not none")
     assert (out / "losses.jsonl").read_bytes() == before
     assert call(empirics.__main__.main, argv, capsys)[0] == 0
 
