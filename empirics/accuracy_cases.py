@@ -100,6 +100,7 @@ def variants() -> Iterator[Case]:
         "half of RoPE": replace(large, rope_fraction=0.5),
         "a quarter of RoPE": replace(large, rope_fraction=0.25),
         "RoPE, base 100": replace(large, rope_base=100.0),
+        "RoPE of a quarter of the frequency": replace(large, rope_stretch=4.0),
         "every second layer without positions": replace(large, nope_every=2),
         "window 8": replace(large, window=8),
         "window 8, every second layer whole": windows,
@@ -125,6 +126,11 @@ def variants() -> Iterator[Case]:
         "LayerNorm scaling": replace(large, norm_depth_scaling=True),
         "logit multiplier 8, logits capped at 2": replace(large, logit_multiplier=8.0, logit_softcap=2.0),
         "biases and a tied head": replace(base, biases=True, tied=True),
+        "a tied head, Vanilla": replace(plain, tied=True),
+        "no final norm": replace(large, final_norm=False),
+        "Peri-LN, no final norm, init xavier": replace(large, block="peri-ln", final_norm=False),
+        "Post-LN with a final norm": replace(base, block="post-ln"),
+        "eps 0.1, Vanilla": replace(plain, eps=0.1),
         "narrow, d 16 (outside)": network(16, 8).with_embedding("scaled-embed"),
     }
     return (Case("variant", label, a, BASE_LENGTH) for label, a in changes.items())

@@ -133,7 +133,7 @@ def embedding_normalised_estimate() -> Statement:
 def tied_upper() -> Statement:
     r"""Bound the Jacobian of the logits in a token table that is the head as well.
 
-    .. math:: \|J_T\| \le \|Y\| + c \mu \sqrt{\max_v \textstyle\sum_{t : v_t = v} \kappa_t^2} \; J_Y \|E\|
+    .. math:: \|J_T\| \le \|Y\| + c \mu \sqrt{\max_v \sum_{t : v_t = v} \kappa_t^2} \; J_Y \|E\|
 
     with Y the head's input over the sequence and J_Y the norm, or a bound on it, of its Jacobian in the stream's start.
     Holds: any table, tokens and network between; logits Y E'. Attained by one token of a vocabulary of one.
