@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from theory.architecture import Architecture
 from theory.embedding_gram import raw_variance
 from theory.logits import normalised_widths
+from theory.scatter import units
 from theory.softmax_moments import square_scatter
 from theory.words import counted
 
@@ -190,10 +191,9 @@ def along_own(
     inverse = 1 / np.arange(1, n_tokens + 1)
     columns = np.cumsum((inverse**2)[::-1])  # the diagonal of A'A
     coherent = n_tokens * max(np.sum(2 * inverse - inverse**2) - np.sum(columns**2), 0.0) / np.sum(inverse) ** 2
-    units = a.d_ffn * (a.experts_per_token if a.n_experts else 1)
     gains = {
         "attention": coherent * (1 + (1 + a.d_model / (a.n_heads * a.d_head)) / a.n_layers),
-        "feedforward": 2 * a.d_model / (units * a.n_layers),
+        "feedforward": 2 * a.d_model / (units(a) * a.n_layers),
     }
     along = own_square * share * (1 - share) / whole
     return max(embedding, along * sum(gain * through[name] * written[name] / outputs for name, gain in gains.items()))
@@ -204,7 +204,7 @@ def alignment(architecture: Architecture, name: str) -> float:
     a = architecture
     if name == "attention":
         return (1 + a.n_heads * a.d_head / a.d_model) * (1 + a.d_model / (a.n_kv_heads * a.d_head)) - 1
-    return 2 * (1 + a.d_model / (a.d_ffn * (a.experts_per_token if a.n_experts else 1))) - 1
+    return 2 * (1 + a.d_model / units(a)) - 1
 
 
 def lasting(

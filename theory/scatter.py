@@ -69,7 +69,7 @@ def inner_scatter(architecture: Architecture, name: str) -> float:
     a = architecture
     if name == "attention":
         return 2 / (a.n_kv_heads * a.d_head)
-    return (_hidden(a).kurtosis - 1) / _units(a)
+    return (_hidden(a).kurtosis - 1) / units(a)
 
 
 def post_norm(architecture: Architecture, attention: Array, feedforward: Array, *, first: bool) -> tuple[Array, float]:
@@ -99,7 +99,7 @@ def inner_loss(architecture: Architecture, name: str) -> float:
         n_kv d_head values the slopes are 1. Derivation `output-norm-gain`.
     """
     a = architecture
-    return 1 / (a.n_kv_heads * a.d_head) if name == "attention" else (2 * _hidden(a).overlap - 1) / _units(a)
+    return 1 / (a.n_kv_heads * a.d_head) if name == "attention" else (2 * _hidden(a).overlap - 1) / units(a)
 
 
 def own_gain(architecture: Architecture, name: str, lacking: float) -> float:
@@ -120,7 +120,7 @@ def own_gain(architecture: Architecture, name: str, lacking: float) -> float:
     if name == "attention":
         values = a.n_kv_heads * a.d_head / a.d_model
         return (1 + values) * (1 + 1 / values)
-    return 1 + _hidden(a).overlap * a.d_model / _units(a) + lacking**2
+    return 1 + _hidden(a).overlap * a.d_model / units(a) + lacking**2
 
 
 def output_norm_gain(architecture: Architecture, name: str) -> float:
@@ -149,7 +149,9 @@ def output_norm_error(architecture: Architecture, attention: float, feedforward:
     return attention * inner_scatter(a, "attention") ** 2 + feedforward * inner_scatter(a, "feedforward") ** 2
 
 
-def _units(a: Architecture) -> int:
+def units(architecture: Architecture) -> int:
+    """Hidden units that a token passes: of all experts that it is sent to."""
+    a = architecture
     return a.d_ffn * (a.experts_per_token if a.n_experts else 1)
 
 
