@@ -6,7 +6,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from empirics.checkpoints import Checkpoints
 from empirics.data import Corpus, load_corpus, require_length
 from empirics.distributed import ALONE, Ranks
 from empirics.initialisation import InitialisationSpec, initialisation
+from empirics.lock import sole_trainer
 from empirics.run_spec import RunSpec
 from empirics.train import OnStep, check_shares, train
 from theory.records import read_record, remove_unfinished, write_record
@@ -38,6 +39,11 @@ def record_path(spec: Spec, out: Path) -> Path:
 def checkpoints_of(spec: RunSpec, out: Path, ranks: Ranks = ALONE) -> Checkpoints:
     """The run's checkpoints, as long as it has no record."""
     return Checkpoints(out / "checkpoints" / spec.identity, spec.identity, ranks)
+
+
+def lock_path(spec: RunSpec, out: Path) -> Path:
+    """What the process that trains the run holds a lock on, as long as it has no record."""
+    return out / f".{spec.identity}.lock"
 
 
 def model_path(spec: RunSpec, out: Path) -> Path:
@@ -66,7 +72,8 @@ def run(
         ranks: which train together; each calls this, and gets the record.
 
     Raises:
-        ValueError: bad input; or the run is finished and its model, which is to be kept, is not there.
+        ValueError: bad input; another process trains the run; or it is finished and its model, which is to be kept, is
+            not there.
     """
     path = record_path(spec, out)
     record = read_record(path)
@@ -75,17 +82,15 @@ def run(
         if path.exists() and ranks.first:
             print(f"record {path} is damaged; it is made again", file=sys.stderr)
         if isinstance(spec, InitialisationSpec):
-            kind = "initialisation" if spec.seeds else "prediction"
             body = initialisation(spec, out / "data")
+            if ranks.first:
+                write_record(path, kind="initialisation" if spec.seeds else "prediction", body=body)
         else:
-            kind = "training"
             with stop_signals() as signalled:
-                body = _train(
+                _train(
                     spec, out, progress and ranks.first, checkpoint_every, keep_model, sink,
                     lambda: signalled() or stop(), ranks,
                 )  # fmt: skip
-        if ranks.first:
-            write_record(path, kind=kind, body=body)
         ranks.wait()
         record = read_record(path)
         assert record is not None
@@ -96,6 +101,9 @@ def run(
             remove_unfinished(made)
     if isinstance(spec, RunSpec):  # not before the record is there: a kill between would lose the run
         checkpoints_of(spec, out, ranks).remove()
+        if ranks.first:
+            with suppress(OSError):
+                lock_path(spec, out).unlink()
     return record
 
 
@@ -108,7 +116,8 @@ def _train(
     sink: OnStep | None,
     stop: Callable[[], bool],
     ranks: Ranks,
-) -> dict[str, Any]:
+) -> None:
+    """Train and write the record, unless another process does or has done so by now."""
     check_shares(spec, ranks)
     if not ranks.first:
         ranks.wait()  # the first one tokenises, the others read what it leaves
@@ -116,26 +125,31 @@ def _train(
     if ranks.first:
         ranks.wait()
     require_length(corpus, spec.seq_len)
-    with tqdm(total=spec.steps, disable=not progress, desc=spec.label, unit="step") as bar:
+    with sole_trainer(lock_path(spec, out), spec.identity) if ranks.first else nullcontext():
+        if ranks.any(read_record(record_path(spec, out)) is not None):
+            return
+        with tqdm(total=spec.steps, disable=not progress, desc=spec.label, unit="step") as bar:
 
-        def on_step(step: int, values: Mapping[str, float]) -> None:
-            if bar.n == 0:
-                bar.initial = bar.n = step  # the estimate is of this process's steps
-            bar.set_postfix_str(f"loss {values['loss']:.3f}", refresh=False)
-            bar.update()
-            if sink is not None and ranks.first:
-                sink(step, values)
+            def on_step(step: int, values: Mapping[str, float]) -> None:
+                if bar.n == 0:
+                    bar.initial = bar.n = step  # the estimate is of this process's steps
+                bar.set_postfix_str(f"loss {values['loss']:.3f}", refresh=False)
+                bar.update()
+                if sink is not None and ranks.first:
+                    sink(step, values)
 
-        return train(
-            spec,
-            corpus,
-            checkpoints=checkpoints_of(spec, out, ranks),
-            checkpoint_every=checkpoint_every,
-            keep=model_path(spec, out) if keep_model else None,
-            stop=stop,
-            on_step=on_step,
-            ranks=ranks,
-        )
+            body = train(
+                spec,
+                corpus,
+                checkpoints=checkpoints_of(spec, out, ranks),
+                checkpoint_every=checkpoint_every,
+                keep=model_path(spec, out) if keep_model else None,
+                stop=stop,
+                on_step=on_step,
+                ranks=ranks,
+            )
+        if ranks.first:
+            write_record(record_path(spec, out), kind="training", body=body)
 
 
 @contextmanager

@@ -31,7 +31,9 @@ def add_command(commands: Any) -> argparse.ArgumentParser:
         "train",
         help="one training run",
         description="Train once; a killed run resumes, a finished one is not trained again. Ctrl-C or SIGTERM keeps a "
-        "checkpoint and ends with status 130; a second one ends at once. A folder holds one run. "
+        "checkpoint and ends with status 130; a second one ends at once. A folder holds one run, and one process "
+        "trains it: another is refused. Exit status: 0 finished, also where the run diverged, which the last lines and "
+        "the record say with the step; 2 bad input; 130 stopped. "
         "On several devices: torchrun --nproc-per-node K -m empirics train ...; it is the same run, and resumes on "
         "another number of them (docs/scale-out.md).",
     )

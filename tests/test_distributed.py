@@ -15,14 +15,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 from helpers.kills import spread
 from helpers.ranks import ROOT, Launcher
 from helpers.training import cut, files, flip
 from safetensors.torch import load_file
 
-from empirics.__main__ import main
+from empirics.__main__ import main, parser
 from empirics.kept import load_model
 from empirics.model import Transformer
+from empirics.run import lock_path
+from empirics.train_command import specification
+from theory.__main__ import chosen
 from theory.hf_config import parse_config
 from theory.records import read_records
 
@@ -345,6 +349,19 @@ def test_bad_input_is_one_line(
     assert ended.statuses == [2] * ranks
     (line,) = lines_of(ended.said)
     assert words in line
+
+
+def test_a_run_that_another_process_trains_is_one_line(launch: Launcher, text: Path, tmp_path: Path) -> None:
+    argv = command(text, tmp_path, steps=3)
+    arguments = parser().parse_args(argv)
+    spec = specification(arguments, chosen(arguments)[0], arguments.seq_len)
+    with FileLock(lock_path(spec, tmp_path)):
+        ended = launch(2, argv)
+        assert ended.statuses == [2, 2]
+        (line,) = lines_of(ended.said)
+        assert f"{spec.identity} is being trained by another process" in line
+    ended = launch(2, argv)
+    assert ended.statuses == [0, 0], ended.said
 
 
 # --- the launcher -----------------------------------------------------------------------------------------------
