@@ -44,6 +44,7 @@ SHARD_TOKENS = 50_000_000  # 100 MB of uint16; what a kill can cost.
 GROUP = 1 << 22  # characters read at a time; shards end between groups.
 # A text of so many characters holds out nothing of the first two million, on which a BPE is trained.
 SHORT = round(TRAINED_ON / (1 - 2 * HELDOUT))
+SMALLEST = 2  # tokens that a training can be of: one, and the one that follows it
 CHECKED = 2_000_000_000  # bytes: above, `open_shards` compares sizes and leaves checksums to `tokenise`.
 
 OnGroup = Callable[[int, int], None]
@@ -117,8 +118,8 @@ def tokenise(
         on_group: called with the bytes and tokens so far.
 
     Raises:
-        ValueError: as `Documents` and `make_tokenizer`; the folder holds shards of another text or tokenizer, or
-            cannot be written.
+        ValueError: as `Documents` and `make_tokenizer`; the text is too short for a token and the next one; the folder
+            holds shards of another text or tokenizer, or cannot be written.
     """
     if shard_tokens < 1:
         raise ValueError(f"shard_tokens={shard_tokens} is no shard; use 1 or more, for example {SHARD_TOKENS}")
@@ -148,6 +149,12 @@ def tokenise(
     if shard.tokens:
         shard.write(documents.position)
     return _finish(out, manifest, _cut(out, manifest), shards[-1]["position"]["bytes"])
+
+
+def longest_window(manifest: dict[str, Any]) -> int:
+    """The longest sequence that finished shards can be trained and tested on; below 1 there is none."""
+    trained = manifest["train_tokens"]
+    return min(trained, manifest["tokens"] - trained) - 1
 
 
 def kept(out: Path) -> tuple[int, int]:
@@ -234,6 +241,12 @@ def _tokenise_short(documents: Documents, head: list[str], out: Path, recipe: di
     """A text that is read again rather than gone on with, split as in memory."""
     train, heldout, is_whole = split(head)
     made = make_tokenizer(recipe["tokenizer"], train, recipe["vocab_size"])
+    first = made.encode(train[:2])
+    tokens = sum(map(len, first)) + len(first) - (not is_whole)
+    if tokens < SMALLEST:
+        raise ValueError(
+            f"{documents.spec} has {counted(tokens, 'token')} to train on and no next one to predict; use a longer text"
+        )
     manifest = _begin(out, recipe, made, documents.name, is_short=True)
     shard = _Shard(out, made, manifest)
     cut = 0
@@ -245,8 +258,7 @@ def _tokenise_short(documents: Documents, head: list[str], out: Path, recipe: di
         cut = cut if part is heldout else manifest["tokens"] + shard.tokens
     if shard.tokens:
         shard.write(None)
-    if not is_whole:
-        manifest["documents"] -= 1  # one lies in two parts
+    manifest["documents"] = len(head)  # one may lie in two parts
     return _finish(out, manifest, cut, documents.position["bytes"])
 
 

@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import tempfile
 from collections.abc import Mapping, Sequence
+from contextlib import redirect_stderr
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +32,7 @@ from theory.words import counted
 
 STOPPED = "stopped"
 JOBS = "jobs.json"
+SUBMITTERS = ("sbatch", "srun")  # what submitit starts
 
 
 def prepare_texts(specs: Sequence[Spec], out: Path) -> None:
@@ -157,7 +161,8 @@ def submit(
         parameters: submitit's (`timeout_min`, `gpus_per_node`, `slurm_partition`, ...); `cluster` may be `local`.
 
     Raises:
-        ValueError: submitit or SLURM is missing, a parameter is not submitit's, or runs are submitted already.
+        ValueError: submitit or SLURM is missing or refuses, a parameter is not submitit's, or runs are submitted
+            already.
     """
     try:
         import submitit
@@ -174,6 +179,12 @@ def submit(
     if not todo:
         return {}
     cluster = parameters.get("cluster", "slurm")
+    absent = [name for name in SUBMITTERS if cluster == "slurm" and shutil.which(name) is None]
+    if absent:
+        raise ValueError(
+            f"--slurm finds no {' and no '.join(absent)} here; run it where the cluster takes jobs (a login node), or "
+            "leave --slurm out to train on this machine"
+        )
     values = {name: int(value) if value.isdecimal() else value for name, value in parameters.items()}
     values.pop("cluster", None)
     try:
@@ -182,8 +193,13 @@ def submit(
     except (RuntimeError, ValueError, TypeError, NameError) as error:
         raise ValueError(f"--slurm: {' '.join(str(error).split())}") from None
     prepare_texts(todo, out)
-    with executor.batch():
-        jobs = [executor.submit(Job(), spec, out.resolve(), checkpoint_every) for spec in todo]
+    try:
+        with redirect_stderr(StringIO()), executor.batch():  # what SLURM says of an error is in the error too
+            jobs = [executor.submit(Job(), spec, out.resolve(), checkpoint_every) for spec in todo]
+    except (submitit.core.utils.UncompletedJobError, submitit.core.utils.FailedSubmissionError) as error:
+        raise ValueError(
+            f"SLURM took no job: {' '.join(str(error).split()) or 'it says no reason'}; mend the parameters of --slurm"
+        ) from None
     numbers = {spec.identity: str(job.job_id) for spec, job in zip(todo, jobs, strict=True)}
     write_json(path, submitted | numbers)
     return numbers

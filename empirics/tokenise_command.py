@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from pathlib import Path
 from typing import Any, NoReturn
 
 from tqdm import tqdm
 
 from empirics.run import stop_signals
-from empirics.shards import SHARD_TOKENS, kept, tokenise
+from empirics.shards import SHARD_TOKENS, kept, longest_window, tokenise
 from theory.__main__ import whole
+from theory.architecture import preset
 from theory.words import counted
 
 
@@ -70,6 +72,14 @@ def _run(arguments: argparse.Namespace) -> int:
         shards, tokens = kept(arguments.out)
         saved = f"saved {counted(shards, 'shard')}, {counted(tokens, 'token')}, in {arguments.out}"
         raise KeyboardInterrupt(f"stopped and {saved}" if shards else "stopped before the first shard") from None
+    if (window := longest_window(manifest)) < (usual := preset("tiny").context):
+        heldout = manifest["tokens"] - manifest["train_tokens"]
+        fits = f"train with --seq-len {window} at most" if window > 0 else "nothing can be trained on it"
+        print(
+            f"note: {counted(heldout, 'token is', 'tokens are')} held out, and trainings have windows of {usual} and "
+            f"more: {fits}, or tokenise a longer text",
+            file=sys.stderr,
+        )
     if arguments.json:
         print(json.dumps(manifest, indent=2))
         return 0

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from empirics import shards, tokenizer
 from empirics.__main__ import main
-from empirics.data import batch, heldout_batches, load_corpus, tokenise
+from empirics.data import batch, heldout_batches, load_corpus, require_length, tokenise
 from empirics.shards import MANIFEST, ShardedTokens, open_shards
 
 
@@ -273,3 +273,53 @@ def test_command_tokenises_and_train_takes_it(
     assert main(["tokenise", str(tmp_path / "none"), "--out", str(tmp_path / "x")]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert "there is no text" in line
+
+
+# --- texts too short ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["bytes", "bpe"])
+def test_a_text_of_one_token_is_refused_and_nothing_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    path, out = tmp_path / "text.txt", tmp_path / "out"
+    path.write_text("a")
+    argv = ["tokenise", str(path), "--tokenizer", name, "--out", str(out)]
+    assert main(argv) == 2
+    printed = capsys.readouterr()
+    (line,) = printed.err.splitlines()
+    assert line.endswith("text.txt has 1 token to train on and no next one to predict; use a longer text")
+    assert (out.exists(), printed.out) == (False, "")
+    path.write_text("ab")
+    assert main(argv) == 0
+    assert len(open_shards(out)[0]) == 2
+
+
+@pytest.mark.parametrize(
+    ("characters", "words"),
+    [
+        (5, "note: 0 tokens are held out, and trainings have windows of 64 and more: nothing can be trained on it, or"),
+        (40, "note: 3 tokens are held out, and trainings have windows of 64 and more: train with --seq-len 2 at most"),
+        (1260, "note: 64 tokens are held out, and trainings have windows of 64 and more: train with --seq-len 63 at"),
+        (1280, ""),
+    ],
+)
+def test_a_short_text_is_said_to_be_short(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], characters: int, words: str
+) -> None:
+    path, out = tmp_path / "text.txt", tmp_path / "out"
+    path.write_text("x" * characters)
+    assert main(["tokenise", str(path), "--tokenizer", "bytes", "--out", str(out), "--json"]) == 0
+    printed = capsys.readouterr()
+    manifest = json.loads(printed.out)
+    assert manifest["documents"] == 1
+    said = [line for line in printed.err.splitlines() if line.startswith("note:")]
+    assert len(said) == bool(words)
+    assert not words or said[0].startswith(words)
+    longest = min(manifest["train_tokens"], manifest["tokens"] - manifest["train_tokens"]) - 1
+    if longest < 1:
+        return
+    corpus = load_corpus(str(out), vocab_size=300)
+    require_length(corpus, longest)
+    with pytest.raises(ValueError, match="the held-out split has"):
+        require_length(corpus, longest + 1)

@@ -90,7 +90,10 @@ def test_the_configuration_as_it_is_given(text: Path, tmp_path: Path, capsys: py
         (["--warmup", "50"], "--warmup 50 never reaches the peak rate in --steps 3"),
         (["--embedding", "embed-ln"], "add --methods config"),
         (["--slurm", "hours"], "--slurm hours is not NAME=VALUE"),
-        (["--slurm"], "srun"),
+        (
+            ["--slurm"],
+            "--slurm finds no sbatch and no srun here; run it where the cluster takes jobs (a login node), or",
+        ),
         (["--slurm", "cluster=local", "speed=3"], "speed"),
         (["--data", "/nowhere"], "there is no text '/nowhere'"),
     ],
@@ -183,6 +186,35 @@ def children() -> set[int]:
 
 
 # --- jobs -------------------------------------------------------------------------------------------------------
+
+
+def on_the_path(folder: Path, monkeypatch: pytest.MonkeyPatch, **scripts: str) -> None:
+    """SLURM's programs as far as a submission sees them."""
+    folder.mkdir()
+    for name, script in scripts.items():
+        (folder / name).write_text(f"#!/bin/sh\n{script}\n")
+        (folder / name).chmod(0o755)
+    monkeypatch.setenv("PATH", str(folder), prepend=os.pathsep)
+
+
+def test_what_slurm_says(
+    text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One of its programs alone is not enough; a refusal of its is one line, and what it takes is submitted once."""
+    argv = command(text, tmp_path / "out", "--methods", "vanilla", "--slurm", "slurm_partition=gpuu")
+    on_the_path(tmp_path / "some", monkeypatch, srun="exit 0")
+    assert main(argv) == 2
+    assert "--slurm finds no sbatch here; run it where" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    on_the_path(tmp_path / "bad", monkeypatch, srun="exit 0", sbatch="echo 'invalid\npartition: gpuu' >&2; exit 1")
+    assert main(argv) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.endswith("SLURM took no job: invalid partition: gpuu; mend the parameters of --slurm")
+    on_the_path(tmp_path / "good", monkeypatch, srun="exit 0", sbatch="echo Submitted batch job 12")
+    assert main(argv) == 0
+    assert capsys.readouterr().out.startswith("1 of 1 run submitted")
+    assert main(argv) == 2
+    assert "as job 12; wait for them" in capsys.readouterr().err
 
 
 @pytest.mark.filterwarnings("ignore:subprocess .* is still running:ResourceWarning")  # submitit waits for none
