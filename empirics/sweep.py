@@ -166,6 +166,7 @@ def submit(
     """
     try:
         import submitit
+        from submitit.core.utils import FailedSubmissionError, UncompletedJobError
     except ImportError:
         raise ValueError("--slurm needs the package submitit; run pip install 'spikecheck[slurm]'") from None
     todo, path = missing(specs, out), out / "slurm" / JOBS
@@ -196,7 +197,7 @@ def submit(
     try:
         with redirect_stderr(StringIO()), executor.batch():  # what SLURM says of an error is in the error too
             jobs = [executor.submit(Job(), spec, out.resolve(), checkpoint_every) for spec in todo]
-    except (submitit.core.utils.UncompletedJobError, submitit.core.utils.FailedSubmissionError) as error:
+    except (UncompletedJobError, FailedSubmissionError) as error:
         raise ValueError(
             f"SLURM took no job: {' '.join(str(error).split()) or 'it says no reason'}; mend the parameters of --slurm"
         ) from None

@@ -11,9 +11,8 @@ import hashlib
 import importlib.metadata
 import importlib.util
 import json
-import logging
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from empirics.hub import hub
 from theory.words import counted
 
 HELDOUT = 0.05  # share of the characters, at the end of the text,
@@ -334,22 +334,10 @@ def _hub_stream(spec: str) -> Any:
         raise ValueError(f"{spec} needs the datasets library; pip install 'spikecheck[hf]', or use sympy") from error
     try:
         config = config or DEFAULT_CONFIGS.get(name)
-        with _errors_alone("huggingface_hub"):
+        with nullcontext() if Path(name).is_dir() else hub():
             return datasets.load_dataset(name, config, split=split or "train", streaming=True)
     except Exception as error:  # The library raises the errors of several network clients.
         raise _unreachable(spec, error) from error
-
-
-@contextmanager
-def _errors_alone(library: str) -> Iterator[None]:
-    """Without a library's warnings: that it tries again, half a minute long, where no hub answers."""
-    log = logging.getLogger(library)
-    before = log.level
-    log.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        log.setLevel(before)
 
 
 def _hub_rows(spec: str, stream: Iterable[Any]) -> Iterator[str]:

@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from empirics.hub import hub
 from theory.records import write_bytes
 
 END_OF_DOCUMENT = "<|endoftext|>"
@@ -243,8 +244,11 @@ def _gpt2() -> Path:
     from huggingface_hub import hf_hub_download, try_to_load_from_cache
 
     found = try_to_load_from_cache(GPT2, FILE)
+    if isinstance(found, str):
+        return Path(found)
     try:
-        return Path(found if isinstance(found, str) else hf_hub_download(GPT2, FILE))
+        with hub():
+            return Path(hf_hub_download(GPT2, FILE))
     except Exception as error:  # The client raises the errors of several network libraries.
         raise ValueError(
             f"GPT-2's tokenizer is not in the local cache and cannot be fetched ({type(error).__name__}); put its "

@@ -8,6 +8,7 @@ import warnings
 from pathlib import Path
 
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # read when numpy is imported
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when huggingface_hub is: no test reaches out
 
 import pytest
 import torch
