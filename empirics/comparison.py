@@ -17,6 +17,7 @@ from empirics.measured import Measured, describe
 from empirics.running import evaluating, first_tensor
 from empirics.stability import StabilityMonitor, StabilityRecord
 from theory.architecture import Architecture
+from theory.arguments import require_architecture
 from theory.growth import Growth, gradient_growth
 from theory.hf_config import UnknownArchitecture, parse_config
 from theory.initialisation import Stds
@@ -210,11 +211,8 @@ def check(
         ValueError: no residual stream is found, the loss has no gradient, or `architecture` is none; the message says
             why.
     """
-    if architecture is not None and not isinstance(architecture, Architecture):  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise ValueError(
-            f"architecture is a {type(architecture).__name__}, not an Architecture; give theory.preset(name) "
-            'or theory.parse_config({"model_type": ...}).architecture'
-        )
+    if architecture is not None:
+        require_architecture(architecture)
     measured = describe(model, tokens)
     if tokens is None:
         context = getattr(getattr(model, "config", None), "max_position_embeddings", None) or CHECK_SHAPE[1]

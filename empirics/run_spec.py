@@ -6,6 +6,8 @@ import math
 from dataclasses import dataclass, fields
 from typing import Literal, get_args
 
+import numpy as np
+
 from empirics.data import ORDERS, TOKENS_FORMAT, Order
 from theory.architecture import Architecture
 from theory.records import fingerprint, plain, slug
@@ -15,6 +17,7 @@ Schedule = Literal["cosine", "linear", "constant", "wsd"]
 SCHEDULES: tuple[Schedule, ...] = get_args(Schedule)
 Precision = Literal["float32", "bfloat16", "float64"]
 COSINE_FLOOR = 0.1
+LARGEST_RATE = float(np.finfo(np.float32).max)
 # Fields younger than the first records: left out of the fingerprint where they are not used, so that those stay valid.
 LATER = ("decay_fraction", "decay_embeddings", "z_loss", "deterministic", "order", "attention", "probes")
 # Those of an architecture by the first of each group, which at its default leaves the others without use.
@@ -101,6 +104,11 @@ class RunSpec:
         for name in ("learning_rate", "clip"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}={getattr(self, name)!r} is not positive; use a number above 0")
+        if self.learning_rate > LARGEST_RATE:
+            raise ValueError(
+                f"learning_rate={self.learning_rate!r} is beyond float32, in which the weights are; use a smaller one, "
+                "for example 0.001"
+            )
         for name in ("weight_decay", "z_loss"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name}={getattr(self, name)!r} is negative or not finite; use 0 or more")

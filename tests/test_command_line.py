@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import paper_repro
 import theory.__main__
 
 TOO_LONG = "a" * 5000
+UP_TO_600 = ",".join(map(str, range(1, 601)))  # 600 x 600 x 4 methods are more than a million
 COMMANDS: dict[str, list[str]] = {
     "no command": [],
     "unknown command": ["chek", "tiny"],
@@ -46,6 +48,8 @@ COMMANDS: dict[str, list[str]] = {
     "sweep of zero": ["sweep", "--depths", "0"],
     "sweep of words": ["sweep", "--widths", "wide"],
     "sweep of too many tokens": ["sweep", "--seq-len", "1000000000"],
+    "sweep beyond all sizes": ["sweep", "--depths", "1000000001"],
+    "sweep of too many": ["sweep", "--depths", UP_TO_600, "--widths", UP_TO_600],
     "statements of nothing": ["statements", "ffn"],
     "statements of no kind": ["statements", "--kind", "lower"],
     "statements of no quantity": ["statements", "--quantity", "ffn"],
@@ -164,6 +168,24 @@ def test_versions(main: Main, package: str, capsys: pytest.CaptureFixture[str]) 
     assert out.startswith("spikecheck ")
     assert re.search(rf"\b{package} \d+\.\d+", out)
     assert out.count("\n") == 1
+
+
+def test_a_sweep_costs_what_its_rows_do(capsys: pytest.CaptureFixture[str]) -> None:
+    """A billion layers as much as one: the estimate's growth does not move, its excess falls like 1/sqrt(N)."""
+    argv = ["sweep", "--widths", "1024,1000000000", "--depths", "1,10000000,1000000000"]
+    began = time.process_time()
+    status, out, _ = call(theory.__main__.main, [*argv, "--json"], capsys)
+    assert time.process_time() - began < 5.0
+    assert status == 0
+    rows = {(row["embedding"], row["d_model"], row["n_layers"]): row for row in json.loads(out)}
+    assert len(rows) == 4 * 6
+    for (embedding, width, depth), row in rows.items():
+        assert row["growth"] == pytest.approx(rows[embedding, width, 1]["growth"], rel=1e-12)
+        if depth == 10**9:
+            excess = rows[embedding, width, 10**7]["ffn_excess"]
+            assert row["ffn_excess"] == pytest.approx(excess / 10, rel=1e-3)
+    _, out, _ = call(theory.__main__.main, argv, capsys)
+    assert all(len(line.split()) == 5 for line in out.splitlines()[1:])  # no column runs into the next
 
 
 def start(*command: str) -> Result:

@@ -54,7 +54,7 @@ def test_fewer_places_than_tokens_are_named_with_the_remedy() -> None:
 
 @pytest.mark.parametrize("wrong", ["tiny", {"model_type": "gpt2"}, parse_config(REAL["gpt2"])])
 def test_what_is_no_architecture_is_refused_in_one_line(wrong: object) -> None:
-    with pytest.raises(ValueError, match=r"^architecture is a \w+, .*; give theory\.preset\(name\) or [^\n]*$"):
+    with pytest.raises(ValueError, match=r"^architecture=.+ is not an Architecture; use theory\.preset[^\n]*$"):
         check(NanoGPT(), architecture=wrong)  # type: ignore[arg-type]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 from pathlib import Path
@@ -46,6 +47,7 @@ TYPED: dict[str, tuple[list[str], str]] = {
     "decay": (["--schedule", "wsd", "--decay-fraction", "0.97"], "the 291 steps of --decay-fraction 0.97 do not fit"),
     "decay without wsd": (["--decay-fraction", "0.2"], "--decay-fraction 0.2 is of no use to the schedule cosine"),
     "embeddings": (["--decay-embeddings"], "do not decay at --weight-decay 0; give"),
+    "rate beyond float32": (["--lr", "1e300"], "--lr 1e+300 is beyond float32, in which the weights are; use a"),
     "text too short": (["--data", "SHORT", "--tokenizer", "bytes"], "fewer than the 65 of --seq-len 64; use"),
 }
 
@@ -136,7 +138,7 @@ def test_tensorboard_that_is_missing(
 
 
 def test_training_that_diverges_is_an_answer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A rate of 1e30: infinities after the first step are written down and said, not raised."""
+    """A rate of 1e30: infinities after the first step are written down and said, with the step, and not raised."""
     text = tmp_path / "text.txt"
     text.write_text("the quick brown fox jumps over the lazy dog\n" * 200)
     options = ["--layers", "1", "--seq-len", "8", "--batch", "1", "--data", str(text), "--tokenizer", "bytes"]
@@ -145,7 +147,13 @@ def test_training_that_diverges_is_an_answer(tmp_path: Path, capsys: pytest.Capt
         argv = ["train", "tiny", *options, "--lr", "1e30", "--warmup", "0", "--steps", steps, "--out", out]
         status, words, _ = call(empirics.__main__.main, argv, capsys)
         assert status == 0
-        assert words.startswith("diverged: ")
+        (path,) = (tmp_path / steps / "records").iterdir()
+        at = json.loads(path.read_text())["final"]["diverged_at"]
+        said = "the held-out loss is not finite after 1 step"
+        if at is not None:
+            said = f"the loss or its gradient was not finite at step {at}"
+        assert words.splitlines()[0] == f"diverged: {said}"
+        assert (at is None) == (steps == "1")
 
 
 # --- the reproduction's own command line --------------------------------------------------------------------------

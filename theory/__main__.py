@@ -329,9 +329,9 @@ def _sweep(arguments: argparse.Namespace) -> int:
     if arguments.json:
         emit(json.dumps(rows, indent=None, allow_nan=False), arguments.out)
         return EXIT_STABLE
-    header = f"{'embedding':14}{'d_model':>9}{'layers':>8}{'growth (estimate)':>19}{'eq. (15) excess (estimate)':>28}"
+    header = f"{'embedding':14}{'d_model':>11}{'layers':>11}{'growth (estimate)':>19}{'eq. (15) excess (estimate)':>28}"
     body = [
-        f"{r['embedding']:14}{r['d_model']:>9}{r['n_layers']:>8}{r['growth']:>19.5g}{r['ffn_excess']:>28.4g}"
+        f"{r['embedding']:14}{r['d_model']:>11}{r['n_layers']:>11}{r['growth']:>19.5g}{r['ffn_excess']:>28.4g}"
         for r in rows
     ]
     emit("\n".join([header, *body]), arguments.out)
@@ -385,12 +385,15 @@ def parser() -> argparse.ArgumentParser:
         "sweep",
         help="closed-form growth over a grid of sizes",
         description="Closed-form growth, and the first layer's excess over 1 by the paper's eq. (15), over a grid of "
-        "model widths and numbers of layers; both are estimates.",
+        "model widths and numbers of layers; both are estimates. Sizes cost nothing, rows do: there may be a million.",
     )
     sweep.add_argument(
-        "--widths", type=_sizes, default=[256, 1024, 4096], metavar="D,D,...", help="default 256,1024,4096"
+        "--widths", type=_sizes, default=[256, 1024, 4096], metavar="D,D,...",
+        help="default 256,1024,4096; each at most 10^9",
+    )  # fmt: skip
+    sweep.add_argument(
+        "--depths", type=_sizes, default=[8, 24, 96], metavar="N,N,...", help="default 8,24,96; each at most 10^9"
     )
-    sweep.add_argument("--depths", type=_sizes, default=[8, 24, 96], metavar="N,N,...", help="default 8,24,96")
     sweep.add_argument(
         "--embedding", choices=EMBEDDINGS, action="append", metavar="NAME",
         help=f"{', '.join(EMBEDDINGS)}; may be given again (default all four)",

@@ -15,6 +15,7 @@ from theory.records import plain
 
 Array = NDArray[np.float64]
 PAPER_EPS = 1e-5
+MOST_ROWS = 10**6  # of a sweep: some ten seconds, and half a gigabyte
 
 
 def paper_stds(d_model: Array, n_layers: Array) -> dict[str, Array]:
@@ -65,8 +66,17 @@ def closed_form(d_model: Any, n_layers: Any, treatment: EmbeddingTreatment, n_to
 def closed_form_sweep(
     widths: Sequence[int], depths: Sequence[int], treatments: Sequence[EmbeddingTreatment] | None, n_tokens: int
 ) -> list[dict[str, Any]]:
-    """One row a configuration of the grid."""
+    """One row a configuration of the grid; its cost is that of the rows, whatever the sizes.
+
+    Raises:
+        ValueError: more than a million rows; or as `closed_form`.
+    """
     rows: list[dict[str, Any]] = []
+    wanted = len(widths) * len(depths) * len(treatments or EMBEDDINGS)
+    if wanted > MOST_ROWS:
+        raise ValueError(
+            f"{wanted} configurations are too many; use fewer widths or depths, at most {MOST_ROWS} in all"
+        )
     grid_d, grid_n = np.meshgrid(np.asarray(widths), np.asarray(depths), indexing="ij")
     for treatment in treatments or EMBEDDINGS:
         growth, excess = closed_form(grid_d, grid_n, treatment, n_tokens)
