@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 
 from empirics.spike_definitions import DEFINITIONS, Definition, Series, finite
-from empirics.spike_log import Log, read_log
+from empirics.spike_log import Log, read_beside
 from empirics.spikes import pair
 
 WINDOW = 10  # steps between two events that are taken for a pair; a convention
@@ -174,7 +174,7 @@ def tell_lags(path: Path, log: Log, reference_path: Path | None, reference: Log 
 def _beside(path: Path, log: Log, column: str) -> Series:
     """A series of the run at the steps of its loss."""
     try:
-        found = read_log(path, column)
+        found = read_beside(path, log, column)
     except ValueError as reason:
         raise ValueError(
             f"--lag needs the series {' and '.join(COLUMNS)}: {reason}; or name the folder of a run"

@@ -24,6 +24,7 @@ SHOWN = 12  # events printed a line; JSON has them all
 DECIDES = {"seed": "seed", "sequences a batch": "batch_size", "tokens a sequence": "seq_len", "order": "order"}
 # What decides the tokens; the same tokens may come from another copy of a text.
 TOKENS = {"text": "data", "tokenizer": "tokenizer", "bytes of text": "data_bytes"}
+LOSSES = "losses.jsonl"  # of a run's folder
 RECORDED, ON_TRUST = "recorded", "on trust"
 
 
@@ -61,7 +62,7 @@ class Log:
 def read_log(path: Path, column: str) -> Log:
     """A run's folder, losses.jsonl (or other lines of JSON), a training record, or a CSV with a header.
 
-    An unfinished run is read from its newest whole checkpoint.
+    An unfinished run is read from its newest whole checkpoint. A record is read once.
 
     Raises:
         ValueError: it cannot be read, or has no such numbers; the message names the remedy.
@@ -70,20 +71,49 @@ def read_log(path: Path, column: str) -> Log:
         if not path.exists():
             raise ValueError(f"{path} does not exist; name a run's folder or its losses.jsonl")
         if path.is_dir():
-            if (begun := _begun(path, column)) is not None:
-                return begun
-            path = _inside(path, column)
+            return _of_folder(path, column)
         if path.suffix == ".json":
-            return _log(path, column, *_of_record(path, column))
+            return _of_record(path, column, _whole_record(path))
         if path.suffix not in (".jsonl", ".csv"):
             raise ValueError(f"{path} is not a log; use a run's folder, or a file named .jsonl, .json or .csv")
-        with path.open(encoding="utf-8-sig", newline="") as lines:
-            rows = csv.DictReader(lines) if path.suffix == ".csv" else _objects(lines, path)
-            return _log(path, column, *_columns(rows, path, column))
+        return _of_lines(path, column, _trainings(path.parent) if path.name == LOSSES else {})
     except OSError as error:
         raise ValueError(f"cannot read {path}: {error.strerror}; name a run's folder or its losses.jsonl") from None
     except (UnicodeDecodeError, csv.Error) as error:
         raise ValueError(f"{path} is not text that can be read: {error}; save it as UTF-8") from None
+
+
+def read_beside(path: Path, log: Log, column: str) -> Log:
+    """Another number of what `path` is the log of: from its record where it has one, which is not read again.
+
+    Raises:
+        ValueError: as `read_log`.
+    """
+    return read_log(path, column) if log.record is None else _of_record(log.path, column, log.record)
+
+
+def _of_folder(folder: Path, column: str) -> Log:
+    """The file of a run's folder that has the column, or the checkpoint of one that is not finished."""
+    trainings, losses = _trainings(folder), folder / LOSSES
+    if losses.is_file():
+        if column == "loss":
+            return _of_lines(losses, column, trainings)
+    elif not trainings and (begun := _begun(folder, column)) is not None:
+        return begun
+    if len(trainings) != 1:
+        remedy = "name one of them" if trainings else "finish the run (train again goes on), or name a file with losses"
+        kept = "" if trainings else " and no checkpoint of one run alone"
+        raise ValueError(f"{folder} has {len(trainings)} training records{kept}; {remedy}")
+    ((path, record),) = trainings.items()
+    return _of_record(path, column, record)
+
+
+def _of_lines(path: Path, column: str, beside: Mapping[Path, Mapping[str, Any]]) -> Log:
+    """A file of lines; `beside` are the training records of its folder, of which the only one is the run's."""
+    with path.open(encoding="utf-8-sig", newline="") as lines:
+        rows = csv.DictReader(lines) if path.suffix == ".csv" else _objects(lines, path)
+        values, steps = _columns(rows, path, column)
+    return _log(path, column, values, steps, record=next(iter(beside.values())) if len(beside) == 1 else None)
 
 
 def _columns(rows: Iterable[Mapping[str, Any]], path: Path, column: str) -> tuple[list[float], list[float]]:
@@ -108,22 +138,10 @@ def _columns(rows: Iterable[Mapping[str, Any]], path: Path, column: str) -> tupl
     return values, steps
 
 
-def _inside(folder: Path, column: str) -> Path:
-    """The file of a run's folder that has the column."""
-    if column == "loss" and (folder / "losses.jsonl").is_file():
-        return folder / "losses.jsonl"
-    trainings = _trainings(folder)
-    if len(trainings) != 1:
-        remedy = "name one of them" if trainings else "finish the run (train again goes on), or name a file with losses"
-        kept = "" if trainings else " and no checkpoint of one run alone"
-        raise ValueError(f"{folder} has {len(trainings)} training records{kept}; {remedy}")
-    return trainings[0]
-
-
 def _begun(folder: Path, column: str) -> Log | None:
-    """What the newest whole checkpoint has of the only run of a folder, if that is not finished."""
+    """What the newest whole checkpoint has of the only run of a folder."""
     runs = sorted((folder / "checkpoints").glob("*/"))
-    if len(runs) != 1 or (folder / "losses.jsonl").is_file() or _trainings(folder):
+    if len(runs) != 1:
         return None
     from empirics.checkpoints import SERIES, Checkpoints  # torch, which no other log needs
 
@@ -131,21 +149,15 @@ def _begun(folder: Path, column: str) -> Log | None:
     if (found := kept.series()) is None:
         return None
     step, series = found
-    path, record = runs[0] / f"step-{step:08d}" / SERIES, {"series": series, "final": series}
-    log = _log(path, column, *_of_series(record, path, column))
-    return replace(log, record=record, unfinished=log.diverged_at is None and series.get("diverged_at") is None)
+    log = _of_record(runs[0] / f"step-{step:08d}" / SERIES, column, {"series": series, "final": series})
+    return replace(log, unfinished=log.diverged_at is None and series.get("diverged_at") is None)
 
 
-def _trainings(folder: Path) -> list[Path]:
-    found = [*sorted((folder / "records").glob("*.json")), *sorted(folder.glob("*.json"))]
-    return [path for path in found if (read_record(path) or {}).get("kind") == "training"]
-
-
-def _record_of(path: Path) -> Mapping[str, Any] | None:
-    """The record that a log is, or that lies beside it as `train` leaves them."""
-    if path.name == "losses.jsonl" and len(found := _trainings(path.parent)) == 1:
-        path = found[0]
-    return read_record(path) if path.suffix == ".json" else None
+def _trainings(folder: Path) -> dict[Path, Mapping[str, Any]]:
+    """The training records of a run's folder, by their files."""
+    paths = [*sorted((folder / "records").glob("*.json")), *sorted(folder.glob("*.json"))]
+    records = ((path, read_record(path)) for path in paths)
+    return {path: record for path, record in records if record is not None and record.get("kind") == "training"}
 
 
 def _diverged_at(record: Mapping[str, Any] | None) -> int | None:
@@ -178,16 +190,19 @@ def _other_batches(log: Log, reference: Log) -> str | None:
     return ", ".join(differing)
 
 
-def _of_record(path: Path, column: str) -> tuple[list[float], list[int]]:
+def _whole_record(path: Path) -> Mapping[str, Any]:
     path.open().close()  # a file that is not there is told apart from one that is no record
     record = read_record(path)
-    if record is None or record.get("kind") != "training" or not isinstance(record.get("series"), dict):
+    if record is None or record.get("kind") != "training":
         raise ValueError(f"{path} is not a training record; name one, or a run's losses.jsonl")
-    return _of_series(record, path, column)
+    return record
 
 
-def _of_series(record: Mapping[str, Any], path: Path, column: str) -> tuple[list[float], list[int]]:
-    whole = [name for name, values in record["series"].items() if _is_flat(values)]
+def _of_record(path: Path, column: str, record: Mapping[str, Any]) -> Log:
+    series = record.get("series")
+    if not isinstance(series, dict):
+        raise ValueError(f"{path} is not a training record; name one, or a run's losses.jsonl")
+    whole = [name for name, values in series.items() if _is_flat(values)]
     if column not in whole:
         raise ValueError(f"{path} has no series {column!r}; choose with --column from {', '.join(whole)}")
     try:
@@ -196,7 +211,7 @@ def _of_series(record: Mapping[str, Any], path: Path, column: str) -> tuple[list
         raise ValueError(f"{column} of {path} has a number beyond all floats; write null for it") from None
     at = _diverged_at(record)
     values = values if at is None else values[: at + 1]  # no step was taken after it
-    return values, list(range(len(values)))
+    return _log(path, column, values, list(range(len(values))), record=record)
 
 
 def _is_flat(values: Any) -> bool:
@@ -222,7 +237,9 @@ def _number(value: Any) -> float:
     return math.nan if value is None else float(value)
 
 
-def _log(path: Path, column: str, values: Sequence[float], steps: Sequence[float]) -> Log:
+def _log(
+    path: Path, column: str, values: Sequence[float], steps: Sequence[float], *, record: Mapping[str, Any] | None
+) -> Log:
     if not len(values):
         raise ValueError(f"{path} has no entries; train first, or name another file")
     numbers = np.array(steps, dtype=np.float64)
@@ -233,7 +250,7 @@ def _log(path: Path, column: str, values: Sequence[float], steps: Sequence[float
         before, after = numbers[back[0] : back[0] + 2]
         raise ValueError(f"in {path} step {after:.0f} follows step {before:.0f}; keep one entry a step, in order")
     series = np.array(values, dtype=np.float64)
-    return Log(path=path, column=column, steps=numbers.astype(np.int64), values=series, record=_record_of(path))
+    return Log(path=path, column=column, steps=numbers.astype(np.int64), values=series, record=record)
 
 
 def tell(log: Log, reference: Log | None, names: Sequence[str]) -> dict[str, Any]:

@@ -32,7 +32,8 @@ def add_command(commands: Any) -> argparse.ArgumentParser:
         "sweep",
         help="methods x learning rates x seeds, with a table at the end",
         description="Train every combination; finished runs are skipped, killed ones resume, and one that fails does "
-        "not stop the others. Ctrl-C or SIGTERM keeps a checkpoint of each and ends with status 130.",
+        "not stop the others. Exit status: 0 all are finished, also where some diverged, which the table counts; 2 bad "
+        "input, or a run failed. Ctrl-C or SIGTERM keeps a checkpoint of each and ends with status 130.",
     )
     add_architecture_options(sweep)
     sweep.add_argument(

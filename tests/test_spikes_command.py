@@ -12,7 +12,10 @@ import pytest
 from helpers.series import series, spike
 from helpers.training import flip, specification, train_until, write_text
 
+import empirics.spike_log
 from empirics.__main__ import main
+from empirics.checkpoints import Checkpoints
+from empirics.run import record_path, run
 from empirics.spike_definitions import DEFINITIONS
 from empirics.spike_log import Log, read_log, tell
 
@@ -216,6 +219,40 @@ def test_an_unfinished_run_is_read_from_its_newest_whole_checkpoint(
     assert "is damaged (series.json has another SHA-256); the one of step 8 is used" in err
     assert main(["spikes", str(tmp_path / "run"), "--column", "los"]) == 2
     assert "choose with --column from loss" in capsys.readouterr().err
+
+
+def test_what_is_known_of_a_run_is_read_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Records of a finished run, and the checkpoint of one that goes on, which may be another one a moment later."""
+    read: list[Path] = []
+
+    def reading(honest: Any, name: Any) -> Any:
+        def counted(it: Any, *arguments: Any) -> Any:
+            read.append(name(it))
+            return honest(it, *arguments)
+
+        return counted
+
+    monkeypatch.setattr(empirics.spike_log, "read_record", reading(empirics.spike_log.read_record, lambda it: it))
+    monkeypatch.setattr(Checkpoints, "series", reading(Checkpoints.series, lambda it: it.folder))
+    spec = specification(write_text(tmp_path), steps=20)
+    out = tmp_path / "run"
+    begun = train_until(spec, out, 12, every=4)
+    for more in ([], ["--lag"]):
+        assert main(["spikes", str(out), *more]) == 0
+        assert read == [begun]
+        read.clear()
+    write(out / "losses.jsonl", run(spec, out)["series"]["loss"])
+    for path in (str(out), str(record_path(spec, out))):
+        for more in ([], ["--lag"], ["--column", "gradient_norm"]):
+            assert main(["spikes", path, *more]) == 0
+            assert read == [record_path(spec, out)]
+            read.clear()
+    for column in ("loss", "gradient_norm"):  # the control: two logs
+        read_log(out, column)
+    assert len(read) == 2
+    capsys.readouterr()
 
 
 def test_what_has_not_come_back_in_an_unfinished_run_is_undecided() -> None:
