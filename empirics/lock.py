@@ -48,6 +48,17 @@ def sole_trainer(path: Path, run: str) -> Iterator[None]:
         lock.release()
 
 
+def is_held(path: Path) -> bool:
+    """Whether a process holds a run's lock; where there are no locks, none does."""
+    try:
+        with FileLock(path, blocking=False, thread_local=False, fallback_to_soft=False):
+            return False
+    except Timeout:
+        return True
+    except OSError:
+        return False
+
+
 def _holder(path: Path) -> str:
     try:
         return path.read_text().strip() or "another process"

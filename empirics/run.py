@@ -21,6 +21,8 @@ from empirics.run_spec import RunSpec
 from empirics.train import OnStep, check_shares, train
 from theory.records import read_record, remove_unfinished, write_record
 
+LOCK = ".lock"  # how its name ends
+
 Spec = RunSpec | InitialisationSpec
 Record = dict[str, Any]
 
@@ -43,7 +45,7 @@ def checkpoints_of(spec: RunSpec, out: Path, ranks: Ranks = ALONE) -> Checkpoint
 
 def lock_path(spec: RunSpec, out: Path) -> Path:
     """What the process that trains the run holds a lock on, as long as it has no record."""
-    return out / f".{spec.identity}.lock"
+    return out / f".{spec.identity}{LOCK}"
 
 
 def model_path(spec: RunSpec, out: Path) -> Path:

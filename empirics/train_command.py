@@ -11,9 +11,10 @@ from empirics.command_line import check_device, check_memory, not_negative, posi
 from empirics.data import ORDERS, is_shards
 from empirics.data_sheets import DEVICES
 from empirics.distributed import Ranks, ranks_of
+from empirics.lock import is_held
 from empirics.plan import STATE_BYTES, plan
 from empirics.registry import find, schedule
-from empirics.run import model_path, record_path, run
+from empirics.run import LOCK, model_path, record_path, run
 from empirics.run_spec import SCHEDULES, RunSpec
 from empirics.tensorboard import TensorBoard
 from theory.__main__ import add_architecture_options, chosen, emit, natural, whole
@@ -271,6 +272,8 @@ def _require_own_folder(spec: RunSpec, out: Path) -> None:
     pattern = f"{EXPERIMENT}-*"
     found = [path.stem for path in (out / "records").glob(f"{pattern}.json")]
     found += [path.name for path in (out / "checkpoints").glob(pattern)]
+    # One that trains has no checkpoint at first.
+    found += [path.name[1 : -len(LOCK)] for path in out.glob(f".{pattern}{LOCK}") if is_held(path)]
     others = sorted({name for name in found if name != spec.identity})
     if others:
         differing = _differing(spec, read_record(out / "records" / f"{others[0]}.json"))

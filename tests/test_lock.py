@@ -115,6 +115,20 @@ def test_a_file_system_without_locks_is_said_and_trained_on(
     assert record_bytes(spec, tmp_path) == record_bytes(spec, tmp_path / "calm")
 
 
+def test_a_folder_in_which_another_run_has_begun_is_refused(
+    text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also before that has a checkpoint; a lock that a killed one has left is in nobody's way."""
+    left = tmp_path / ".train-tiny-lr0.1-seed0-0123456789ab.lock"
+    with held(left):
+        assert main(command(text, tmp_path)) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert "holds another run, train-tiny-lr0.1-seed0-0123456789ab; use another --out" in line
+        assert files(tmp_path).keys() == {left.name}
+    left.touch()
+    assert main(command(text, tmp_path, "--checkpoint-every", "100")) == 0
+
+
 TWO = """
 import json, os, signal, sys
 import torch

@@ -98,9 +98,11 @@ def listed(text: str, value: Callable[[str], T]) -> list[T]:
     if not all(part.strip() for part in parts):
         raise argparse.ArgumentTypeError(f"{text!r} has an empty place; write values with single commas between them")
     values = [value(part) for part in parts]
-    for place, part in enumerate(parts):
-        if values[place] in values[:place]:
+    seen: set[T] = set()
+    for part, one in zip(parts, values, strict=True):
+        if one in seen:
             raise argparse.ArgumentTypeError(f"{part.strip()} is there twice; name each once")
+        seen.add(one)
     return values
 
 
