@@ -14,8 +14,9 @@ from helpers.growth_networks import UNIT, measured, reason, wide
 from empirics.model import build
 from theory import growth
 from theory.architecture import Architecture
+from theory.forward_pass import Branch, forward_pass
 from theory.grams import Gram
-from theory.growth import forward_pass, gradient_growth
+from theory.growth import backward_pass, gradient_growth
 from theory.scatter import own_gain
 
 
@@ -40,11 +41,11 @@ def test_an_output_norm_takes_out_what_its_branch_has_added(block: Any, monkeypa
     forward = forward_pass(a, n_tokens, distinct=True)
     none = Gram(np.zeros(n_tokens), np.zeros((n_tokens, n_tokens)))
     monkeypatch.setattr(growth, "head_gradient", lambda *_, **__: none)
-    assert abs(math.log(forward.growth().value) - found) <= 0.08 + 3 * error
+    assert abs(math.log(backward_pass(forward).value) - found) <= 0.08 + 3 * error
     # The same gradient, as if it were random: every branch would send all of it back.
     monkeypatch.setattr(growth, "head_gradient", lambda *_, **__: forward.stream)
     monkeypatch.setattr(growth, "head_tilt", lambda *_: 0.0)
-    assert math.log(forward.growth().value) - found > 0.16
+    assert math.log(backward_pass(forward).value) - found > 0.16
 
 
 @pytest.mark.parametrize(("activation", "gated"), [("relu", False), ("relu-squared", False), ("identity", True)])
@@ -132,7 +133,7 @@ def test_a_tied_head_s_rows_behind_norms_with_an_eps(monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(growth, "behind_norm", whole)
     monkeypatch.setattr(growth, "own_gain", lambda *_: 1.0)
-    monkeypatch.setattr(growth._Branch, "loose", property(lambda branch: np.ones(branch.size.size)))
+    monkeypatch.setattr(Branch, "loose", property(lambda branch: np.ones(branch.size.size)))
     gap = math.log(gradient_growth(a, 64).value) - found
     print(f"as if eps were 0 and branches random: {gap:+.1%}")
     assert gap > 0.08 + 3 * error

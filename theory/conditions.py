@@ -11,7 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from theory.architecture import Architecture
-from theory.growth import ForwardPass, Growth
+from theory.forward_pass import ForwardPass
+from theory.growth import Growth
 from theory.stack import DepthBound, input_scales, paper_bound
 
 Outcome = Literal["stable", "at risk", "unstable", "unknown"]

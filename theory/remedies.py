@@ -19,7 +19,8 @@ from theory.conditions import (
     outcome_of,
 )
 from theory.differences import differences
-from theory.growth import Growth, forward_pass
+from theory.forward_pass import forward_pass
+from theory.growth import Growth, backward_pass
 from theory.growth_domain import MAX_LAYERS, MAX_LOGIT_VARIANCE, SHARP_LOGITS, lasting
 
 TREATMENTS: tuple[EmbeddingTreatment, ...] = ("scaled-embed", "embed-ln")
@@ -121,7 +122,7 @@ def _judged(changed: Architecture, seq_len: int, options: str, numbers: str) -> 
     forward = forward_pass(changed, seq_len)
     found = conditions_of(forward)
     decided = any(condition.value > condition.limit for condition in found) or bool(lasting(changed, seq_len))
-    growth = None if decided else forward.growth()
+    growth = None if decided else backward_pass(forward)
     return _Try(
         options=options,
         numbers=numbers,
@@ -187,7 +188,7 @@ def _into_the_domain(architecture: Architecture, seq_len: int, growth: Growth) -
     fewer = architecture.vocab_size
     if seq_len > fewer:
         forward = forward_pass(architecture, fewer)
-        outcome = outcome_of(forward.growth(), conditions_of(forward), normalised_share(architecture, forward))
+        outcome = outcome_of(backward_pass(forward), conditions_of(forward), normalised_share(architecture, forward))
         lines.append(f"--seq-len {fewer}: no more tokens than the vocabulary has; the verdict is then {outcome}")
     if architecture.n_layers > MAX_LAYERS:
         lines.append(f"--layers {MAX_LAYERS}: the largest depth whose growth is predicted")

@@ -18,9 +18,10 @@ from theory.attention_variants import attention_general_upper
 from theory.bounds_feedforward import ffn_gated_upper_apriori
 from theory.experts import experts_upper
 from theory.feedforward import ffn_estimate, ffn_gated_estimate, ffn_upper
+from theory.forward_pass import ForwardPass, forward_pass
 from theory.gram_maps import steepest_alibi_slope
 from theory.grams import Gram
-from theory.growth import ForwardPass, Growth, forward_pass
+from theory.growth import Growth
 from theory.initialisation import Stds
 from theory.kernels import activation_kernel
 from theory.normalisation import norm_jacobian_upper
