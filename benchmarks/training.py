@@ -2,9 +2,9 @@
 
 Both train the same architecture (GPT-2: learned positions, GELU, tied head) on the same text with the same batches'
 size, optimizer and number of threads. Ours is `train` as a user gets it, with everything that is written down a step
-(norms of gradients and updates, probes at their default interval); the peer writes down the loss. They take turns, as
-many steps each as lie between two probes, so that whatever else the machine does meets both; a ratio is taken turn by
-turn. Checkpoints and evaluations, which both have, are left out of both.
+(norms of gradients and updates, probes at their default interval); the peer writes down the loss. They take turns step
+by step, so that whatever else the machine does meets both; a ratio is of as many steps as lie between two probes.
+Checkpoints and evaluations, which both have, are left out of both.
 
     python benchmarks/training.py [--scale full] [--threads 1] [--out results/benchmarks/training.json]
     python benchmarks/training.py --scale gpu --device cuda [--compile]
@@ -76,8 +76,8 @@ class Scale:
     """What is measured.
 
     Attributes:
-        block: steps a turn.
-        rounds: turns that each one has.
+        block: steps that a ratio is of.
+        rounds: ratios.
         attention: (batch, heads, tokens, head width) of the attention that is timed by itself.
         data_bytes: of text.
         tokenizer: as a `RunSpec` has it.
@@ -101,7 +101,7 @@ SCALES = {
             Size(name="small", d_model=128, n_layers=12, n_heads=4, vocab_size=2048, tokens=128, batch=16),
             Size(name="wide", d_model=256, n_layers=8, n_heads=4, vocab_size=2048, tokens=128, batch=8),
         ),
-        block=RunSpec.__dataclass_fields__["probe_every"].default, rounds=3, data_bytes=None,
+        block=RunSpec.__dataclass_fields__["probe_every"].default, rounds=5, data_bytes=None,
         attention=((8, 2, 64, 32), (16, 4, 128, 32), (8, 4, 128, 64), (4, 4, 256, 64), (2, 4, 512, 64),
                    (1, 4, 1024, 64), (1, 4, 2048, 64)),
     ),
@@ -150,7 +150,7 @@ class Row:
     """Ours at one size and precision.
 
     Attributes:
-        tokens_per_second: of ours, the median over its turns; `peers` likewise.
+        tokens_per_second: of ours, the median over rounds; `peers` likewise.
         flops_per_second: of ours, by the FLOPs that a causal model needs; `of_peak` over those of a matrix product.
         ratios: ours over each peer, in every round.
         attention: the way ours attends.
@@ -169,7 +169,8 @@ class Row:
 def compare(
     scale: Scale, size: Size, precision: str, threads: int, folder: Path, device: str = "cpu", compiled: bool = False
 ) -> Row:
-    """Train both, turn by turn: whenever ours has taken a turn, each peer takes one before the next step begins."""
+    """Train both, step by step: after every step of ours each peer takes one, so that whatever else the machine does
+    meets all of them."""
     steps, now = WARM + scale.block * scale.rounds, clock(threads, device)
     spec = RunSpec(
         architecture=size.architecture(), label="ours", experiment="benchmark", seed=0, steps=steps,
@@ -186,20 +187,19 @@ def compare(
     }
     for loop in loops.values():
         loop.run(WARM)
-    turns: dict[str, list[float]] = {name: [] for name in ("ours", *loops)}
+    turns: dict[str, list[float]] = {name: [0.0] * scale.rounds for name in ("ours", *loops)}
     began = 0.0
 
     def on_step(step: int, values: Mapping[str, float]) -> None:
         nonlocal began
-        done = step + 1 - WARM
-        if done > 0 and done % scale.block == 0:
-            turns["ours"].append(now() - began)
+        turn = (step - WARM) // scale.block
+        if turn >= 0:
+            turns["ours"][turn] += now() - began
             for name, loop in loops.items():
                 start = now()
-                loop.run(scale.block)
-                turns[name].append(now() - start)
-        if done >= 0 and done % scale.block == 0:
-            began = now()
+                loop.run(1)
+                turns[name][turn] += now() - start
+        began = now()
 
     record = train(spec, corpus, on_step=on_step)
     tokens = size.batch * size.tokens * scale.block
@@ -303,7 +303,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--scale", choices=tuple(SCALES), default="full", help="full takes some ten minutes")
     parser.add_argument("--threads", type=int, default=1, help="of torch (default 1)")
     parser.add_argument("--sizes", help="names of sizes, by commas (default all)")
-    parser.add_argument("--rounds", type=int, help="turns that each one has (default 3)")
+    parser.add_argument("--rounds", type=int, help="ratios, of as many steps as lie between two probes (default 5)")
     parser.add_argument("--device", choices=tuple(PEERS), default="cpu", help="default cpu; cuda for --scale gpu")
     parser.add_argument("--compile", action="store_true", help="both by torch.compile")
     parser.add_argument("--out", type=Path, help="file to write the numbers to, as JSON")
