@@ -10,7 +10,8 @@ from pathlib import Path
 
 import torch
 
-from empirics.plan import kept_numbers
+from empirics.footprint import footprint
+from empirics.plan import GRADIENT_BYTES
 from theory.architecture import Architecture
 from theory.words import counted
 
@@ -98,14 +99,26 @@ def check_device(device: str) -> str:
     return device
 
 
-def check_memory(architecture: Architecture, n_tokens: int, *, state: int = 8) -> None:
+def check_memory(
+    architecture: Architecture,
+    *,
+    batch_size: int,
+    seq_len: int,
+    precision: str = "float32",
+    state: int = 8,
+    runs: int = 1,
+) -> None:
     """Refuse a network and batch that cannot fit in this machine's memory.
 
-    Counted in float32: `state` bytes a number (weights and gradients, unless told otherwise), and what one pass over
-    n_tokens tokens keeps for the backward pass.
+    Args:
+        batch_size: sequences that go through the network at once, forwards and backwards.
+        state: bytes a number that are held between passes; weights and gradients, unless told otherwise.
+        runs: networks at a time, each with such a batch.
     """
-    needed = state * architecture.n_parameters + 4 * n_tokens * kept_numbers(architecture)
-    require_memory(f"{architecture.name} with {counted(n_tokens, 'token')} at once", needed)
+    found = footprint(architecture, batch_size=batch_size, seq_len=seq_len, precision=precision)
+    parameters = architecture.n_parameters
+    needed = runs * max(state * parameters, (state - GRADIENT_BYTES) * parameters + found.total)
+    require_memory(f"{architecture.name} with {counted(runs * batch_size * seq_len, 'token')} at once", needed)
 
 
 def require_memory(what: str, needed: float, *, smaller: str = "fewer --layers or a smaller preset") -> None:

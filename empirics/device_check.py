@@ -96,7 +96,7 @@ def speed(spec: SpeedSpec, out: Path) -> dict[str, Any]:
         "matmul_peak": matmul_peak(asked.device, asked.precision),
         "sheet_peak": sheet_peak(surroundings["device"], asked.precision),
         "peak_bytes": peak,
-        "planned_bytes": memory(a, n_tokens=_at_once(fitted), precision=asked.precision).total,
+        "planned_bytes": _planned(fitted, probed=False),
         "device_bytes": total,
     }
 
@@ -116,17 +116,21 @@ def norms(spec: NormSpec) -> dict[str, Any]:
     return {"id": spec.identity, "spec": plain(spec), "environment": environment(spec.device), **row}
 
 
-def _at_once(run: RunSpec) -> int:
-    """Tokens that go through the network together."""
-    return (run.micro_batch or run.batch_size) * run.seq_len
+def _planned(run: RunSpec, *, probed: bool) -> float:
+    """Bytes at the peak of a step that is not compiled."""
+    at_once = run.micro_batch or run.batch_size
+    return memory(
+        run.architecture, batch_size=at_once, seq_len=run.seq_len, precision=run.precision,
+        gpu=run.device.startswith("cuda"), attention=run.attention, z_loss=run.z_loss, probed=probed,
+        accumulated=at_once < run.batch_size,
+    ).total  # fmt: skip
 
 
 def _micro_batch(run: RunSpec, available: int | None) -> int:
     """The largest halving of the batch that is planned to take half of the device's memory."""
     size = run.batch_size
     while available is not None and size % 2 == 0:
-        here = _at_once(replace(run, micro_batch=size))
-        if memory(run.architecture, n_tokens=here, precision=run.precision).total <= 0.5 * available:
+        if _planned(replace(run, micro_batch=size), probed=True) <= 0.5 * available:
             break
         size //= 2
     return size

@@ -27,11 +27,11 @@ from empirics.comparison import (
     scatter_of_one,
 )
 from empirics.decoder_growth import DecoderGrowth, measure_decoder
+from empirics.footprint import footprint
 from empirics.jacobian_probes import FUNCTIONS
 from empirics.measure_tokens import batches_of
 from empirics.measured import Measured
 from empirics.networks import Network, network
-from empirics.plan import kept_numbers
 from empirics.real_classes import n_parameters
 from empirics.spectral import NormEstimate
 from empirics.stability import StabilityMonitor
@@ -174,12 +174,13 @@ def _require_memory(subject: Network, batch: int, seq_len: int) -> None:
     """In float32: two sets of weights (the present and the next seed's), and what the pass keeps."""
     a = subject.architecture
     if a is not None:
-        parameters, kept = a.n_parameters, float(kept_numbers(a))
-        if subject.implementation == "transformers":  # its attention is written out: logits and probabilities
-            kept += 4.0 * a.n_layers * a.n_heads * seq_len
+        # The attention of transformers is written out: logits and probabilities.
+        attention = "plain" if subject.implementation == "transformers" else "auto"
+        found = footprint(a, batch_size=batch, seq_len=seq_len, attention=attention)
+        parameters, kept = a.n_parameters, max(found.kept, found.activations)
     else:
-        parameters, kept = n_parameters(subject.settings), 3.0 * subject.settings.vocab_size
-    needed = (4 if subject.trained else 8) * parameters + 4 * batch * seq_len * kept
+        parameters, kept = n_parameters(subject.settings), 12 * batch * seq_len * subject.settings.vocab_size
+    needed = (4 if subject.trained else 8) * parameters + kept
     smaller = "or a machine with more memory" if subject.trained else "fewer --layers or a smaller --width"
     require_memory(f"{subject.name} with {counted(batch * seq_len, 'token')} at once", needed, smaller=smaller)
 

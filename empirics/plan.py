@@ -1,19 +1,21 @@
 """What a training run will need, from its sizes alone: no number is drawn and nothing is measured.
 
-State is counted exactly, number by number of the network's parameters; everything else is an estimate that says what it
-assumes.
+State is counted number by number of the network's parameters, and by `footprint` what a step holds beside it; all else
+is an estimate that says what it assumes.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Literal
 
 import torch
 from torch import nn
 
 from empirics.data_sheets import DEVICES
-from empirics.model import Transformer
+from empirics.footprint import Moment, footprint
+from empirics.model import Kernel, Transformer
 from theory.architecture import Architecture
 from theory.records import plain
 from theory.words import counted
@@ -21,8 +23,9 @@ from theory.words import counted
 SHARE_OF_PEAK = 0.4  # a convention: what well-tuned runs report at these sizes
 # A number of a parameter, all float32: weight, gradient, the two moments of Adam, and the weight before the step, whose
 # distance from the one after it is the update norm. AdamW's counters, 4 bytes a tensor, and where the norm of a
-# matrix's row belongs, 8 bytes a row, are left out.
-STATE_BYTES = 20
+# matrix's row belongs, 8 bytes a row, are left out. Gradients come as activations go.
+GRADIENT_BYTES = 4
+STATE_BYTES = 16 + GRADIENT_BYTES
 PROBE_BYTES = 4  # a number of a matrix: what a probed step compares itself with
 
 
@@ -58,51 +61,86 @@ def count(architecture: Architecture) -> Counts:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Memory:
-    """Bytes on one of several devices that share weights, gradients and optimizer state evenly (FSDP).
+    """Bytes on one of several devices that share weights, gradients and optimizer state evenly (FSDP), at the peak.
 
-    They are added up as if all were there at once, and are more than that: gradients come as activations go. Of what is
-    not held between steps, a CPU's allocator was seen to peak at 0.34 to 0.71 of the sum in float32, where its loss
-    keeps no logits, and at 0.55 to 0.98 in bfloat16 (three widths, ReLU and SwiGLU, fused attention). On an H200 the
-    peak of all was 0.59 of the sum of all in one run (350M, bfloat16, compiled, 16,384 tokens).
+    Of one device all that tensors hold is counted. On a CPU a step's passes peaked at the count to within a kilobyte (4
+    to 270 MB), and whole trainings at the plan and at most half a per cent above (6 to 19 MB; what `STATE_BYTES` leaves
+    out). `footprint` says what is left out, and what is assumed of a GPU, of which no step has been seen that was not
+    compiled. A compiled one needs less: on an H200 25.2 GB of 30.1 (350M, bfloat16, 16,384 tokens). On several devices
+    the pass and what is gathered are added up as if each were largest at once.
 
     Attributes:
-        state: from the first step to the last, `STATE_BYTES` a number.
+        state: from the first step to the last: weights, moments and the weights before the step.
         probes: at a probed step, a copy of the matrices as they were.
+        gradients: those that there are at the peak.
         casts: what autocast rounds to bfloat16 and keeps until the backward pass: weights that are not gathered so.
         gathered: of several devices: two layers whole and one's gradient in the run's precision; tables and head with
             their gradients in float32.
-        activations: of a step, kept in the run's precision for the backward pass.
+        activations: what the forward pass keeps for the backward pass, and what is there for a moment.
+        moment: when the peak is.
     """
 
     state: float
     probes: float
+    gradients: float
     casts: float
     gathered: float
     activations: float
+    moment: Moment
 
     @property
     def total(self) -> float:
-        return self.state + self.probes + self.casts + self.gathered + self.activations
+        return self.state + self.probes + self.gradients + self.casts + self.gathered + self.activations
 
 
 def memory(
-    architecture: Architecture, *, n_tokens: int, precision: str, devices: int = 1, probed: bool = True
+    architecture: Architecture,
+    *,
+    batch_size: int,
+    seq_len: int,
+    precision: str,
+    gpu: bool = True,
+    devices: int = 1,
+    attention: Kernel | Literal["auto"] = "auto",
+    z_loss: float = 0.0,
+    probed: bool = True,
+    accumulated: bool = False,
 ) -> Memory:
-    """What a training needs on each of `devices`, `n_tokens` going through the network at once on each.
+    """What a training needs on each of `devices`, `batch_size` sequences going through the network at once on each.
 
     Args:
+        gpu, attention, z_loss: as in `footprint`.
         probed: whether a probe looks at steps, as the default ones do.
+        accumulated: whether a step is several passes.
     """
-    a, counts, halved = architecture, count(architecture), precision == "bfloat16"
+    a, counts = architecture, count(architecture)
+    found = footprint(
+        a, batch_size=batch_size, seq_len=seq_len, precision=precision, gpu=gpu, devices=devices, attention=attention,
+        z_loss=z_loss, probed=probed, accumulated=accumulated,
+    )  # fmt: skip
+    width = 2 if precision == "bfloat16" else 4
     outside = counts.parameters - counts.layers
-    casts = (counts.products if devices == 1 else a.vocab_size * a.d_model) if halved else 0
-    return Memory(
-        state=STATE_BYTES * counts.parameters / devices,
-        probes=PROBE_BYTES * counts.matrices / devices if probed else 0.0,
-        casts=2.0 * casts,
-        gathered=3 * (2 if halved else 4) * counts.layers / a.n_layers + 8 * outside if devices > 1 else 0.0,
-        activations=activation_bytes(a, n_tokens, precision),
+    state = (STATE_BYTES - GRADIENT_BYTES) * counts.parameters / devices
+    probes = PROBE_BYTES * counts.matrices / devices if probed else 0.0
+    passing = Memory(
+        state=state,
+        probes=probes,
+        gradients=found.gradients / devices,
+        casts=float(found.casts),
+        gathered=3 * width * counts.layers / a.n_layers + 8 * outside if devices > 1 else 0.0,
+        activations=float(found.activations),
+        moment=found.moment,
     )
+    stepping = Memory(
+        state=state,
+        probes=probes,
+        gradients=GRADIENT_BYTES * counts.parameters / devices,
+        casts=0.0,
+        gathered=0.0,
+        activations=float(found.left),
+        moment="the optimizer's step",
+    )
+    return max(passing, stepping, key=lambda each: each.total)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -143,22 +181,26 @@ class Plan:
         parts = (
             (
                 m.state,
-                f"state: {STATE_BYTES} bytes a number{shared}: weight, gradient, Adam's two moments, last weight",
+                f"{STATE_BYTES - GRADIENT_BYTES} bytes a number{shared}: weight, Adam's two moments, last weight",
             ),
+            (m.gradients, f"gradients by then{shared} ({GRADIENT_BYTES} bytes a number in the end)"),
             (m.probes, f"for probed steps: the matrices once more{shared} (not with --probes none)"),
             (m.casts, "weights rounded to bfloat16"),
             (m.gathered, "gathered: two layers, a gradient, tables and head"),
-            (m.activations, "activations (kept, not computed again)"),
+            (m.activations, "activations: what is kept for the backward pass, and what is there for a moment"),
         )
+        of_device = f"{m.total / 1e9:.3g} of {self.device_bytes / 1e9:.3g} GB a device"
         lines = (
-            f"{self.name} on {self.devices} x {self.device}, {self.precision} (estimates; nothing was built)",
+            f"{self.name} on {self.devices} x {self.device}, {self.precision} (nothing was built)",
             f"parameters   {self.parameters / 1e9:.3g} billion",
             f"tokens       {self.tokens / 1e9:.4g} billion: {self.steps:,} {'step' if self.steps == 1 else 'steps'} of "
             f"{counted(self.batch_size, 'sequence')} of {self.seq_len}",
             f"FLOPs        {self.flops:.3g}",
-            f"memory       {m.total / 1e9:.3g} of {self.device_bytes / 1e9:.3g} GB a device, all at once:",
+            f"memory       {of_device} at the peak, in {m.moment}:",
             *(f"{'':13}{size / 1e9:8.3g}  {what}" for size, what in parts if size),
-            f"hours        {self.hours:.3g} at {SHARE_OF_PEAK:.0%} of {self.peak / 1e12:.4g} TFLOP/s a device",
+            f"{'':13}in tensors: kernels' scratch memory and the allocator's losses come on top;",
+            f"{'':13}with --compile, steps that are not probed need less",
+            f"hours        about {self.hours:.3g}, at {SHARE_OF_PEAK:.0%} of {self.peak / 1e12:.4g} TFLOP/s a device",
             f"data sheet   {DEVICES[self.device].cited}",
             remedy,
         )
@@ -169,14 +211,6 @@ class Plan:
         sheet = DEVICES[self.device]
         extra = {"fits": self.fits, "kind": "estimate", "share_of_peak": SHARE_OF_PEAK}
         return {**plain(self), **extra, "source": sheet.source, "evidence": sheet.evidence}
-
-
-def kept_numbers(architecture: Architecture) -> int:
-    """What one token's forward pass keeps for the backward pass: about 16 vectors of the width and 4 of the hidden
-    width (of each expert that it goes to) a layer, and 4 of the vocabulary."""
-    a = architecture
-    hidden = (a.experts_per_token if a.n_experts else 1) * a.d_ffn
-    return a.n_layers * (16 * a.d_model + 4 * hidden) + 4 * a.vocab_size
 
 
 def flops_per_token(architecture: Architecture, seq_len: int) -> float:
@@ -190,11 +224,6 @@ def flops_per_token(architecture: Architecture, seq_len: int) -> float:
     return 6.0 * (a.active_weights - embeddings) + attention
 
 
-def activation_bytes(architecture: Architecture, n_tokens: int, precision: str) -> float:
-    """Memory that the forward pass of `n_tokens` tokens keeps, in the run's precision."""
-    return float((2 if precision == "bfloat16" else 4) * kept_numbers(architecture) * n_tokens)
-
-
 def plan(
     architecture: Architecture,
     *,
@@ -205,13 +234,15 @@ def plan(
     seq_len: int,
     precision: str = "bfloat16",
     micro_batch: int | None = None,
+    attention: Kernel | Literal["auto"] = "auto",
+    z_loss: float = 0.0,
     probed: bool = True,
 ) -> Plan:
     """Plan a run of `steps` batches of `batch_size` sequences, shared evenly between the devices.
 
     Args:
         micro_batch: sequences that a device takes at once, gradients being accumulated; all of its share if None.
-        probed: as in `memory`.
+        attention, z_loss, probed: as in `memory`.
 
     Raises:
         ValueError: the device is not in the table, or there are more devices than sequences.
@@ -224,7 +255,12 @@ def plan(
     tokens = steps * batch_size * seq_len
     flops = tokens * flops_per_token(a, seq_len)
     peak = sheet.bfloat16 if precision == "bfloat16" else sheet.float32
-    at_once = seq_len * min(micro_batch or batch_size, batch_size // devices)
+    here = batch_size // devices
+    at_once = min(micro_batch or here, here)
+    needed = memory(
+        a, batch_size=at_once, seq_len=seq_len, precision=precision, devices=devices, attention=attention,
+        z_loss=z_loss, probed=probed, accumulated=at_once < here,
+    )  # fmt: skip
     return Plan(
         name=a.name,
         device=device,
@@ -236,7 +272,7 @@ def plan(
         parameters=count(a).parameters,
         tokens=tokens,
         flops=flops,
-        memory=memory(a, n_tokens=at_once, precision=precision, devices=devices, probed=probed),
+        memory=needed,
         device_bytes=sheet.memory,
         peak=peak,
         hours=flops / (devices * peak * SHARE_OF_PEAK) / 3600,

@@ -92,8 +92,11 @@ def command(arguments: argparse.Namespace) -> int:
     check_device(arguments.device)
     if arguments.device == "cpu":
         runs = min(arguments.processes, len(specs))  # at a time, a network each
-        at_once = runs * (arguments.micro_batch or arguments.batch)
-        check_memory(architecture, at_once * specs[0].seq_len, state=STATE_BYTES * runs)
+        at_once = arguments.micro_batch or arguments.batch
+        check_memory(
+            architecture, batch_size=at_once, seq_len=specs[0].seq_len, precision=arguments.precision,
+            state=STATE_BYTES, runs=runs,
+        )  # fmt: skip
     records = run_all(specs, out, processes=arguments.processes, checkpoint_every=arguments.checkpoint_every)
     rows = summary(specs, records)
     emit(json.dumps(rows, indent=2, allow_nan=False) if arguments.json else table(rows), arguments.table)

@@ -169,7 +169,7 @@ def _plan(arguments: argparse.Namespace) -> int:
     planned = plan(
         architecture, device=arguments.plan, devices=arguments.devices, steps=arguments.steps,
         batch_size=arguments.batch, seq_len=arguments.seq_len or longest, precision=arguments.precision,
-        micro_batch=arguments.micro_batch, probed=probed,
+        micro_batch=arguments.micro_batch, attention=arguments.attention, z_loss=arguments.z_loss, probed=probed,
     )  # fmt: skip
     emit(json.dumps(planned.record(), indent=2) if arguments.json else str(planned), arguments.plan_out)
     return 0
@@ -184,7 +184,9 @@ def _train(arguments: argparse.Namespace, ranks: Ranks) -> int:
         raise ValueError("nowhere to write the run; use --out DIR")
     if ranks.size == 1 or arguments.device == "cpu":  # with a device each, this machine's memory is not what counts
         at_once = arguments.batch if arguments.micro_batch is None else ranks.size * arguments.micro_batch
-        check_memory(architecture, at_once * seq_len, state=STATE_BYTES)
+        check_memory(
+            architecture, batch_size=at_once, seq_len=seq_len, precision=arguments.precision, state=STATE_BYTES
+        )
     check_device(arguments.device)
     spec, out = specification(arguments, architecture, seq_len), Path(arguments.out)
     if ranks.first:

@@ -14,13 +14,12 @@ import torch
 from helpers.training import specification
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 from empirics.__main__ import main
 from empirics.data_sheets import DEVICES
 from empirics.model import build
-from empirics.plan import count, memory, plan
+from empirics.plan import memory, plan
 from empirics.run import corpus_of
 from empirics.subject import Subject
 from empirics.train import train
@@ -41,13 +40,13 @@ def test_flops_are_those_that_torch_counts() -> None:
 
 
 def test_numbers_by_hand() -> None:
-    """Chinchilla's rule for 1.7 billion parameters: 6 N D, and 20 bytes a number over 8 devices."""
+    """Chinchilla's rule for 1.7 billion parameters: 6 N D, and 16 bytes a number over 8 devices."""
     a = preset("1.7b")
     found = plan(a, device="a100", devices=8, steps=100, batch_size=64, seq_len=1024)
     gains = (2 * a.n_layers + 1) * a.d_model
     assert found.tokens == 100 * 64 * 1024
     assert found.parameters == a.n_parameters == a.n_weights + gains
-    assert found.memory.state == 20 * found.parameters / 8
+    assert found.memory.state == 16 * found.parameters / 8
     assert found.memory.probes == 4 * a.n_weights / 8
     tables = 2 * a.vocab_size * a.d_model  # token table and head, with their gradients in float32
     layers = a.n_parameters - tables - a.d_model
@@ -115,42 +114,12 @@ def test_state_is_what_a_training_holds_to_the_byte(
 
     monkeypatch.setattr(Subject, "compare", counted)
     train(spec, corpus, on_step=on_step)
-    planned = memory(a, n_tokens=1, precision=precision)
+    planned = memory(a, batch_size=1, seq_len=2, precision=precision)
     parameters = list(build(a, seed=0).parameters())
     counters, order = 4 * len(parameters), 8 * sum(map(len, parameters))  # AdamW's; where a row's norm belongs
-    assert between == dict.fromkeys(range(2), planned.state + counters + order)
+    gradients = 4 * sum(p.numel() for p in parameters)
+    assert between == dict.fromkeys(range(2), planned.state + gradients + counters + order)
     assert copies == [planned.probes]
-
-
-@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-@pytest.mark.parametrize(
-    "changes", [{}, {"norm": "rmsnorm", "activation": "silu", "gated": True}], ids=["relu", "gated"]
-)
-def test_a_step_peaks_below_its_plan(changes: dict[str, Any], precision: str, tmp_path: Path) -> None:
-    """As torch's profiler sees the CPU's allocator, beyond what is there between steps."""
-    a = replace(preset("tiny"), n_layers=4, context=64, **changes)
-    model = build(a, seed=0)
-    tokens = torch.randint(a.vocab_size, (4, 64), generator=torch.Generator().manual_seed(0))
-
-    def step() -> None:
-        model.zero_grad(set_to_none=True)
-        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16"):
-            loss = model.loss(tokens, tokens)
-        loss.backward()
-
-    step()
-    model.zero_grad(set_to_none=True)
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        step()
-    profiler.export_chrome_trace(str(tmp_path / "trace.json"))
-    events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
-    told = sorted((e["ts"], e["args"]) for e in events if e.get("name") == "[memory]")
-    before = told[0][1]["Total Allocated"] - told[0][1]["Bytes"]
-    peak = max(each["Total Allocated"] for _, each in told) - before
-    planned = memory(a, n_tokens=4 * 64, precision=precision, probed=False)
-    beyond = planned.total - planned.state + 4 * count(a).parameters  # gradients come and go
-    assert 0.3 * beyond < peak < beyond
-    assert peak > beyond - planned.activations  # what is kept for the backward pass cannot be left out
 
 
 def test_every_data_sheet_is_named_with_how_far_it_is_confirmed() -> None:
@@ -163,12 +132,13 @@ def test_every_data_sheet_is_named_with_how_far_it_is_confirmed() -> None:
 
 
 def test_a_network_that_does_not_fit_says_so() -> None:
-    big = plan(preset("13b"), device="h100", devices=1, steps=1, batch_size=1, seq_len=1024)
+    a, sizes = preset("1.7b"), {"device": "h100", "steps": 1, "batch_size": 256, "seq_len": 1024}
+    big = plan(a, devices=1, **sizes)
     assert not big.fits
     assert "or more --devices" in str(big)
-    shared = plan(preset("13b"), device="h100", devices=8, steps=1, batch_size=32, seq_len=1024, micro_batch=1)
+    assert not plan(a, devices=8, **sizes).fits
+    shared = plan(a, devices=8, **sizes, micro_batch=1)
     assert shared.fits
-    assert not plan(preset("13b"), device="h100", devices=8, steps=1, batch_size=32, seq_len=1024).fits
     assert "does not fit" not in str(shared)
 
 
@@ -177,7 +147,8 @@ def test_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(command) == 0
     text = capsys.readouterr().out
     assert "13b on 64 x h100" in text
-    assert "20 bytes a number, shared" in text
+    assert "16 bytes a number, shared" in text
+    assert "GB a device at the peak, in the backward pass" in text
     assert "hours" in text
     assert "the matrices once more" in text
     assert main([*command, "--probes", "none"]) == 0
@@ -186,7 +157,7 @@ def test_command(capsys: pytest.CaptureFixture[str]) -> None:
     record = json.loads(capsys.readouterr().out)
     assert record["kind"] == "estimate"
     assert record["tokens"] == 10 * 128 * preset("13b").context
-    assert record["memory"]["state"] == 20 * record["parameters"] / 64
+    assert record["memory"]["state"] == 16 * record["parameters"] / 64
     assert "not read" in record["evidence"]
 
 

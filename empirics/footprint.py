@@ -1,0 +1,239 @@
+"""What a training step holds beside its weights, counted by taking the step with tensors that have no memory.
+
+The network's own forward and backward passes are run under torch's `FakeTensorMode`, which gives tensors shapes alone,
+autograd and autocast included. Whenever an operation has made a tensor, the bytes of all that are alive are added up.
+So there is no formula to keep in step with the network: whatever `empirics.model` does is counted, to the byte.
+
+A CPU's step is counted as it is. A GPU's is counted on the CPU with three differences:
+
+- attention is fused unless it cannot be: queries, keys, values, outputs and a number a row are kept, as by
+  FlashAttention and the memory-efficient kernel (with neither, torch writes it out, and keeps T^2 numbers a head);
+- logits are there all at once, since `HeadLoss` is the CPU's;
+- autocast normalises and takes softmax in float32.
+
+On either, tokens are spread evenly over experts; how they are spread moves the peak, and not what is kept.
+
+Left out is what no operation returns: scratch memory inside of one, the blocks that an allocator rounds to and what
+is lost between them. A compiled step is another one, which fuses operations and keeps less.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from empirics.model import Kernel, Transformer
+from theory.architecture import Architecture
+
+Kind = Literal["activations", "casts", "gradients"]
+Moment = Literal["the forward pass", "the backward pass", "the optimizer's step"]
+NOTHING: dict[Kind, int] = {"activations": 0, "casts": 0, "gradients": 0}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Footprint:
+    """Bytes that a pass holds beside the parameters.
+
+    Attributes:
+        activations: at the peak: what the backward pass needs still, and what is there for a moment.
+        casts: at the peak: weights that autocast has rounded and keeps until the backward pass.
+        gradients: at the peak: of parameters, in float32.
+        moment: when the peak is.
+        kept: activations and casts when the forward pass is over: what autograd has saved, and the loss.
+        left: activations when both passes are over: what a probe keeps.
+    """
+
+    activations: int
+    casts: int
+    gradients: int
+    moment: Moment
+    kept: int
+    left: int
+
+    @property
+    def total(self) -> int:
+        """At the peak."""
+        return self.activations + self.casts + self.gradients
+
+
+class Alive(TorchDispatchMode):
+    """Adds up the bytes of the tensors that operations have made and nobody has let go, by kind, views once.
+
+    Attributes:
+        moment: what is being done, as whoever does it says.
+        now: bytes at present.
+        peak, peak_moment: bytes when they were most, and when that was.
+    """
+
+    def __init__(self, parameters: Sequence[Tensor], *, devices: int = 1, n_experts: int = 0) -> None:
+        super().__init__()
+        self._parameters = {_key(p) for p in parameters}
+        self._known: dict[int, tuple[Kind, int, Any]] = {}
+        self._devices, self._n_experts, self._routed = devices, n_experts, 0
+        self.moment: Moment = "the forward pass"
+        self.peak_moment: Moment = self.moment
+        self.now, self.peak = dict(NOTHING), dict(NOTHING)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = self._by_value(func, args)
+        if found is None:
+            found = func(*args, **(kwargs or {}))
+        cast = func is torch.ops.aten._to_copy.default and _key(args[0]) in self._parameters
+        for each in found if isinstance(found, tuple | list) else (found,):
+            if isinstance(each, Tensor):
+                self._see(each, "casts" if cast else "activations")
+        if self._here(self.now) > self._here(self.peak):
+            self.peak, self.peak_moment = dict(self.now), self.moment
+        return found
+
+    def is_gradient(self, parameter: Tensor) -> None:
+        """Take what a parameter has in `grad` for that, in float32 whatever the weight was gathered in."""
+        assert parameter.grad is not None
+        self._see(parameter.grad, "gradients")
+        kind, size, reference = self._known[_key(parameter.grad)]
+        wide = 4 * parameter.numel()
+        self._known[_key(parameter.grad)] = ("gradients", wide, reference)
+        self.now[kind] -= size
+        self.now["gradients"] += wide
+
+    def _by_value(self, func: Any, args: Any) -> Any:
+        """What depends on numbers, which nobody has: as many tokens an expert, and no target that does not count."""
+        if func is torch.ops.aten._local_scalar_dense.default:
+            return 1
+        if func is not torch.ops.aten.nonzero.default:
+            return None
+        n, chosen = 0, args[0].numel()
+        if args[0].ndim == 2:
+            expert = self._routed % self._n_experts
+            self._routed += 1
+            n = (expert + 1) * chosen // self._n_experts - expert * chosen // self._n_experts
+        return args[0].new_empty((n, args[0].ndim), dtype=torch.int64)
+
+    def _here(self, held: dict[Kind, int]) -> float:
+        """On one of several devices, which share the gradients."""
+        return held["activations"] + held["casts"] + held["gradients"] / self._devices
+
+    def _see(self, tensor: Tensor, kind: Kind) -> None:
+        storage, key = tensor.untyped_storage(), _key(tensor)
+        if key in self._parameters or key in self._known:
+            return
+
+        def gone(_: object) -> None:
+            last, size, _ = self._known.pop(key)
+            self.now[last] -= size
+
+        self._known[key] = (kind, storage.nbytes(), weakref.ref(storage, gone))
+        self.now[kind] += storage.nbytes()
+
+
+class AsOnGPU(TorchFunctionMode):
+    """What a CUDA device does otherwise than a CPU: its autocast normalises and takes softmax in float32, and its fused
+    attention has room for a mask of every head."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if func in (F.layer_norm, torch.softmax, Tensor.softmax) and torch.is_autocast_enabled("cpu"):
+            args = (args[0].float(), *args[1:])
+        elif func is F.scaled_dot_product_attention and (mask := kwargs.get("attn_mask")) is not None:
+            kwargs["attn_mask"] = mask.view(1, -1, *mask.shape[-2:])  # the CPU's wants four axes
+        return func(*args, **kwargs)
+
+
+@lru_cache
+def footprint(
+    architecture: Architecture,
+    *,
+    batch_size: int,
+    seq_len: int,
+    precision: str = "float32",
+    gpu: bool = False,
+    devices: int = 1,
+    attention: Kernel | Literal["auto"] = "auto",
+    z_loss: float = 0.0,
+    probed: bool = False,
+    accumulated: bool = False,
+) -> Footprint:
+    """Count one pass of `batch_size` sequences at once, forwards and backwards.
+
+    Args:
+        gpu: as a GPU takes it, else as a CPU does.
+        devices: over which weights and gradients are spread (FSDP): in bfloat16 the layers' weights come in bfloat16
+            and nothing is cast. What is gathered is not in the count; the peak is of one device's share.
+        attention, z_loss: as a training has them.
+        probed: a probe looks at the residual stream, which then keeps its gradients.
+        accumulated: gradients of other passes, and what a probe has kept of them, are there already.
+    """
+    halved = precision == "bfloat16"
+    with FakeTensorMode():
+        model = Transformer(architecture)
+        if halved and devices > 1:
+            _halve(model.layers)
+        parameters = list(model.parameters())
+        alive = Alive(parameters, devices=devices, n_experts=architecture.n_experts)
+        for parameter in parameters:
+            parameter.register_post_accumulate_grad_hook(alive.is_gradient)
+            if accumulated:
+                parameter.grad = torch.empty_like(parameter)
+                alive.is_gradient(parameter)
+        products = torch.bfloat16 if halved else torch.float32
+        how = model.attend(attention, device="cuda" if gpu else "cpu", dtype=products, n_tokens=seq_len)
+        model.attend(how, device="cpu", dtype=products, n_tokens=seq_len)
+        if gpu:
+            model.head.register_forward_hook(lambda *_: None)  # a head with a hook is called, and gives all logits
+        with AsOnGPU() if gpu else nullcontext(), alive:
+            kept, left = _pass(model, alive, (batch_size, seq_len), halved=halved, z_loss=z_loss, probed=probed)
+    if accumulated:
+        alive.peak["activations"] += left
+    return Footprint(**alive.peak, moment=alive.peak_moment, kept=kept, left=left)
+
+
+def _pass(
+    model: Transformer, alive: Alive, shape: tuple[int, int], *, halved: bool, z_loss: float, probed: bool
+) -> tuple[int, int]:
+    """Run both passes; what is kept between them, and what is left of activations after them."""
+    tokens, targets = (torch.zeros(shape, dtype=torch.int64) for _ in range(2))
+    places: list[Tensor] | None = [] if probed else None
+    with torch.autocast("cpu", torch.bfloat16, enabled=halved):
+        if z_loss:
+            from empirics.train import objective  # a second to import, as is the next
+
+            loss, _ = objective(model, z_loss, tokens, targets, places)
+            del _
+        else:
+            loss = model.loss(tokens, targets, places)
+    kept = alive.now["activations"] + alive.now["casts"]
+    alive.moment = "the backward pass"
+    loss.backward()
+    subject = None
+    if places is not None:
+        from empirics.subject import Subject
+
+        subject = Subject(model, tokens, targets)
+        subject.see(places)
+    del loss, places
+    left = alive.now["activations"] - tokens.nbytes - targets.nbytes
+    del subject
+    return kept, left
+
+
+def _halve(layers: nn.ModuleList) -> None:
+    for module in layers.modules():
+        if isinstance(module, nn.Linear):
+            for name, parameter in list(module.named_parameters()):
+                setattr(module, name, nn.Parameter(parameter.detach().bfloat16()))
+
+
+def _key(tensor: Tensor) -> int:
+    """Of the memory that a tensor is in, views the same."""
+    return tensor.untyped_storage()._cdata
