@@ -11,7 +11,8 @@ A CPU's step is counted as it is. A GPU's is counted on the CPU with three diffe
 - logits are there all at once, since `HeadLoss` is the CPU's;
 - autocast normalises and takes softmax in float32.
 
-On either, tokens are spread evenly over experts; how they are spread moves the peak, and not what is kept.
+On either, tokens are spread evenly over experts; how they are spread moves the peak, and not what is kept. Layers that
+are alike are counted at two depths (`DEPTHS`), from which more follow exactly.
 
 Left out is what no operation returns: scratch memory inside of one, the blocks that an allocator rounds to and what
 is lost between them. A compiled step is another one, which fuses operations and keeps less.
@@ -22,7 +23,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, Literal
 
@@ -38,7 +39,14 @@ from theory.architecture import Architecture
 
 Kind = Literal["activations", "casts", "gradients"]
 Moment = Literal["the forward pass", "the backward pass", "the optimizer's step"]
-NOTHING: dict[Kind, int] = {"activations": 0, "casts": 0, "gradients": 0}
+Held = dict[Kind, int]
+FORWARD = "forward pass"
+NOTHING: Held = {"activations": 0, "casts": 0, "gradients": 0}
+# What there is at an operation is linear in the depth, and so is the most of a stage that has the same operations at
+# every depth. In the backward pass it is linear in the layer that has been reached too, and so largest near an
+# end. Its stages are the head, until a layer has a gradient; the last layer, until the one before has; those between;
+# the second; and the first, after which there is no other.
+DEPTHS = (4, 5)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,22 +78,29 @@ class Footprint:
 class Alive(TorchDispatchMode):
     """Adds up the bytes of the tensors that operations have made and nobody has let go, by kind, views once.
 
+    Args:
+        layers: parameters layer by layer.
+
     Attributes:
-        moment: what is being done, as whoever does it says.
-        now: bytes at present.
-        peak, peak_moment: bytes when they were most, and when that was.
+        stage: what is being done.
+        now, peaks: bytes at present, and in every stage when they were most.
     """
 
-    def __init__(self, parameters: Sequence[Tensor], *, devices: int = 1, n_experts: int = 0) -> None:
+    def __init__(
+        self, parameters: Sequence[Tensor], layers: Sequence[Sequence[Tensor]], *, devices: int, n_experts: int
+    ) -> None:
         super().__init__()
         self._parameters = {_key(p) for p in parameters}
+        names = {len(layers) - 1: "last layer", 1: "second layer", 0: "first layer"}
+        self._layers = {_key(p): names.get(n, "layers") for n, layer in enumerate(layers) for p in layer}
         self._known: dict[int, tuple[Kind, int, Any]] = {}
         self._devices, self._n_experts, self._routed = devices, n_experts, 0
-        self.moment: Moment = "the forward pass"
-        self.peak_moment: Moment = self.moment
-        self.now, self.peak = dict(NOTHING), dict(NOTHING)
+        self.stage = FORWARD
+        self.now, self.peaks = dict(NOTHING), dict[str, Held]()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if self.stage == "probe" and func is torch.ops.aten.clone.default:
+            self.stage = "probe's copies"
         found = self._by_value(func, args)
         if found is None:
             found = func(*args, **(kwargs or {}))
@@ -93,8 +108,9 @@ class Alive(TorchDispatchMode):
         for each in found if isinstance(found, tuple | list) else (found,):
             if isinstance(each, Tensor):
                 self._see(each, "casts" if cast else "activations")
-        if self._here(self.now) > self._here(self.peak):
-            self.peak, self.peak_moment = dict(self.now), self.moment
+        peak = self.peaks.setdefault(self.stage, dict(NOTHING))
+        if _on_one(self.now, self._devices) > _on_one(peak, self._devices):
+            peak.update(self.now)
         return found
 
     def is_gradient(self, parameter: Tensor) -> None:
@@ -106,6 +122,8 @@ class Alive(TorchDispatchMode):
         self._known[_key(parameter.grad)] = ("gradients", wide, reference)
         self.now[kind] -= size
         self.now["gradients"] += wide
+        if self.stage != FORWARD:
+            self.stage = self._layers.get(_key(parameter), self.stage)
 
     def _by_value(self, func: Any, args: Any) -> Any:
         """What depends on numbers, which nobody has: as many tokens an expert, and no target that does not count."""
@@ -119,10 +137,6 @@ class Alive(TorchDispatchMode):
             self._routed += 1
             n = (expert + 1) * chosen // self._n_experts - expert * chosen // self._n_experts
         return args[0].new_empty((n, args[0].ndim), dtype=torch.int64)
-
-    def _here(self, held: dict[Kind, int]) -> float:
-        """On one of several devices, which share the gradients."""
-        return held["activations"] + held["casts"] + held["gradients"] / self._devices
 
     def _see(self, tensor: Tensor, kind: Kind) -> None:
         storage, key = tensor.untyped_storage(), _key(tensor)
@@ -174,28 +188,69 @@ def footprint(
         probed: a probe looks at the residual stream, which then keeps its gradients.
         accumulated: gradients of other passes, and what a probe has kept of them, are there already.
     """
-    halved = precision == "bfloat16"
+    a = architecture
+
+    def count(n_layers: int) -> dict[tuple[str, str], int]:
+        return _count(
+            replace(a, n_layers=n_layers), (batch_size, seq_len), halved=precision == "bfloat16", gpu=gpu,
+            devices=devices, attention=attention, z_loss=z_loss, probed=probed, accumulated=accumulated,
+        )  # fmt: skip
+
+    def kind(layer: int) -> tuple[int, bool]:
+        return a.window_at(layer), a.rope_base_at(layer) is None
+
+    if a.n_layers > max(DEPTHS) and len(set(map(kind, range(a.n_layers)))) == 1:
+        less, found = map(count, DEPTHS)
+        found = {key: n + (a.n_layers - max(DEPTHS)) * (n - less[key]) for key, n in found.items()}
+    else:
+        found = count(a.n_layers)
+    stages = {stage for stage, _ in found if stage != "all"}
+    peaks: dict[str, Held] = {stage: {kind: found[stage, kind] for kind in NOTHING} for stage in stages}
+    stage = max(stages, key=lambda stage: _on_one(peaks[stage], devices))
+    peak, kept, left = peaks[stage], found["all", "kept"], found["all", "left"]
+    return Footprint(
+        activations=peak["activations"] + (left if accumulated else 0),
+        casts=peak["casts"],
+        gradients=peak["gradients"],
+        moment="the forward pass" if stage == FORWARD else "the backward pass",
+        kept=kept,
+        left=left,
+    )
+
+
+def _count(
+    architecture: Architecture,
+    shape: tuple[int, int],
+    *,
+    halved: bool,
+    gpu: bool,
+    devices: int,
+    attention: Kernel | Literal["auto"],
+    z_loss: float,
+    probed: bool,
+    accumulated: bool,
+) -> dict[tuple[str, str], int]:
+    """Bytes by stage and kind, each stage at its most; of all, those kept between the passes and left after them."""
     with FakeTensorMode():
         model = Transformer(architecture)
         if halved and devices > 1:
             _halve(model.layers)
-        parameters = list(model.parameters())
-        alive = Alive(parameters, devices=devices, n_experts=architecture.n_experts)
+        parameters, layers = list(model.parameters()), [list(layer.parameters()) for layer in model.layers]
+        alive = Alive(parameters, layers, devices=devices, n_experts=architecture.n_experts)
         for parameter in parameters:
             parameter.register_post_accumulate_grad_hook(alive.is_gradient)
             if accumulated:
                 parameter.grad = torch.empty_like(parameter)
                 alive.is_gradient(parameter)
         products = torch.bfloat16 if halved else torch.float32
-        how = model.attend(attention, device="cuda" if gpu else "cpu", dtype=products, n_tokens=seq_len)
-        model.attend(how, device="cpu", dtype=products, n_tokens=seq_len)
+        how = model.attend(attention, device="cuda" if gpu else "cpu", dtype=products, n_tokens=shape[1])
+        model.attend(how, device="cpu", dtype=products, n_tokens=shape[1])
         if gpu:
             model.head.register_forward_hook(lambda *_: None)  # a head with a hook is called, and gives all logits
         with AsOnGPU() if gpu else nullcontext(), alive:
-            kept, left = _pass(model, alive, (batch_size, seq_len), halved=halved, z_loss=z_loss, probed=probed)
-    if accumulated:
-        alive.peak["activations"] += left
-    return Footprint(**alive.peak, moment=alive.peak_moment, kept=kept, left=left)
+            kept, left = _pass(model, alive, shape, halved=halved, z_loss=z_loss, probed=probed)
+    found: dict[tuple[str, str], int] = {("all", "kept"): kept, ("all", "left"): left}
+    return found | {(stage, kind): n for stage, held in alive.peaks.items() for kind, n in held.items()}
 
 
 def _pass(
@@ -213,18 +268,23 @@ def _pass(
         else:
             loss = model.loss(tokens, targets, places)
     kept = alive.now["activations"] + alive.now["casts"]
-    alive.moment = "the backward pass"
+    alive.stage = "head"
     loss.backward()
     subject = None
     if places is not None:
         from empirics.subject import Subject
 
-        subject = Subject(model, tokens, targets)
+        alive.stage, subject = "probe", Subject(model, tokens, targets)
         subject.see(places)
     del loss, places
     left = alive.now["activations"] - tokens.nbytes - targets.nbytes
     del subject
     return kept, left
+
+
+def _on_one(held: Held, devices: int) -> float:
+    """Of several devices, which share the gradients."""
+    return held["activations"] + held["casts"] + held["gradients"] / devices
 
 
 def _halve(layers: nn.ModuleList) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.profiler import ProfilerActivity, profile
 
+from empirics import footprint as footprints
 from empirics.footprint import Footprint, footprint
 from empirics.model import build
 from empirics.plan import memory
@@ -174,6 +175,26 @@ def test_a_training_peaks_where_it_is_planned_to(changes: dict[str, Any], text: 
     counters, order = 4 * len(parameters), 8 * sum(map(len, parameters))  # AdamW's; where a row's norm belongs
     batch = 2 * 8 * spec.batch_size * LENGTH
     assert 0 <= allocated(profiler, tmp_path) - planned <= counters + order + batch + SCRATCH
+
+
+@pytest.mark.parametrize(
+    ("changes", "settings"),
+    [
+        ({}, {"batch_size": 8, "seq_len": 32}),
+        (GATED, {"batch_size": 1, "seq_len": 4, "probed": True, "accumulated": True}),
+        ({"d_ffn": 8}, {"batch_size": 8, "seq_len": 32, "probed": True}),
+        ({"n_experts": 3, "experts_per_token": 2}, {"batch_size": 2, "seq_len": 8, "gpu": True, "devices": 4}),
+        ({"tied": True, "norm_depth_scaling": True}, {"batch_size": 1, "seq_len": 8, "precision": "bfloat16"}),
+    ],
+)
+def test_a_deep_network_is_counted_at_two_depths(
+    changes: dict[str, Any], settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To the byte as if it were counted whole, wherever the peak is."""
+    a = replace(preset("tiny"), n_layers=11, **changes)
+    found = footprint(replace(a, name="two depths"), **settings)
+    monkeypatch.setattr(footprints, "DEPTHS", (98, 99))
+    assert footprint(replace(a, name="whole"), **settings) == found
 
 
 def test_a_gpus_attention_keeps_no_probabilities() -> None:
