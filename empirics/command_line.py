@@ -7,6 +7,7 @@ import math
 import os
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -100,13 +101,7 @@ def check_device(device: str) -> str:
 
 
 def check_memory(
-    architecture: Architecture,
-    *,
-    batch_size: int,
-    seq_len: int,
-    precision: str = "float32",
-    state: int = 8,
-    runs: int = 1,
+    architecture: Architecture, *, batch_size: int, seq_len: int, state: int = 8, runs: int = 1, **step: Any
 ) -> None:
     """Refuse a network and batch that cannot fit in this machine's memory.
 
@@ -114,8 +109,9 @@ def check_memory(
         batch_size: sequences that go through the network at once, forwards and backwards.
         state: bytes a number that are held between passes; weights and gradients, unless told otherwise.
         runs: networks at a time, each with such a batch.
+        step: what else `footprint` is to know.
     """
-    found = footprint(architecture, batch_size=batch_size, seq_len=seq_len, precision=precision)
+    found = footprint(architecture, batch_size=batch_size, seq_len=seq_len, **step)
     parameters = architecture.n_parameters
     needed = runs * max(state * parameters, (state - GRADIENT_BYTES) * parameters + found.total)
     require_memory(f"{architecture.name} with {counted(runs * batch_size * seq_len, 'token')} at once", needed)

@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, Literal
@@ -151,6 +150,20 @@ class Alive(TorchDispatchMode):
         self.now[kind] += storage.nbytes()
 
 
+class Shortened(TorchFunctionMode):
+    """Has `HeadLoss` take two parts of its tokens, however many there are: those after the second are like it."""
+
+    def __init__(self, n_tokens: int) -> None:
+        super().__init__()
+        self._n_tokens = n_tokens
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is not Tensor.split or len(args[0]) != self._n_tokens:
+            return func(*args, **(kwargs or {}))
+        x, size = args
+        return [x[start : start + size] for start in (0, size) if start < len(x)]
+
+
 class AsOnGPU(TorchFunctionMode):
     """What a CUDA device does otherwise than a CPU: its autocast normalises and takes softmax in float32, and its fused
     attention has room for a mask of every head."""
@@ -175,6 +188,7 @@ def footprint(
     devices: int = 1,
     attention: Kernel | Literal["auto"] = "auto",
     z_loss: float = 0.0,
+    all_logits: bool = False,
     probed: bool = False,
     accumulated: bool = False,
 ) -> Footprint:
@@ -185,6 +199,7 @@ def footprint(
         devices: over which weights and gradients are spread (FSDP): in bfloat16 the layers' weights come in bfloat16
             and nothing is cast. What is gathered is not in the count; the peak is of one device's share.
         attention, z_loss: as a training has them.
+        all_logits: the loss is taken of all at once, as it always is on a GPU.
         probed: a probe looks at the residual stream, which then keeps its gradients.
         accumulated: gradients of other passes, and what a probe has kept of them, are there already.
     """
@@ -193,7 +208,8 @@ def footprint(
     def count(n_layers: int) -> dict[tuple[str, str], int]:
         return _count(
             replace(a, n_layers=n_layers), (batch_size, seq_len), halved=precision == "bfloat16", gpu=gpu,
-            devices=devices, attention=attention, z_loss=z_loss, probed=probed, accumulated=accumulated,
+            devices=devices, attention=attention, z_loss=z_loss, all_logits=all_logits or gpu, probed=probed,
+            accumulated=accumulated,
         )  # fmt: skip
 
     def kind(layer: int) -> tuple[int, bool]:
@@ -227,6 +243,7 @@ def _count(
     devices: int,
     attention: Kernel | Literal["auto"],
     z_loss: float,
+    all_logits: bool,
     probed: bool,
     accumulated: bool,
 ) -> dict[tuple[str, str], int]:
@@ -245,9 +262,9 @@ def _count(
         products = torch.bfloat16 if halved else torch.float32
         how = model.attend(attention, device="cuda" if gpu else "cpu", dtype=products, n_tokens=shape[1])
         model.attend(how, device="cpu", dtype=products, n_tokens=shape[1])
-        if gpu:
+        if all_logits:
             model.head.register_forward_hook(lambda *_: None)  # a head with a hook is called, and gives all logits
-        with AsOnGPU() if gpu else nullcontext(), alive:
+        with AsOnGPU() if gpu else Shortened(shape[0] * shape[1]), alive:
             kept, left = _pass(model, alive, shape, halved=halved, z_loss=z_loss, probed=probed)
     found: dict[tuple[str, str], int] = {("all", "kept"): kept, ("all", "left"): left}
     return found | {(stage, kind): n for stage, held in alive.peaks.items() for kind, n in held.items()}

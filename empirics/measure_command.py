@@ -176,7 +176,7 @@ def _require_memory(subject: Network, batch: int, seq_len: int) -> None:
     if a is not None:
         # The attention of transformers is written out: logits and probabilities.
         attention = "plain" if subject.implementation == "transformers" else "auto"
-        found = footprint(a, batch_size=batch, seq_len=seq_len, attention=attention)
+        found = footprint(a, batch_size=batch, seq_len=seq_len, attention=attention, all_logits=True)
         parameters, kept = a.n_parameters, max(found.kept, found.activations)
     else:
         parameters, kept = n_parameters(subject.settings), 12 * batch * seq_len * subject.settings.vocab_size

@@ -120,11 +120,11 @@ def _model(arguments: argparse.Namespace) -> tuple[Transformer, str, int, Path |
         seq_len = arguments.seq_len or min(a.context, SEQ_LEN)
         if a.positions == "learned" and seq_len > a.context:
             raise ValueError(f"--seq-len {seq_len} exceeds the {a.context} learned positions; use fewer tokens")
-        check_memory(a, batch_size=arguments.batch, seq_len=seq_len)
+        check_memory(a, batch_size=arguments.batch, seq_len=seq_len, all_logits=True)
         return load_model(found).to(device), f"{found}", seq_len, found
     a, longest, _ = chosen(arguments)
     seq_len = arguments.seq_len or min(longest, SEQ_LEN)
-    check_memory(a, batch_size=arguments.batch, seq_len=seq_len)
+    check_memory(a, batch_size=arguments.batch, seq_len=seq_len, all_logits=True)
     about = f"{a.name} at initialisation, seed {arguments.seed}"
     return build(a, seed=arguments.seed, device=device), about, seq_len, None
 

@@ -94,8 +94,8 @@ def command(arguments: argparse.Namespace) -> int:
         runs = min(arguments.processes, len(specs))  # at a time, a network each
         at_once = arguments.micro_batch or arguments.batch
         check_memory(
-            architecture, batch_size=at_once, seq_len=specs[0].seq_len, precision=arguments.precision,
-            state=STATE_BYTES, runs=runs,
+            architecture, batch_size=at_once, seq_len=specs[0].seq_len, state=STATE_BYTES, runs=runs,
+            precision=arguments.precision, attention=arguments.attention, z_loss=arguments.z_loss,
         )  # fmt: skip
     records = run_all(specs, out, processes=arguments.processes, checkpoint_every=arguments.checkpoint_every)
     rows = summary(specs, records)

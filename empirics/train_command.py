@@ -185,8 +185,9 @@ def _train(arguments: argparse.Namespace, ranks: Ranks) -> int:
     if ranks.size == 1 or arguments.device == "cpu":  # with a device each, this machine's memory is not what counts
         at_once = arguments.batch if arguments.micro_batch is None else ranks.size * arguments.micro_batch
         check_memory(
-            architecture, batch_size=at_once, seq_len=seq_len, precision=arguments.precision, state=STATE_BYTES
-        )
+            architecture, batch_size=at_once, seq_len=seq_len, state=STATE_BYTES, precision=arguments.precision,
+            attention=arguments.attention, z_loss=arguments.z_loss,
+        )  # fmt: skip
     check_device(arguments.device)
     spec, out = specification(arguments, architecture, seq_len), Path(arguments.out)
     if ranks.first:

@@ -15,6 +15,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.profiler import ProfilerActivity, profile
 
 from empirics import footprint as footprints
+from empirics import head_loss
 from empirics.footprint import Footprint, footprint
 from empirics.model import build
 from empirics.plan import memory
@@ -143,6 +144,17 @@ def test_peak_is_the_allocators(name: str, precision: str, tmp_path: Path) -> No
     found = counted(a, precision=precision)
     seen = Step(a, precision).peak(tmp_path) + TOKENS
     assert 0 <= seen - found.total <= SCRATCH
+
+
+def test_peak_of_a_loss_in_many_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of which two are counted."""
+    monkeypatch.setattr(head_loss, "LEAST_TOKENS", 16)
+    monkeypatch.setattr(head_loss, "AT_ONCE", 2**14)
+    a = network(vocab_size=1024)
+    seen = Step(a, "float32").peak(tmp_path) + TOKENS
+    assert 0 <= seen - counted(a).total <= SCRATCH
+    monkeypatch.setattr(head_loss, "AT_ONCE", 2**18)
+    assert counted(replace(a, name="one part")).total > counted(a).total
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])

@@ -180,3 +180,17 @@ def test_command_writes_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str
 def test_refusals(arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train", "350m", *arguments]) == 2
     assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "fits"),
+    [([], True), (["--batch", "2000000"], False), (["--attention", "plain", "--seq-len", "131072"], False)],
+    ids=["", "tokens", "pairs of tokens"],
+)
+def test_a_training_must_fit_in_this_machine(
+    arguments: list[str], fits: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Before anything is built; where it fits, the text is what is missed."""
+    text = ["--data", str(tmp_path / "nowhere.txt"), "--out", str(tmp_path / "run")]
+    assert main(["train", "tiny", "--batch", "1", *text, *arguments]) == 2
+    assert ("GB and this machine has" in capsys.readouterr().err) is not fits
