@@ -315,7 +315,8 @@ def _speeds(records: Records) -> Iterator[Row]:
         basis = f"over {matmul / 1e12:.3g} TFLOP/s, the best product measured in the same run; no target"
         yield _measured(f"share of the matmul peak, {name}", achieved / matmul, where, basis)
         if record["peak_bytes"] is not None:
-            row = _measured(f"peak memory in GB, {name}", record["peak_bytes"] / 1e9, where, "the plan is an estimate")
+            basis = "the plan is of a step that is not compiled"
+            row = _measured(f"peak memory in GB, {name}", record["peak_bytes"] / 1e9, where, basis)
             planned = record["planned_bytes"] / 1e9
             yield row | {
                 "reference": planned,
