@@ -1,31 +1,15 @@
-"""Probes of the attention logits and probabilities, layer by layer, on the first sequence of the batch.
+"""Probes of the attention logits and probabilities, layer by layer: of all rows of the batch's first sequence.
 
-Of a long sequence the first 512 tokens are taken, which no later one changes; all rows of it would be T x T numbers a
-head, where training keeps none.
-
-Shapes: B batch, T tokens, D d_model, H heads.
+Shapes: H heads.
 """
 
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
-from empirics.attention_rows import AttentionRows, row_statistics
-from empirics.model import Attention
+from empirics.attention_rows import AttentionRows
 from empirics.registry import Reading, probe, reading
 from empirics.subject import Seen
-
-
-def attention_rows(attention: Attention, u_BTD: Tensor) -> AttentionRows:
-    """The statistics of an attention's rows on what it reads.
-
-    Raises:
-        Unavailable: no row sees two keys.
-    """
-    with torch.no_grad():
-        logits, probabilities = attention.probabilities(u_BTD)
-    return row_statistics(logits, probabilities, attention.seen(u_BTD.shape[1], u_BTD.device))
 
 
 def _rows(subject: Seen) -> AttentionRows:
@@ -37,13 +21,13 @@ def _rows(subject: Seen) -> AttentionRows:
 
 @probe("logit_variance", cost="cheap")
 def logit_variance(subject: Seen) -> Reading:
-    """Of the logits that the softmax gets, soft-capped and with ALiBi's bias; at most 512 tokens."""
+    """Of the logits that the softmax gets, soft-capped and with whatever bias a mask adds to keys that are seen."""
     return reading("logit_variance", subject.layer_labels, subject.shared(_rows).variance.mean(-1).tolist())
 
 
 @probe("attention_entropy", cost="cheap")
 def attention_entropy(subject: Seen) -> Reading:
-    """0 where every row looks at one key; at most 512 tokens."""
+    """0 where every row looks at one key."""
     return reading("attention_entropy", subject.layer_labels, subject.shared(_rows).entropy.mean(-1).tolist())
 
 

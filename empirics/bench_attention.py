@@ -11,7 +11,7 @@ from torch import Tensor
 from empirics import attention_slopes, observables
 from empirics.bench_sublayers import UNIT, sequence
 from empirics.benches import Bench, Choices, add_bench, small_architecture
-from empirics.model import Attention
+from empirics.model import ALL, Attention
 from theory.architecture import Norm
 
 ATTENTIONS = {
@@ -33,9 +33,9 @@ ATTENTIONS = {
 class FullAttention(Attention):
     """Every token sees every other."""
 
-    def seen(self, length: int, device: torch.device) -> Tensor:
-        """(T, T), true everywhere."""
-        return torch.ones(length, length, dtype=torch.bool, device=device)
+    def seen(self, length: int, device: torch.device, rows: slice = ALL) -> Tensor:
+        """(T, T), true everywhere; of the `rows` alone."""
+        return torch.ones(length, length, dtype=torch.bool, device=device)[rows]
 
 
 def attention_module(choices: Choices) -> Attention:

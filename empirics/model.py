@@ -69,6 +69,7 @@ ROPE_BASE = SINUSOIDAL_BASE = 10_000.0
 Function = Callable[[Tensor], Tensor]
 Kernel = Literal["fused", "plain"]
 Keep = Callable[[Tensor], object]
+ALL = slice(None)
 PLAIN_TOKENS = 512  # the longest sequence at which plain attention is the faster one, where it is at all
 
 
@@ -233,16 +234,20 @@ class Attention(nn.Module):
         """Cosines and sines (T, W) of what turns of each head."""
         return rotary_table(length, self.rope_width, device, dtype, self.rope_base, self.rope_slowing)
 
-    def seen(self, length: int, device: torch.device) -> Tensor:
-        """(T, T), whether token t looks at token j: not at the future, and at no more than its window."""
-        seen = torch.ones(length, length, dtype=torch.bool, device=device).tril()
-        return seen.triu(1 - self.window) if self.window else seen
+    def seen(self, length: int, device: torch.device, rows: slice = ALL) -> Tensor:
+        """(T, T), whether token t looks at token j: not at the future, and at no more than its window.
 
-    def distance_bias(self, length: int, like: Tensor) -> Tensor:
-        """(H, T, T), what ALiBi adds to the logits of a token and one before it."""
+        rows: which t alone.
+        """
+        position = torch.arange(length, device=device)
+        seen = position <= position[rows, None]
+        return seen & (position > position[rows, None] - self.window) if self.window else seen
+
+    def distance_bias(self, length: int, like: Tensor, rows: slice = ALL) -> Tensor:
+        """(H, T, T), what ALiBi adds to the logits of a token and one before it; of the `rows` alone."""
         position = torch.arange(length, device=like.device)
         slopes = torch.tensor(alibi_slopes(self.n_heads), device=like.device, dtype=torch.float64)
-        return (slopes[:, None, None] * (position - position[:, None])).to(like.dtype)
+        return (slopes[:, None, None] * (position - position[rows, None])).to(like.dtype)
 
     def heads(self, u_BTD: Tensor) -> Tensor:
         """Concatenated head outputs, (B, T, H*E)."""
@@ -283,12 +288,14 @@ class Attention(nn.Module):
 
     def softmax(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
         """`probabilities` of given queries (B, H, T, E) and keys (B, G, T, E)."""
-        length = query.shape[-2]
-        # Scaled before the product and hidden by a sum: a pass over T numbers for one over T^2, and a faster one.
+        logits = self.logits(query, key)
+        return logits, (logits + self._hiding(query.shape[-2], logits)).softmax(-1)  # a sum is faster than a fill
+
+    def logits(self, query: Tensor, key: Tensor, rows: slice = ALL) -> Tensor:
+        """Logits but for the mask of the queries (B, H, t, E) of `rows` and of keys (B, G, T, E), (B, H, t, T)."""
+        # Scaled before the product: a pass over T numbers for one over T^2.
         logits = softcap((query * self.scale) @ self._each_head(key).mT, self.softcap)
-        if self.alibi:
-            logits = logits + self.distance_bias(length, logits)
-        return logits, (logits + self._hiding(length, logits)).softmax(-1)
+        return logits + self.distance_bias(key.shape[-2], logits, rows) if self.alibi else logits
 
     def _hiding(self, length: int, like: Tensor) -> Tensor:
         """(T, T), what hides tokens from each other when it is added to the logits: 0 or -infinity."""

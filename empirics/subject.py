@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 import torch
 from torch import Tensor
 
-from empirics.attention_rows import LONGEST, AttentionRows, row_statistics
+from empirics.attention_rows import AttentionRows, attention_rows
 from empirics.distributed import ALONE, Ranks, local, release, whole
 from empirics.model import Layer, Transformer, cross_entropy
 from empirics.probes import constant, layer_functions, layer_opnorms
@@ -161,13 +161,11 @@ class Subject(Shared):
 
     def attention_rows(self) -> list[AttentionRows]:
         """Statistics of attention on the first sequence, layer by layer."""
-        found: list[AttentionRows] = []
         with torch.no_grad():
-            for layer, x in zip(self.whole_layers(), self.entering, strict=True):
-                u_BTD = layer.attention_input(x[0][:, :LONGEST])
-                seen = layer.attention.seen(u_BTD.shape[1], u_BTD.device)
-                found.append(row_statistics(*layer.attention.probabilities(u_BTD), seen))
-        return found
+            return [
+                attention_rows(layer.attention, layer.attention_input(x[0]))
+                for layer, x in zip(self.whole_layers(), self.entering, strict=True)
+            ]
 
     # --- norms --------------------------------------------------------------------------------------------------
 

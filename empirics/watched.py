@@ -17,7 +17,8 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from empirics.anatomy import Anatomy, Place
-from empirics.attention_rows import AttentionRows, AttentionView
+from empirics.attention_rows import AttentionRows
+from empirics.attention_view import AttentionView
 from empirics.block_functions import has_experts
 from empirics.block_norms import STACK, BlockNorms
 from empirics.distributed import ALONE, whole

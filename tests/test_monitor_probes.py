@@ -18,7 +18,7 @@ from helpers.decoders import Encoder, NanoGPT, Titan
 from helpers.known_decoders import KINDS, OURS, TINY, loss_of, real, some_batch
 from helpers.real_classes import blocks
 
-from empirics.attention_rows import AttentionView
+from empirics.attention_view import AttentionView
 from empirics.model import build as build_own
 from empirics.monitor import StabilityMonitor, StabilityRecord, series
 from empirics.registry import probes

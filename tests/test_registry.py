@@ -19,8 +19,7 @@ from scipy import stats
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from empirics import subject as subject_module
-from empirics.attention_probes import attention_rows
+from empirics.attention_rows import attention_rows
 from empirics.bounds import BOUNDED, a_posteriori_bounds
 from empirics.data import random_tokens
 from empirics.model import Attention, Layer, Transformer
@@ -300,15 +299,6 @@ def test_attention_probes_are_means_and_minima_over_heads() -> None:
     assert find("head_entropy").measure(seen).labels[5] == "layer 1 head 1"
     assert find("attention_entropy_relative").measure(seen).values == pytest.approx(heads.mean(1), rel=1e-12)
     assert find("attention_entropy_lowest").measure(seen).values == pytest.approx(heads.min(1), rel=1e-12)
-
-
-def test_a_long_sequence_is_judged_by_its_first_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Attention is causal: rows of the first tokens are what they would be without the others."""
-    model, (inputs, targets) = disturbed("pre-ln"), tokens(1, 9)
-    alone = find("head_entropy").measure(Subject(model, inputs[:, :6], targets[:, :6]))
-    monkeypatch.setattr(subject_module, "LONGEST", 6)
-    cut = find("head_entropy").measure(Subject(model, inputs, targets))
-    assert cut.values == pytest.approx(alone.values, rel=1e-12)
 
 
 # --- the stream, the weights --------------------------------------------------------------------------------------

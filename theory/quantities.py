@@ -167,22 +167,22 @@ _ALL = (
     ),
     Quantity(
         name="logit_variance",
-        meaning="variance of a row's attention logits over the keys it sees, mean over heads and rows of two "
-        "keys or more",
+        meaning="variance of a row's attention logits over the keys it sees, mean over heads and the first sequence's "
+        "rows of two keys or more",
         axis="layer",
         source=Source(key="wortsman2023proxies", label="section 3.1.1, which follows the largest logit"),
     ),
     Quantity(
         name="attention_entropy",
-        meaning="entropy of an attention row, mean over heads and rows of two keys or more",
+        meaning="entropy of an attention row, mean over heads and the first sequence's rows of two keys or more",
         axis="layer",
         unit="nats",
         source=_ZHAI,
     ),
     Quantity(
         name="attention_entropy_relative",
-        meaning="entropy of an attention row over log t, the most that t seen keys allow; mean over heads and rows of "
-        "two keys or more",
+        meaning="entropy of an attention row over log t, the most that t seen keys allow; mean over heads and the "
+        "first sequence's rows of two keys or more",
         axis="layer",
         source=_ZHAI,
     ),
@@ -194,7 +194,7 @@ _ALL = (
     ),
     Quantity(
         name="head_entropy",
-        meaning="entropy of an attention row over log t, mean over rows of two keys or more",
+        meaning="entropy of an attention row over log t, mean over the first sequence's rows of two keys or more",
         axis="head",
         source=_ZHAI,
     ),
