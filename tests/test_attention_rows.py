@@ -171,7 +171,7 @@ def test_masks_that_add_up_are_one() -> None:
 def test_padding_may_be_higher_than_later_keys() -> None:
     """Where logits show through what is added to them."""
     (query, key), hidden = queries_and_keys(20), ~causal(20)
-    key[:, :, :3] *= 1.5
+    key[:, :, :3] *= 3
     hidden[:, :3] = True
     written = query @ key.mT / math.sqrt(WIDTH) + torch.zeros(20, 20).masked_fill(hidden, -1e3)
     assert written[0][:, hidden & causal(20)].max() > written[0][:, ~causal(20)].max()
