@@ -64,9 +64,10 @@ def hidden_level(values: Callable[[slice], Tensor], blocks: Sequence[slice], *, 
         weightless = (x > lowest) & (x - top < NO_WEIGHT)
         found.append(torch.stack([part.any() for part in (seeing, heavy, doubtful, weightless)]))
     seeing, heavy, doubtful, weightless = torch.stack(found).any(0).tolist()
-    if seeing and not heavy and not doubtful:
+    hides = seeing and not heavy
+    if hides and not doubtful and level < 0:
         return cut
-    if (seeing and not heavy) or weightless:
+    if hides or weightless:
         raise Unavailable(NOT_RECOGNISED)
     return lowest  # later keys are seen
 

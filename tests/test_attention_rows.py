@@ -216,6 +216,7 @@ def test_a_mask_that_could_be_logits_is_not_recognised() -> None:
         lambda: softmax(wild.masked_fill(~seen, -100.0), -1),
         lambda: softmax(wild + torch.zeros(20, 20).masked_fill(~seen, -100.0), -1),
         lambda: softmax(mild.masked_fill(~prefix, -1e4), -1),
+        lambda: softmax((mild + 500).masked_fill(~seen, 50.0), -1),
         lambda: scaled_dot_product_attention(query, key, key, attn_mask=added),
     ):
         (reason,) = shown(attend)
