@@ -384,6 +384,20 @@ def test_damaged_record_is_named_and_made_again(
     assert record_bytes(spec, tmp_path) == undisturbed
 
 
+def test_a_record_with_another_digit_is_named_and_made_again(
+    text: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], undisturbed: bytes
+) -> None:
+    spec = specification(text)
+    path, honest = record_path(spec, tmp_path), run(spec, tmp_path)["series"]["loss"]
+    digits = repr(honest[0])
+    changed = digits[:-1] + ("1" if digits[-1] != "1" else "2")
+    path.write_text(path.read_text().replace(digits, changed, 1))
+    capfd.readouterr()
+    assert run(spec, tmp_path)["series"]["loss"] == honest
+    assert capfd.readouterr().err == f"record {path} is damaged; it is made again\n"
+    assert record_bytes(spec, tmp_path) == undisturbed
+
+
 # --- the model that is kept ---------------------------------------------------------------------------------------
 
 

@@ -1,8 +1,9 @@
 """Results on disk: what was predicted and what was measured, with everything needed to trust it.
 
 A record is one JSON file. It carries its schema version, the full specification it came from, the versions
-of the libraries, the digest of the data, and lists of `Prediction`s and `Measurement`s. It holds no clock
-time, so an interrupted and resumed run writes the same bytes as an undisturbed one.
+of the libraries, the digest of the data, and lists of `Prediction`s and `Measurement`s. Last is the SHA-256 of all of
+that, which is checked when it is read; the oldest records have none. It holds no clock time, so an interrupted and
+resumed run writes the same bytes as an undisturbed one.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ import numpy as np
 from theory.architecture import Architecture, Init
 
 SCHEMA = 1
+DIGEST = "sha256"  # of a record's other entries, by their values: how they are written down does not matter
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,8 +82,12 @@ def plain(value: Any) -> Any:
 
 def fingerprint(value: Any) -> str:
     """Twelve hexadecimal digits that identify a specification."""
-    text = json.dumps(plain(value), sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
+    return _sha256(plain(value))[:12]
+
+
+def _sha256(value: Any) -> str:
+    """Of what is JSON-ready; equal for equal values, and unchanged by writing and reading them."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def slug(text: str) -> str:
@@ -144,17 +150,21 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def write_record(path: Path, *, kind: str, body: Mapping[str, Any]) -> None:
-    """Write one record."""
-    write_json(path, {"schema": SCHEMA, "kind": kind, **body})
+    """Write one record, with its digest."""
+    record = plain({"schema": SCHEMA, "kind": kind, **body})
+    write_json(path, record | {DIGEST: _sha256(record)})
 
 
 def read_record(path: Path) -> dict[str, Any] | None:
-    """A record, or None where there is none or it is not whole (then it has to be made again)."""
+    """A record without its digest; None where there is none or it is damaged (then it has to be made again)."""
     try:
         record = json.loads(path.read_text())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
-    return record if isinstance(record, dict) and record.get("schema") == SCHEMA else None
+    if not isinstance(record, dict) or record.get("schema") != SCHEMA:
+        return None
+    digest = record.pop(DIGEST, None)
+    return record if digest in (None, _sha256(record)) else None
 
 
 def read_records(folder: Path) -> list[dict[str, Any]]:
