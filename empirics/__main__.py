@@ -148,11 +148,13 @@ def parser() -> argparse.ArgumentParser:
     )
     attack.set_defaults(run=_attack)
 
+    unpublished = ", ".join(name for name, definition in DEFINITIONS.items() if not definition.published)
     spikes = commands.add_parser(
         "spikes",
         help="spikes of a run, by every definition side by side",
-        description="Find the spikes of a logged loss by published definitions, side by side, and say of each whether "
-        "it recovered. Most raw ones of a small run are hard batches: --reference takes those out.",
+        description="Find the spikes of a logged loss by the definitions in use, side by side, and say of each whether "
+        f"it recovered. Each is shown with the source that published it, but for {unpublished}, which has none. Most "
+        "raw ones of a small run are hard batches: --reference takes those out.",
     )
     spikes.add_argument(
         "run_log", type=Path, metavar="RUN", help="a run's folder, its losses.jsonl, a training record, or a CSV"

@@ -20,6 +20,8 @@ High = NDArray[np.bool_]
 
 REFRACTORY = 10  # steps after an event's last high value during which it is still the same event
 MAD_TO_STD = 1.4826  # median absolute deviations of a normal variable in its standard deviation
+DECIMALS = 16  # as many as distinguish any two floats about 1
+NOISE = 2.0**-40  # of the largest value: what sums of decimal numbers are off by in binary, and no log resolves
 ROWS = 8192  # windows evaluated at once: 8 MiB at 128 steps
 
 
@@ -63,6 +65,11 @@ class Definition:
     lag: int = 0
     relative: bool
     vectors: tuple[Vector, ...]
+
+    @property
+    def published(self) -> bool:
+        """Whether a source of it is known."""
+        return self.source.key != "convention"
 
     @property
     def begins(self) -> int:
@@ -120,6 +127,39 @@ def median_and_deviation(rows: Series) -> Series:
     return np.stack([median, MAD_TO_STD * _median(np.abs(rows - median[:, None]))])
 
 
+def resolution(series: Series) -> Series:
+    """The step of the grid on which a log's values lie, as far as each step can know; shape (steps,).
+
+    Logs are rounded: to decimals where they are printed, to binary digits where a loss was of half precision. The grid
+    is the coarsest that holds every value up to and including that step: of a power of ten that is at most 1 (but for
+    `NOISE`: a difference of two logs is on theirs), or of a power of two that is. Of numbers that are not rounded it is
+    that of their floats, far below any spread. A zero behind the last decimal cannot be seen in a number, so that a
+    log too short or too even to need its decimals looks coarser than it is.
+    """
+    noise = NOISE * np.maximum.accumulate(np.abs(series))
+    decimal = np.full(series.size, 10.0**-DECIMALS)
+    for digits in reversed(range(DECIMALS)):
+        with np.errstate(over="ignore"):  # of numbers so large that all of them are whole
+            on = np.abs(np.round(series, digits) - series) <= noise
+        decimal[on] = 10.0**-digits
+    mantissa, exponent = np.frexp(series)
+    bits = (mantissa * 2.0**53).astype(np.int64)
+    binary = np.where(bits == 0, 1.0, np.ldexp((bits & -bits).astype(np.float64), exponent - 53))  # the lowest bit
+    running = (np.minimum.accumulate(np.minimum(step, 1.0)) for step in (decimal, binary))
+    return np.maximum(*running)
+
+
+def hidden_deviation(series: Series) -> Series:
+    """The robust deviation that rounding can hide, at each step: 1.4826 x half a step of the log's `resolution`.
+
+    If the rounded median absolute deviation is 0, at least half of the values are rounded to the median, and so lie
+    within half a step of it: before rounding the deviation was at most this about that number, and may have been it.
+    Of values that are all different the median absolute deviation is never below half a step, so that this changes
+    nothing for a log that is not rounded.
+    """
+    return MAD_TO_STD * resolution(series) / 2
+
+
 def _twice_median(series: Series, *, window: int, first: int, factor: float) -> High:
     (median,) = _of_past(series, window, first, lambda rows: _median(rows)[None])
     return (series > factor * median) & (median > 0)
@@ -127,7 +167,7 @@ def _twice_median(series: Series, *, window: int, first: int, factor: float) -> 
 
 def _robust_deviation(series: Series, *, window: int, first: int, factor: float) -> High:
     median, spread = _of_past(series, window, first, median_and_deviation, 2)
-    return series - median > factor * spread
+    return series - median > factor * np.maximum(spread, hidden_deviation(series))
 
 
 def _mean_and_sigma(series: Series, *, window: int, first: int, factor: float) -> High:
@@ -173,9 +213,10 @@ DEFINITIONS: dict[str, Definition] = {
         Definition(
             name="robust-deviation",
             statement="above the median of the last 50 steps (at least 20 of them) by 7 x 1.4826 x their median "
-            "absolute deviation",
+            "absolute deviation, which is taken to be at least half a step of the log's rounding",
             source=Source(key="davies1993outliers", label="the Hampel identifier"),
-            deviation="of the steps before and upwards alone; by 7 deviations, a convention, where 3 is common",
+            deviation="of the steps before and upwards alone; by 7 deviations, a convention, where 3 is common; at "
+            "least half a step of rounding, without which any rise in a rounded log of no spread is an event",
             parameters={"window": 50, "first": 20, "factor": 7.0},
             high=_robust_deviation,
             relative=False,
@@ -184,6 +225,12 @@ DEFINITIONS: dict[str, Definition] = {
                 Vector(parts=(((-1.0, 1.0), 10), ((10.3,), 1)), events=()),
                 Vector(parts=(((-1.0, 1.0), 10), ((10.4,), 1)), events=(20,)),
                 Vector(parts=(((0.0, 2.0), 9), ((99.0,), 1), ((1.0,), 9)), events=()),
+                # Two decimals, no spread: half a step is 0.005, the threshold 2.3 + 7 x 1.4826 x 0.005 = 2.351891.
+                Vector(parts=(((2.3, 2.3, 2.3, 2.31), 5), ((2.35,), 1)), events=()),
+                Vector(parts=(((2.3, 2.3, 2.3, 2.31), 5), ((2.36,), 1)), events=(20,)),
+                # Eighths, as of a loss of few binary digits: half a step is 0.0625, the threshold 2.25 + 0.6486375.
+                Vector(parts=(((2.25, 2.25, 2.25, 2.375), 5), ((2.875,), 1)), events=()),
+                Vector(parts=(((2.25, 2.25, 2.25, 2.375), 5), ((3.0,), 1)), events=(20,)),
             ),
         ),
         Definition(

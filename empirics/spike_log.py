@@ -292,7 +292,7 @@ def _told(definition: Definition, log: Log, reference: Log | None) -> dict[str, 
             listed = [e | {"outcome": Outcome.UNDECIDED.value} if e["after"] is None else e for e in listed]
         return {"entries": finite(series).size, "events": listed}
 
-    cited = [] if definition.source.key == "convention" else [REFERENCES[definition.source.key]]
+    cited = [REFERENCES[definition.source.key]] if definition.published else []
     return {
         "name": definition.name,
         "statement": definition.statement,
@@ -329,7 +329,7 @@ def text(told: Mapping[str, Any]) -> str:
     lines += [
         "",
         f"recovered: {rule['hold']} steps running at most the median of the {rule['window']} steps before + "
-        f"{rule['deviations']:g} x 1.4826 x their median absolute deviation;",
+        f"{rule['deviations']:g} x 1.4826 x their median absolute deviation (at least half a step of its rounding);",
         f"quickly within {rule['quick']} steps, slowly later, never if not by the end ({rule['patience']} or more "
         "steps later) or if it diverged first, else undecided",
     ]

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 
-from empirics.spike_definitions import DEFINITIONS, Definition, Series, finite, median_and_deviation
+from empirics.spike_definitions import DEFINITIONS, Definition, Series, finite, hidden_deviation, median_and_deviation
 
 BLOCK = 1024  # values of which one minimum is kept, to search long series
 
@@ -34,7 +34,8 @@ class Rule:
     """When an event has recovered; every number is a convention of this project, none is fitted.
 
     The series has recovered at the first step from which on `hold` values running are at most the median of the
-    `window` steps before the event's first value plus `deviations` x 1.4826 x their median absolute deviation.
+    `window` steps before the event's first value plus `deviations` x 1.4826 x their median absolute deviation, taken
+    to be at least half a step of the log's rounding.
     Counted from the event's first value, that is quickly within `quick` steps and slowly later. It is never if the
     series goes on for `patience` steps or more and does not, or diverges first; else undecided.
     """
@@ -89,8 +90,10 @@ def _levels(values: Series, starts: NDArray[np.int64], rule: Rule) -> Series:
     later = starts[starts >= rule.window]
     if later.size:
         past.append(sliding_window_view(values, rule.window)[later - rule.window])
-    robust = [median_and_deviation(rows) for rows in past]
-    return np.concatenate([median + rule.deviations * spread for median, spread in robust]) if robust else values[:0]
+    if not past:
+        return values[:0]
+    median, spread = np.concatenate([median_and_deviation(rows) for rows in past], axis=1)
+    return median + rule.deviations * np.maximum(spread, hidden_deviation(values)[starts])
 
 
 def _first_at_most(values: Series, minima: Series, start: int, level: float) -> int | None:

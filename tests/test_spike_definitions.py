@@ -9,7 +9,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from empirics import spike_definitions
-from empirics.spike_definitions import DEFINITIONS, REFRACTORY, Definition
+from empirics.spike_definitions import (
+    DEFINITIONS,
+    REFRACTORY,
+    Definition,
+    hidden_deviation,
+    median_and_deviation,
+    resolution,
+)
 from theory.sources import REFERENCES
 
 six_sigma = DEFINITIONS["six-sigma"].find
@@ -26,7 +33,7 @@ def test_vector(definition: Definition, n: int) -> None:
 def test_a_definition_is_complete(definition: Definition) -> None:
     assert DEFINITIONS[definition.name] is definition
     assert definition.source.key in REFERENCES
-    assert definition.source.key != "convention" or "no published source confirmed" in definition.source.label
+    assert definition.published or "no published source confirmed" in definition.source.label
     assert {bool(vector.events) for vector in definition.vectors} == {True, False}  # one to find, one to pass over
     for value in definition.parameters.values():
         words = definition.statement.replace("five", "5").replace("1.4826", "")
@@ -161,11 +168,70 @@ def test_six_sigma_by_hand() -> None:
 
 
 def test_constant_series_and_any_rise() -> None:
-    """With no spread at all, the two spread-based definitions see any rise; the relative one does not."""
-    flat = np.ones(60)
-    flat[40] = 1.001
-    assert robust_deviation(flat) == (40,)
-    assert twice_median(flat) == ()
+    """With no spread at all, six-sigma as published sees any rise; one of five steps of rounding is no deviation."""
+    flat = np.ones(100)
+    flat[80] = 1.001
+    assert six_sigma(flat) == (80,)
+    assert robust_deviation(flat) == twice_median(flat) == ()
+    flat[80] = 1.005
+    assert robust_deviation(flat) == ()
+    flat[80] = 1.006
+    assert robust_deviation(flat) == (80,)
+
+
+# --- rounded logs ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("log", ["two decimals", "three binary digits", "two values", "a pair of two decimals"])
+def test_a_rounded_log_has_the_events_of_the_one_before_rounding(log: str) -> None:
+    """A loss of 2.30 +- 0.004 has none, and one spike if there is one; the definition as published has many."""
+    generator = np.random.default_rng(0)
+    loss, reference = 2.3 + 0.004 * generator.standard_normal((2, 2000))
+    loss[1500] = 2.6
+    if log == "two decimals":
+        loss = np.round(loss, 2)
+    elif log == "three binary digits":
+        loss, reference = np.round(loss * 8) / 8, np.round(reference * 8) / 8  # all the same but for the spike
+        loss[generator.integers(0, 1400, 30)] += 0.125
+        loss[1500] = 3.25
+    elif log == "two values":
+        loss = np.where(generator.random(2000) < 0.3, 1.1, 1.0)
+        loss[1500] = 1.7
+    else:
+        loss = np.round(loss, 2) - np.round(reference, 2)  # 2.31 - 2.3 and 2.3 - 2.29 differ in their last bits
+    assert robust_deviation(loss) == (1500,)
+    median, spread = np.array([median_and_deviation(loss[None, n - 50 : n])[:, 0] for n in range(50, 2000)]).T
+    as_published = np.flatnonzero(loss[50:] - median > 7 * spread)
+    assert as_published.size > 20
+
+
+def test_a_log_that_is_not_rounded_is_read_as_published() -> None:
+    """Of values that are all different, the median absolute deviation is never below half a step of their grid."""
+    for seed in range(20):
+        made = np.random.default_rng(seed).permutation(np.arange(400) * 0.25)  # as close to it as it gets
+        spreads = [median_and_deviation(made[None, n - 20 : n])[1, 0] for n in range(20, 400)]
+        assert (np.array(spreads) >= hidden_deviation(made)[20:]).all()
+    normal = 3 + 0.2 * np.random.default_rng(0).standard_normal(400)
+    assert hidden_deviation(normal).max() < 1e-10
+    assert hidden_deviation(normal.astype(np.float32).astype(np.float64))[50:].max() < 1e-6  # a float32's last bit
+
+
+@pytest.mark.parametrize(
+    ("values", "step"),
+    [
+        ((2.3, 2.31, 2.4), 0.01), ((2.0, 3.0), 1.0), ((10.0, 500.0), 1.0), ((0.0, 0.0), 1.0), ((-2.25, 1.5), 0.25),
+        ((2.296875, 2.3125), 0.015625), ((0.0005, 7.0), 0.0001), ((1e300, 1e-5), 1.0), ((0.1 + 0.2, 0.3), 0.1),
+        ((2.31 - 2.30, 2.30 - 2.29), 0.01), ((0.1234567890123456, 1.0), 1e-12),
+    ],
+)  # fmt: skip
+def test_resolution_by_hand(values: tuple[float, ...], step: float) -> None:
+    """Nothing is resolved below 2^-40 of the largest value: no small number beside a huge one, no sixteen digits."""
+    assert resolution(np.array(values))[-1] == pytest.approx(step, rel=1e-12)
+
+
+def test_resolution_is_of_the_past() -> None:
+    assert resolution(np.array([5.0, 2.5, 3.0, 2.71, 2.5])).tolist() == [1.0, 0.5, 0.5, 0.01, 0.01]
+    assert resolution(np.array([])).size == 0
 
 
 @EVERY

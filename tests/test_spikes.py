@@ -113,6 +113,17 @@ def test_a_dip_is_no_recovery_and_the_level_is_the_one_before() -> None:
     assert recoveries(made, (100,))[0].outcome == "never"
 
 
+def test_a_rounded_log_comes_back_within_its_rounding() -> None:
+    """50 steps of 2.3 have no deviation; half a step of two decimals is 0.005, and 3 x 1.4826 of it 0.022239."""
+    made = np.full(400, 2.3)
+    made[:50] = 2.29  # before the steps that the level is of
+    made[100:110] = 5.0
+    made[110:] = 2.32
+    assert recoveries(made, (100,))[0].after == 10
+    made[110:] = 2.33
+    assert recoveries(made, (100,))[0].outcome == "never"
+
+
 def test_recovery_is_counted_from_the_first_value_of_an_event_noticed_late() -> None:
     definition = DEFINITIONS["five-times-twice-mean"]
     (event,) = events(definition, spike(500, 12, at=200))

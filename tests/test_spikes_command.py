@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -101,6 +102,15 @@ def test_command_prints_definitions_side_by_side(tmp_path: Path, capsys: pytest.
     many[20::20] = 50.0
     assert main(["spikes", write(tmp_path / "many.csv", many), "--out", str(tmp_path / "t" / "told.txt")]) == 0
     assert "and 17 more (--json has all)" in (tmp_path / "t" / "told.txt").read_text()
+
+
+def test_help_calls_no_definition_published_that_is_not(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["spikes", "--help"])
+    told = " ".join(capsys.readouterr().out.split())
+    assert "published definitions" not in told
+    (named,) = re.findall(r"the source that published it, but for (.*?), which has none", told)
+    assert named.split(", ") == [d.name for d in DEFINITIONS.values() if "no published source" in d.source.label]
 
 
 @pytest.mark.parametrize("diverged_at", [None, 204])
