@@ -23,8 +23,9 @@ a the shortcut and r the residual multiplier:
 Initialisation: biases 0, gains 1, every matrix as below; N layers, n = 0, 1, ... a layer. The rules are those of
 `theory.initialisation`: small sqrt(2/(5D)), xavier sqrt(2/(fan_in + fan_out)), kaiming sqrt(2/fan_in), fan-in
 1/sqrt(fan_in), width 1/sqrt(D), torch 1/sqrt(3 fan_in), inverse 1/fan_in. A normal cut at c standard deviations has a
-lower true one, which `Architecture.layer_stds` gives. An init of one's own may have a rule each for W_Q W_K, W_V and
-W_O W_2, and a gain on W_V W_O W_1 W_2 W_3.
+lower true one, which `Architecture.layer_stds` gives. `torch` draws weights as nn.Linear and nn.Embedding do by
+themselves; biases, for which nn.Linear does the same, are 0 here too. An init of one's own may have a rule each for
+W_Q W_K, W_V and W_O W_2, and a gain on W_V W_O W_1 W_2 W_3.
 
     init         E, positions  W_Q W_K W_V W_1 W_3  W_O W_2                W_head   drawn   (W_r as W_1)
     paper        small         small                small / sqrt(2N)       small    normal
@@ -38,7 +39,7 @@ W_O W_2, and a gain on W_V W_O W_1 W_2 W_3.
     megatron     0.006         0.006                0.006 / sqrt(2N)       0.006    normal
     mitchell     width         width                fan-in / sqrt(2(n+1))  width    cut at 3
     truncated    0.02          0.02                 0.02                   0.02     cut at 2
-    torch        1             torch                torch                  torch    uniform
+    torch        1             torch                torch                  torch    uniform, E and positions normal
     mup          1             fan-in               fan-in                 inverse  normal
     zero-output  small         small                0                      small    normal
 """
@@ -55,7 +56,7 @@ from torch import Tensor, nn
 
 from empirics.head_loss import HeadLoss
 from theory.architecture import Architecture
-from theory.initialisation import Init
+from theory.initialisation import Law
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "identity": lambda z: z,
@@ -537,10 +538,10 @@ class Transformer(nn.Module):
         """
         a = self.architecture
 
-        def draw(parameter: Tensor, std: float, *, padding_row: bool = False) -> None:
+        def draw(parameter: Tensor, std: float, *, table: bool = False, padding_row: bool = False) -> None:
             # One at a time, on the generator's device: the same numbers for every precision and way to shard.
             matrix = torch.empty(parameter.shape, device=generator.device)
-            _draw(matrix, std, a.init, generator)
+            _draw(matrix, std, a.init.law(table=table), a.init.cutoff, generator)
             if padding_row:
                 matrix[0].zero_()
             assign(parameter, matrix)
@@ -550,9 +551,9 @@ class Transformer(nn.Module):
                 module.reset_parameters()
             elif isinstance(module, nn.Linear) and module.bias is not None:
                 module.bias.zero_()
-        draw(self.tokens.weight, a.stds.embedding, padding_row=a.padding_row)
+        draw(self.tokens.weight, a.stds.embedding, table=True, padding_row=a.padding_row)
         if self.positions is not None:
-            draw(self.positions.weight, a.stds.position)
+            draw(self.positions.weight, a.stds.position, table=True)
         for n, layer in enumerate(self.layers):
             assert isinstance(layer, Layer)
             attention, stds = layer.attention, a.layer_stds(n)
@@ -601,17 +602,17 @@ def build(
     return model.to(device=device, dtype=dtype)
 
 
-def _draw(matrix: Tensor, std: float, init: Init, generator: torch.Generator) -> None:
+def _draw(matrix: Tensor, std: float, law: Law, cutoff: float, generator: torch.Generator) -> None:
     """Fill with independent numbers of mean 0 and true standard deviation `std`."""
-    if init.distribution == "normal":
+    if law == "normal":
         matrix.normal_(0.0, std, generator=generator)
-    elif init.distribution == "uniform":
+    elif law == "uniform":
         matrix.uniform_(-math.sqrt(3) * std, math.sqrt(3) * std, generator=generator)
     else:
         from scipy.stats import truncnorm  # a second to import, and wanted here alone
 
-        nn.init.trunc_normal_(matrix, 0.0, 1.0, -init.cutoff, init.cutoff, generator=generator)
-        matrix.mul_(std / float(truncnorm(-init.cutoff, init.cutoff).std()))
+        nn.init.trunc_normal_(matrix, 0.0, 1.0, -cutoff, cutoff, generator=generator)
+        matrix.mul_(std / float(truncnorm(-cutoff, cutoff).std()))
 
 
 def _give(keep: Keep | None, x_BTD: Tensor) -> None:

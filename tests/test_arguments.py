@@ -108,7 +108,7 @@ def drawn(distribution: str, sigma: float, shape: tuple[int, ...], rng: np.rando
 
 
 @pytest.mark.parametrize("norm", ["layernorm", "rmsnorm"])
-@pytest.mark.parametrize("distribution", ["normal", "uniform", "truncated"])
+@pytest.mark.parametrize("distribution", ["normal", "uniform", "truncated", "torch"])  # torch's tables are normal
 def test_every_event_is_paid_for(distribution: str, norm: str) -> None:
     """At a failure of a half, with a table of one row so that no union over rows hides a missing event."""
     init = replace(TINY.init, distribution=distribution)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,8 @@ from empirics import model as model_module
 from empirics.model import Transformer, build
 from empirics.plan import count
 from theory.architecture import EMBEDDINGS, INITS, Init, preset
-from theory.initialisation import Distribution, deepnorm
+from theory.initialisation import Law, deepnorm
+from theory.records import fingerprint
 
 MODERATE: dict[str, Any] = {
     "d_model": 64, "n_layers": 3, "n_heads": 4, "n_kv_heads": 2, "d_head": 24, "d_ffn": 160, "vocab_size": 300,
@@ -60,7 +62,7 @@ def matrices(model: Transformer) -> dict[str, tuple[Tensor, float]]:
     return found
 
 
-def law(distribution: Distribution, cutoff: float) -> Any:
+def law(distribution: Law, cutoff: float) -> Any:
     """The standardised law of the entries."""
     if distribution == "normal":
         return stats.norm()
@@ -70,7 +72,7 @@ def law(distribution: Distribution, cutoff: float) -> Any:
     return stats.truncnorm(-cutoff, cutoff, scale=scale)
 
 
-def assert_drawn(matrix: Tensor, std: float, distribution: Distribution, cutoff: float = 3.0) -> None:
+def assert_drawn(matrix: Tensor, std: float, distribution: Law, cutoff: float = 3.0) -> None:
     """Mean 0, this standard deviation and this law; no entry outside its range, and one close to its end."""
     if std == 0.0:
         assert not matrix.any()
@@ -97,8 +99,46 @@ def test_every_matrix_has_its_standard_deviation(name: str, tied: bool) -> None:
     found = matrices(model)
     assert {id(matrix) for matrix, _ in found.values()} == {id(p) for p in model.parameters() if p.ndim == 2}
     assert sum(std == 0.0 for _, std in found.values()) == (6 if name == "zero-output" else 0)
-    for matrix, std in found.values():
-        assert_drawn(matrix, std, init.distribution, init.cutoff)
+    for name, (matrix, std) in found.items():
+        assert_drawn(matrix, std, init.law(table=name in ("tokens", "positions")), init.cutoff)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_init_torch_is_what_torchs_modules_draw(tied: bool) -> None:
+    """Of every matrix, entry by entry against the module of its shape that torch has drawn by itself; no bias is."""
+    model = build(architecture(**MODERATE, tied=tied, init=INITS["torch"]), seed=3)
+    torch.manual_seed(0)
+    compared = 0
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.Linear | nn.Embedding) or (tied and name == "head"):
+            continue
+        own = module.weight.detach().double().flatten().numpy()
+        if isinstance(module, nn.Linear):
+            theirs = nn.Linear(module.in_features, module.out_features)
+        else:
+            theirs = nn.Embedding(*module.weight.shape)
+        other = theirs.weight.detach().double().flatten().numpy()
+        # Two samples of n: their distance is above 2.7 sqrt(2/n) once in a million times, and the deviations of the
+        # laws' kurtosis of at most 3 differ by 4.5 standard errors as rarely.
+        assert stats.ks_2samp(own, other).statistic < 2.7 * math.sqrt(2 / own.size), name
+        assert abs(own.std() / other.std() - 1) < 4.5 * math.sqrt(1 / own.size), name
+        # The largest of a uniform sample is 1.73 deviations; of a normal one of thousands, more than 3.
+        assert (np.abs(own).max() < 2 * own.std()) == (np.abs(other).max() < 2 * other.std()), name
+        if isinstance(module, nn.Linear) and module.bias is not None:
+            assert isinstance(theirs, nn.Linear)
+            assert not module.bias.any()
+            assert float(theirs.bias.detach().std()) == pytest.approx(1 / math.sqrt(3 * module.in_features), rel=0.2)
+        compared += 1
+    assert compared == sum(p.ndim == 2 for p in model.parameters())
+
+
+def test_a_model_that_was_drawn_uniform_says_so() -> None:
+    """`torch` was once uniform throughout: what was written down then means what it did."""
+    old = architecture(**MODERATE, init=Init(**asdict(INITS["torch"]) | {"distribution": "uniform"}))
+    tables = build(old, seed=3).tokens.weight.detach(), build(architecture(**MODERATE, init=INITS["torch"]), seed=3)
+    assert_drawn(tables[0], 1.0, "uniform")
+    assert_drawn(tables[1].tokens.weight, 1.0, "normal")
+    assert fingerprint(old) != fingerprint(tables[1].architecture)
 
 
 def standard(kind: str) -> Tensor:
@@ -122,7 +162,7 @@ def standard(kind: str) -> Tensor:
         ("constant", "normal"), ("normal", "truncated"), ("uniform", "truncated"), ("normal", "uniform"),
     ],
 )  # fmt: skip
-def test_another_law_would_show(kind: str, distribution: Distribution) -> None:
+def test_another_law_would_show(kind: str, distribution: Law) -> None:
     """Control: what is drawn otherwise fails; and what is drawn rightly does not."""
     with pytest.raises(AssertionError):
         assert_drawn(standard(kind), 1.0, distribution)
@@ -147,8 +187,8 @@ def test_recipes_are_those_of_the_table() -> None:
         factor = " / sqrt(2N)" if init.depth_scaled else " / sqrt(2(n+1))" if init.layer_scaled else ""
         assert _rule(init.hidden if init.writers is None else init.writers) + factor == writers
         assert (init.query_key, init.value, init.branch_gain) == (None, None, 1.0)
-        cut = f"cut at {init.cutoff:g}"
-        assert {"normal": "normal", "uniform": "uniform", "truncated": cut}[init.distribution] == drawn
+        words = {"truncated": f"cut at {init.cutoff:g}", "torch": "uniform, E and positions normal"}
+        assert words.get(init.distribution, init.distribution) == drawn
 
 
 def _rule(rule: float | str) -> str:

@@ -7,7 +7,7 @@ A rule is a number or a name:
     kaiming     sqrt(2/fan_in)                   He et al. 2015
     fan-in      1/sqrt(fan_in)                   LeCun et al. 1998; OLMo's `fan_in`
     width       1/sqrt(d_model)                  OLMo's `mitchell`
-    torch       1/sqrt(3 fan_in)                 what `torch.nn.Linear` does by itself (uniform)
+    torch       1/sqrt(3 fan_in)                 the weights of `torch.nn.Linear` by itself (uniform)
     inverse     1/fan_in                         the head under muP
 """
 
@@ -20,9 +20,11 @@ from typing import Literal, NamedTuple, get_args
 RuleName = Literal["small", "xavier", "kaiming", "fan-in", "width", "torch", "inverse"]
 Rule = float | RuleName
 Depth = Literal["none", "network", "layer"]
-Distribution = Literal["normal", "truncated", "uniform"]
+Law = Literal["normal", "truncated", "uniform"]
+Distribution = Law | Literal["torch"]
 
 RULES: tuple[RuleName, ...] = get_args(RuleName)
+DISTRIBUTIONS: tuple[Distribution, ...] = (*get_args(Law), "torch")
 LARGEST_STD = 10**9
 
 
@@ -55,7 +57,9 @@ class Init:
         writers: rule of the residual writers, if not `hidden`.
         query_key, value: rules of those matrices, if not `hidden`.
         branch_gain: factor on value, output and feed-forward matrices (DeepNorm's beta).
-        distribution, cutoff: `truncated` cuts a normal at `cutoff` standard deviations, which lowers the true one.
+        distribution, cutoff: `truncated` cuts a normal at `cutoff` standard deviations, which lowers the true one;
+            `torch` is uniform but for the tables of tokens and positions, which are normal. Predictions read the
+            standard deviations alone; of the bounds, those for random weights read `gaussian_factor` too.
     """
 
     name: str
@@ -84,10 +88,8 @@ class Init:
                     )
             elif isinstance(rule, bool) or not isinstance(rule, int | float) or not 0 <= rule <= LARGEST_STD:
                 raise ValueError(f"{field}={rule!r} is not a standard deviation; use 0 to {LARGEST_STD}")
-        if self.distribution not in get_args(Distribution):
-            raise ValueError(
-                f"distribution={self.distribution!r} is not known; use one of {', '.join(get_args(Distribution))}"
-            )
+        if self.distribution not in DISTRIBUTIONS:
+            raise ValueError(f"distribution={self.distribution!r} is not known; use one of {', '.join(DISTRIBUTIONS)}")
         if not 0 < self.cutoff <= LARGEST_STD:
             raise ValueError(f"cutoff={self.cutoff!r} is out of range; a truncated normal is cut at 2 or 3")
         if not 0 <= self.branch_gain <= LARGEST_STD:
@@ -115,6 +117,12 @@ class Init:
             nominal = 1 / fan_in
         return nominal * (truncated_std(self.cutoff) if self.distribution == "truncated" else 1.0)
 
+    def law(self, *, table: bool = False) -> Law:
+        """Of the entries of a matrix, or of a table of tokens or positions."""
+        if self.distribution != "torch":
+            return self.distribution
+        return "normal" if table else "uniform"
+
     @property
     def gaussian_factor(self) -> float:
         """A normal of this many true standard deviations dominates an entry: it is a 1-Lipschitz image of it.
@@ -125,7 +133,7 @@ class Init:
         """
         if self.distribution == "truncated":
             return 1 / truncated_std(self.cutoff)
-        return math.sqrt(6 / math.pi) if self.distribution == "uniform" else 1.0
+        return math.sqrt(6 / math.pi) if self.law() == "uniform" else 1.0
 
 
 def truncated_std(cutoff: float) -> float:
@@ -178,9 +186,8 @@ INITS: dict[str, Init] = {
     "truncated": Init(
         name="truncated", hidden=0.02, embedding=0.02, position=0.02, head=0.02, distribution="truncated", cutoff=2.0
     ),
-    "torch": Init(
-        name="torch", hidden="torch", embedding=1.0, position=1.0, head="torch", distribution="uniform"
-    ),
+    # Weights alone: where an architecture has biases, they start at 0 as in every recipe, and nn.Linear's do not.
+    "torch": Init(name="torch", hidden="torch", embedding=1.0, position=1.0, head="torch", distribution="torch"),
     "mup": Init(name="mup", hidden="fan-in", embedding=1.0, position=1.0, head="inverse"),
     "zero-output": Init(
         name="zero-output", hidden="small", embedding="small", position="small", head="small", writers=0.0
