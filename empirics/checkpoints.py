@@ -8,6 +8,8 @@ A checkpoint is a folder `step-NNNNNNNN` (N steps have been taken):
     architecture.json      what the weights are of, for those who only look at them
     manifest.json          the step, the run's identity, size and SHA-256 of the files above; written last
 
+A model that is kept has the files that it needs, and a manifest of them.
+
 Several ranks write their parts of the same tensors side by side, by torch.distributed.checkpoint: `shard-RANK-...`
 files of safetensors in place of the first two, each part with its place in the whole. Both kinds are read by one
 reader, on any number of ranks.
@@ -18,8 +20,8 @@ random generator.
 
 from __future__ import annotations
 
-import hashlib
 import json
+import logging
 import os
 import shutil
 import sys
@@ -37,11 +39,11 @@ from torch import Tensor
 from empirics.data import Tokenizer
 from empirics.distributed import ALONE, Ranks, whole
 from empirics.model import Transformer
+from empirics.seals import MANIFEST, broken, flush, read_manifest, seal
 from theory.records import plain, write_json
-from theory.words import counted
 
 KEPT = 2  # so that damage to the newest loses the steps since the one before, not the run
-MODEL, OPTIMIZER, SERIES, MANIFEST = "model.safetensors", "optimizer.safetensors", "series.json", "manifest.json"
+MODEL, OPTIMIZER, SERIES = "model.safetensors", "optimizer.safetensors", "series.json"
 ARCHITECTURE, RUN = "architecture.json", "run.json"
 
 
@@ -63,7 +65,7 @@ class Checkpoints:
         Raises:
             ValueError: the folder cannot be written.
         """
-        name = f"step-{step:08d}"
+        name = _name(step)
         with _new_folder(self.folder / name, self.ranks) as temporary:
             tensors = _parameters(model), _moments(model, optimizer)
             if self.ranks.size == 1:
@@ -77,8 +79,8 @@ class Checkpoints:
                 write_json(temporary / SERIES, series)
                 write_json(temporary / ARCHITECTURE, plain(model.architecture))
                 mine += [SERIES, ARCHITECTURE]
-            parts = self.ranks.each({file: _seal(temporary / file) for file in mine})
-            files = {file: seal for part in parts for file, seal in part.items()}
+            parts = self.ranks.each({file: seal(temporary / file) for file in mine})
+            files = {file: sealed for part in parts for file, sealed in part.items()}
             if self.ranks.first:
                 write_json(temporary / MANIFEST, {"step": step, "run": self.identity, "files": files})
         self._good = [*(good for good in self._good if good != name), name][-KEPT:]
@@ -92,29 +94,43 @@ class Checkpoints:
 
         A damaged one is named on standard error, and passed over.
         """
-        path = self._newest()
+        path, damaged = self._look()
+        self._say(damaged, "the run starts again from step 0" if path is None else _used(path))
         if path is None:
             return None
+        self._good = [path.name]
         _load(path, model, optimizer, alone=self.ranks.size == 1)
         return _taken(path)
 
+    def newest(self) -> Path | None:
+        """The newest whole checkpoint, for those who only read: None if there is none at all.
+
+        A damaged one is named on standard error, and passed over.
+
+        Raises:
+            ValueError: all are damaged.
+        """
+        path, damaged = self._look()
+        if path is None and damaged:
+            raise ValueError(f"{'; '.join(damaged)}; there is no other: train again, which starts from step 0")
+        if path is not None:
+            self._say(damaged, _used(path))
+        return path
+
     def series(self) -> tuple[int, dict[str, Any]] | None:
-        """Step and series of the newest whole checkpoint, without its tensors; as `load` tells of damaged ones."""
-        path = self._newest()
+        """Step and series of the newest whole checkpoint, without its tensors; as `newest`."""
+        path = self.newest()
         return None if path is None else _taken(path)
 
-    def _newest(self) -> Path | None:
+    def _look(self) -> tuple[Path | None, list[str]]:
+        """The newest whole checkpoint, and what is wrong with each that is newer."""
         damaged: list[str] = []
         for path in sorted(self.folder.glob("step-*"), reverse=True):
             reasons = [reason for reason in self.ranks.each(self._damage(path)) if reason]
-            if reasons:
-                damaged.append(f"checkpoint {path} is damaged ({reasons[0]})")
-                continue
-            self._say(damaged, f"the one of step {_step(path)} is used")
-            self._good = [path.name]
-            return path
-        self._say(damaged, "the run starts again from step 0")
-        return None
+            if not reasons:
+                return path, damaged
+            damaged.append(f"checkpoint {path} is damaged ({reasons[0]})")
+        return None, damaged
 
     def remove(self) -> None:
         """Remove them all; to be called once the run's record is written."""
@@ -124,44 +140,36 @@ class Checkpoints:
     def _damage(self, path: Path) -> str:
         """What is wrong with a checkpoint, in a few words, as this rank's share of the files tells it; or nothing."""
         try:
-            manifest = json.loads((path / MANIFEST).read_bytes())
-            step, run, files = manifest["step"], manifest["run"], manifest["files"]
-            name = f"step-{int(step):08d}"
-            sealed = {file: (files[file]["bytes"], files[file]["sha256"]) for file in files}
-        except FileNotFoundError:
-            return f"{MANIFEST} is missing"
-        except (OSError, ValueError, LookupError, TypeError):
+            manifest, files = read_manifest(path)
+        except ValueError as error:
+            return str(error)
+        step, run = manifest.get("step"), manifest.get("run")
+        if not isinstance(step, int) or SERIES not in files or len(files) < 2:
             return f"{MANIFEST} cannot be read"
-        if SERIES not in sealed or len(sealed) < 2:
-            return f"{MANIFEST} cannot be read"
-        if run != self.identity or path.name != name:
+        if run != self.identity or path.name != _name(step):
             return f"it is step {step} of {run}"
-        mine = sorted(sealed.items())[self.ranks.rank :: self.ranks.size]
-        return next(filter(None, (_difference(path / file, *seal) for file, seal in mine)), "")
+        mine = sorted(files)[self.ranks.rank :: self.ranks.size]
+        return broken(path, {file: files[file] for file in mine})
 
     def _say(self, damaged: list[str], remedy: str) -> None:
         for line in damaged if self.ranks.first else ():
             print(f"{line}; {remedy}", file=sys.stderr)
 
 
+def _name(step: int) -> str:
+    return f"step-{step:08d}"
+
+
 def _step(path: Path) -> int:
     return int(path.name.removeprefix("step-"))
 
 
+def _used(path: Path) -> str:
+    return f"the one of step {_step(path)} is used"
+
+
 def _taken(path: Path) -> tuple[int, dict[str, Any]]:
     return _step(path), json.loads((path / SERIES).read_text())
-
-
-def _difference(path: Path, size: int, digest: str) -> str:
-    """How a file is not the one that was sealed; or nothing."""
-    try:
-        if not path.is_file():
-            return f"{path.name} is missing"
-        if path.stat().st_size != size:
-            return f"{path.name} has {counted(path.stat().st_size, 'byte')} and not {size}"
-        return "" if _digest(path) == digest else f"{path.name} has another SHA-256"
-    except OSError as error:
-        return f"{path.name} cannot be read: {error.strerror}"
 
 
 def keep_model(
@@ -172,7 +180,9 @@ def keep_model(
     run: Mapping[str, Any] | None = None,
     ranks: Ranks = ALONE,
 ) -> None:
-    """Write the weights and the architecture, which `kept.load_model` reads; whole, by the first rank, from its memory.
+    """Write the weights and the architecture, which `kept.load_model` reads, and their manifest.
+
+    The files are whole, and written by the first rank from its memory.
 
     Args:
         tokenizer: of the text that it was trained on, kept in the form that transformers reads.
@@ -194,7 +204,8 @@ def keep_model(
                 tokenizer.save(temporary)
             if run is not None:
                 write_json(temporary / RUN, run)
-            _seal(temporary / MODEL)
+            files = {path.name: seal(path) for path in sorted(temporary.iterdir())}
+            write_json(temporary / MANIFEST, {"files": files})
 
 
 # --- tensors by name ----------------------------------------------------------------------------------------------
@@ -214,13 +225,28 @@ def fill(tensors: dict[str, Tensor], folder: Path, *, alone: bool = True) -> Non
     from torch.distributed.checkpoint.state_dict_loader import load
 
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), _unlogged("state_dict_loader"):
             # Said of `no_dist` even where it is asked for.
             warnings.filterwarnings("ignore", message=".*single process")
             load(tensors, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=alone)
     except CheckpointException as error:
         first, _ = next(iter(error.failures.values()))
         raise ValueError(str(first) or type(first).__name__) from None
+
+
+@contextmanager
+def _unlogged(module: str) -> Iterator[None]:
+    """Without what a module of torch tells the root logger: a traceback, of what it then raises as an error."""
+
+    def others(record: logging.LogRecord) -> bool:
+        return record.module != module
+
+    root = logging.getLogger()
+    root.addFilter(others)
+    try:
+        yield
+    finally:
+        root.removeFilter(others)
 
 
 def _parameters(model: Transformer) -> dict[str, Tensor]:
@@ -284,33 +310,14 @@ def _new_folder(path: Path, ranks: Ranks) -> Iterator[Path]:
         assert shared is not None
         yield shared
         if temporary is not None:
-            _flush(temporary)
+            flush(temporary)
             if path.exists():  # a damaged one, or the same steps taken again
                 shutil.rmtree(path)
             os.replace(temporary, path)
-            _flush(path.parent)
+            flush(path.parent)
         ranks.wait()
     except OSError as error:
         raise ValueError(f"cannot write {path}: {error.strerror}; choose a writable folder with --out") from None
     finally:
         if temporary is not None:
             shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _flush(path: Path) -> None:
-    """Have a file's bytes, or a folder's names, on the disk before what comes next."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def _seal(path: Path) -> dict[str, Any]:
-    _flush(path)
-    return {"bytes": path.stat().st_size, "sha256": _digest(path)}

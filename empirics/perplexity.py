@@ -38,8 +38,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
-from empirics.checkpoints import MANIFEST, RUN
-from empirics.kept import load_model, model_folder
+from empirics.checkpoints import RUN
+from empirics.kept import is_checkpoint, load_model, model_folder
 from empirics.networks import checkpoint
 from empirics.texts import WHOLE_FILES, Documents, rows_of
 from empirics.tokenizer import Tokenizer, has_tokenizer, load_tokenizer, read_tokenizer
@@ -147,8 +147,8 @@ def _tokenizer(asked: str | None, folder: Path) -> Tokenizer:
     if asked is not None:
         return load_tokenizer(asked)
     if not has_tokenizer(folder):
-        unfinished = (folder / MANIFEST).is_file()  # a checkpoint; the default tokenizer has no name
-        finish = "the run is not finished: finish it with --keep-checkpoint, or " if unfinished else ""
+        # The default tokenizer has no name that could be given.
+        finish = "the run is not finished: finish it with --keep-checkpoint, or " if is_checkpoint(folder) else ""
         raise ValueError(
             f"{folder} has no tokenizer; {finish}name the one that the model was trained with: --tokenizer bytes, "
             "gpt2, or the path of a tokenizer.json"
