@@ -17,6 +17,7 @@ from empirics.command_line import require_whole_page
 from empirics.comparison import ACCURACY
 from empirics.run import run
 from theory.growth import gradient_growth
+from theory.records import write_record
 from theory.statements import find
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -144,9 +145,9 @@ def test_norms_are_resumed_and_a_damaged_record_is_made_again(
         record.write_text(record.read_text()[:100])  # cut off
         with pytest.raises(AssertionError, match="measured again"):
             main(command)
-    kept = json.loads(whole)
-    kept["rows"][0] |= {"predicted": 1e9, "in_domain": False}  # as of an older theory
-    record.write_text(json.dumps(kept))
+    rows = json.loads(whole)["rows"]
+    rows[0] |= {"predicted": 1e9, "in_domain": False}  # as of an older theory
+    write_record(record, kind="norms", body={"rows": rows})
     with monkeypatch.context() as patch:
         patch.setattr(accuracy, "measure", never)
         assert main(command) == 0

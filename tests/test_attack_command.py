@@ -22,6 +22,7 @@ from empirics import falsify
 from empirics.benches import find_bench
 from theory import statements
 from theory.quantities import quantity
+from theory.records import write_record
 from theory.statements import Statement, find
 
 Result = tuple[int, str, str]
@@ -213,7 +214,7 @@ def test_all_resumes_and_writes_the_table(
     assert text.count("not violated") == len(UPPER)
     records = json.loads(once)["attacks"]
     records["ffn-upper"]["identity"] = "of another formula"
-    out.write_text(json.dumps(json.loads(once) | {"attacks": records}))
+    write_record(out, kind="attacks", body={"attacks": records})
     assert run(capsys, *options)[0] == 0
     assert calls[-1] == "ffn-upper"
     assert out.read_bytes() == once
