@@ -35,6 +35,10 @@ from empirics.running import (
 
 N_TOKENS = 11  # enough for a change to be seen at the next token, and no usual number of heads
 FAR = 1e4  # a factor at which the eps of a normalisation no longer counts
+NO_ATTENTION = (
+    "no attention was found in it: not one of its children alone carries a token to another; to have it seen, give "
+    "attention a module of its own"
+)
 
 Edit = Callable[[Tensor], Tensor]
 
@@ -344,7 +348,7 @@ def capture(model: nn.Module, modules: tuple[nn.Module, ...], tokens: Tensor) ->
     """Each block with the arguments of one forward pass.
 
     Raises:
-        ValueError: the pass fails, or does not call the blocks once each, in order.
+        ValueError: the pass fails, or does not call the blocks once each, in order; the message says which.
     """
     seen: list[Block] = []
 
@@ -355,9 +359,36 @@ def capture(model: nn.Module, modules: tuple[nn.Module, ...], tokens: Tensor) ->
         for module in modules:
             hooks.enter_context(removed(module.register_forward_pre_hook(before, with_kwargs=True)))
         forward(model, tokens)
-    if [block.module for block in seen] != list(modules):
-        raise ValueError(f"{type(model).__name__} does not call its blocks once each, in order; give a plain decoder")
+    _require_once_each(model, modules, [block.module for block in seen])
     return tuple(seen)
+
+
+def _require_once_each(model: nn.Module, modules: tuple[nn.Module, ...], called: list[nn.Module]) -> None:
+    """A place of the stream is a block's, and a block's place is where it is called: once a pass, in order.
+
+    Raises:
+        ValueError: blocks are called otherwise.
+    """
+    if called == list(modules):
+        return
+    what = type(model).__name__
+    never = [f"layer {n}" for n, module in enumerate(modules) if module not in called]
+    if len(never) == len(modules):
+        raise ValueError(
+            f"{what} never calls its {len(modules)} blocks ({type(modules[0]).__name__}), at most what is in them; "
+            "make each a module whose forward adds to the stream, and call that"
+        )
+    if never:
+        raise ValueError(
+            f"{what} does not call {', '.join(never)} in a forward pass in eval mode; give a decoder that calls each"
+        )
+    often = [f"layer {n} {called.count(module)} times" for n, module in enumerate(modules) if called.count(module) > 1]
+    if often:
+        raise ValueError(
+            f"{what} calls a block more than once in a forward pass ({', '.join(often)}), so that layers share it and "
+            "cannot be told apart; give each layer a block of its own (copy.deepcopy)"
+        )
+    raise ValueError(f"{what} calls its blocks in another order than its list has; put them in the order of the calls")
 
 
 def forward(model: nn.Module, tokens: Tensor) -> Any:

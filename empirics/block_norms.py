@@ -64,7 +64,7 @@ class BlockNorms:
         """A block's norm by its name, or that of the stack."""
         unseen = "no forward pass was seen"
         if name == STACK:
-            return self._whole or self._broken or unseen
+            return self._whole or self._broken or ("not all of its layers were called" if self._rows else unseen)
         return self._rows.get(number, {}).get(name, unseen)
 
     def hooks(self) -> list[Any]:

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes, _get_current_dispatch_mode
 
+from empirics.residual_stream import widest
+
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
@@ -187,11 +189,22 @@ def with_first(output: Any, tensor: Tensor) -> Any:
 def replaced(
     args: tuple[Any, ...], kwargs: Mapping[str, Any], old: Tensor, new: Tensor
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Arguments with one tensor in another's place."""
+    """Arguments with one tensor in another's place, also inside tuples and lists."""
     return (
-        tuple(new if arg is old else arg for arg in args),
-        {key: new if value is old else value for key, value in kwargs.items()},
+        tuple(_exchanged(arg, old, new) for arg in args),
+        {key: _exchanged(value, old, new) for key, value in kwargs.items()},
     )
+
+
+def _exchanged(value: Any, old: Tensor, new: Tensor) -> Any:
+    if value is old:
+        return new
+    if not isinstance(value, tuple | list):
+        return value
+    items = [_exchanged(item, old, new) for item in value]
+    if all(a is b for a, b in zip(items, value, strict=True)):
+        return value  # a list may be there to be added to
+    return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
 
 
 def require_stream(x: Tensor | None, module: nn.Module) -> Tensor:
@@ -226,6 +239,6 @@ def factor(a: Tensor, x: Tensor) -> float | None:
     """By what `a` is a multiple of x, up to rounding; None if it is none."""
     if a.numel() != x.numel() or a.shape[-1] != x.shape[-1]:
         return None
-    flat, y = a.reshape_as(x).double(), x.double()
+    flat, y = (t.to(widest(x.device)) for t in (a.reshape_as(x), x))
     found = float((flat * y).sum() / y.square().sum())
     return found if float((flat - found * y).norm()) <= tolerance(x) * float((found * y).norm()) else None

@@ -47,13 +47,14 @@ class StabilityRecord:
         step: the step's number.
         places: `embedding`, then `layer N attention` (serial blocks) and `layer N`.
         residual_std: over the entries of a token, its square averaged over tokens.
-        place_gradient: norm of the loss gradient over all tokens of the step; not a number where none arrives. Of the
-            loss as backward() has it: a loss scaler's factor is in it, and not in the growth.
-        token_gradient: mean over tokens of the norm of the loss gradient at that token; likewise.
-        n_tokens: tokens of the step, padding included.
+        place_gradient: norm of the loss gradient over all tokens of the step; not a number where none arrives, or not
+            of all tokens. Of the loss as backward() has it: a loss scaler's factor is in it, and not in the growth.
+        token_gradient: mean, over the tokens at which a gradient arrives, of its norm at that token; likewise.
+        n_tokens: tokens of the step's forward passes, padding included, with a gradient or without.
         probes: what the probes found, by name, as `series.probes` of a training record has them. Those of the
             optimizer's step are there once it has stepped.
-        left_out: why others have found nothing, or nothing in some layers, whose values are then not a number.
+        left_out: why others, or the fields above, have found nothing, or nothing in some layers, whose values are then
+            not a number.
     """
 
     step: int
@@ -131,9 +132,7 @@ def series(records: Sequence[StabilityRecord]) -> dict[str, Any]:
 Found = tuple[dict[str, Reading], dict[str, str]]
 
 
-NO_BACKWARD = "no gradient arrived; run backward() in the probed step"
-FIELDS = ("place_gradient", "token_gradient")  # that every record has, probes or none
-GRADIENTS = (*FIELDS, "token_gradient_max", "gradient_growth")
+FIELDS = ("residual_std", "place_gradient", "token_gradient")  # that every record has, probes or none
 
 
 def require_steps(every: Any) -> None:
@@ -160,13 +159,16 @@ class StabilityMonitor:
     they were. Of a sharded model (`fully_shard`, DistributedDataParallel) make a monitor on every rank; a record is of
     the rank's own tokens, of whole matrices, and of the loss as the rank scales it.
 
-    Gradients are those of the loss on which backward() is called. A loss scaler (`torch.amp.GradScaler`) makes
+    Gradients are those of the losses on which backward() is called, once a forward pass; those that
+    `torch.autograd.grad` takes in the step are among them. A loss scaler (`torch.amp.GradScaler`) makes
     `place_gradient`, `token_gradient` and `token_gradient_max` as many times too large as its scale; divide by
     `scaler.get_scale()` as it was in the step. The growth is a ratio and right as it is; `matrix_gradient` is what the
     optimizer got, unscaled unless the optimizer itself unscales (`fused=True`).
 
     Args:
-        model: any decoder with a list of equal blocks that add to a residual stream.
+        model: any decoder with a list of equal blocks that add to a residual stream. Each is a module that is called
+            once in a forward pass, or now and then not at all (LayerDrop); blocks that layers share are refused.
+            Attention is seen where it is a module inside the block.
         every: `step()` probes each `every`-th step, from the first on.
         tokens: (B, T) ids to find the stream with; random ones unless given.
         eager: run probed steps uncompiled; needed where what is called is a compiled wrapper around this model.
@@ -247,9 +249,8 @@ class StabilityMonitor:
         places = watched.place_statistics
         passes = [probe for probe in self._due if not (probe.in_training or of_weights(probe))]
         found, missing = measured(watched, passes)
-        if unreached := watched.unreached if watched.had_backward else NO_BACKWARD:
-            found, without = _of_gradients(found, unreached)
-            missing |= without
+        found, without = _of_places(found, watched.gaps)
+        missing |= without
         record = StabilityRecord(
             step=len(self.records) if step is None else step,
             places=tuple(watched.place_labels),
@@ -335,11 +336,14 @@ def of_weights(probe: Probe) -> bool:
     return probe.quantity.axis == "matrix" and not probe.in_training
 
 
-def _of_gradients(found: dict[str, Reading], unreached: str) -> Found:
-    """What is found where some places have no gradient, and why the rest is missing."""
-    gaps = {name: [math.isnan(x) for x in found[name].values] for name in GRADIENTS if name in found}
-    whole = {name: it for name, it in found.items() if not all(gaps.get(name, [False]))}
-    return whole, {name: unreached for name in GRADIENTS if name in FIELDS or any(gaps.get(name, ()))}
+def _of_places(found: dict[str, Reading], gaps: dict[str, str]) -> Found:
+    """What is found where some places have no number, and why the rest is missing."""
+    missing = {name: why for name, why in gaps.items() if name in FIELDS or name in found}
+    growth = found.get("gradient_growth")
+    if growth is not None and math.isnan(growth.values[0]):
+        missing["gradient_growth"] = gaps.get("place_gradient", "the gradient at the last place is zero")
+    empty = {name for name in missing.keys() & found.keys() if all(map(math.isnan, found[name].values))}
+    return {name: it for name, it in found.items() if name not in empty}, missing
 
 
 def measured(watched: Watched, probes: Sequence[Probe]) -> Found:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from empirics.anatomy import Anatomy, Place
+from empirics.anatomy import NO_ATTENTION, Anatomy, Place
 from empirics.attention_rows import AttentionRows
 from empirics.attention_view import AttentionView
 from empirics.block_functions import has_experts
@@ -27,6 +27,7 @@ from empirics.residual_stream import length_sums, n_tokens, variance_sum
 from empirics.running import Hook, first_sequence, first_tensor, recomputing
 from empirics.spectral import NormEstimate, no_estimate
 from empirics.subject import TOLERANCE, Shared
+from theory.words import counted
 
 T = TypeVar("T")
 UNSEEN = (
@@ -37,6 +38,13 @@ FROZEN = (
     "no gradient arrives, since nothing before it is trained; to have it, let the output of the embeddings require one "
     "(transformers: model.enable_input_require_grads())"
 )
+ABSENT = "it did not run in this step"
+NO_BACKWARD = "no gradient arrived; run backward() in the probed step"
+TWICE = (
+    "gradients arrived twice in one forward pass, and their norms do not add; call backward() once, on the sum of the "
+    "losses"
+)
+NOTHING = (math.nan, math.nan, math.nan)
 
 
 class PlaceSums:
@@ -52,7 +60,10 @@ class PlaceSums:
         self.first: Tensor | None = None
         self.variance: list[Tensor] = []
         self.lengths: list[Tensor] = []
-        self.n_tokens: list[int] = []
+        self.n_tokens = 0
+        self.n_reached = 0  # tokens at which a gradient has arrived
+        self.repeated = False  # whether one has arrived twice
+        self.passes = 0
         self.unhooked = 0  # forward passes whose tensor needs no gradient yet
 
     def see(self, x: Tensor) -> None:
@@ -61,24 +72,65 @@ class PlaceSums:
             if self.keep and self.first is None:
                 self.first = first_sequence(x, self.batch_axis).clone()
             self.variance.append(variance_sum(x))
-            self.n_tokens.append(n_tokens(x))
+            self.n_tokens += n_tokens(x)
+            self.passes += 1
             self.unhooked += not x.requires_grad
         if x.requires_grad and (not again or self.unhooked):
             self.unhooked -= again
-            x.register_hook(self.receive)
+            x.register_hook(self._receiver())
 
-    def receive(self, gradient: Tensor) -> None:
-        self.lengths.append(length_sums(gradient))
+    def _receiver(self) -> Callable[[Tensor], None]:
+        """What takes the gradients of one tensor."""
+        arrived = False
 
-    def statistics(self) -> tuple[float, float, float, float]:
-        """Standard deviation, gradient norm, mean and largest gradient norm of a token."""
-        tokens = sum(self.n_tokens)
-        deviation = math.sqrt(float(torch.stack(self.variance).sum()) / tokens)
-        if not self.lengths:
-            return deviation, math.nan, math.nan, math.nan
+        def receive(gradient: Tensor) -> None:
+            nonlocal arrived
+            self.repeated |= arrived
+            self.n_reached += 0 if arrived else n_tokens(gradient)
+            arrived = True
+            self.lengths.append(length_sums(gradient))
+
+        return receive
+
+    @cached_property
+    def deviation(self) -> float:
+        """Standard deviation of the stream; not a number where it is not finite or nothing was seen."""
+        variance = float(torch.stack(self.variance).sum()) / self.n_tokens if self.variance else math.nan
+        return math.sqrt(variance) if math.isfinite(variance) else math.nan
+
+    @cached_property
+    def gradient(self) -> tuple[float, float, float]:
+        """Norm of the gradient, mean and largest norm of a token's; no numbers where `without_gradient` says why."""
+        if not self.lengths or self.repeated:
+            return NOTHING
         lengths = torch.stack(self.lengths)
         square, length, _ = lengths.sum(0).tolist()
-        return deviation, math.sqrt(square), length / tokens, float(lengths[:, 2].max())
+        if not math.isfinite(square):
+            return NOTHING
+        return math.sqrt(square), length / self.n_reached, float(lengths[:, 2].max())
+
+    @property
+    def without_stream(self) -> str:
+        """Why there is no deviation; empty if there is."""
+        return "" if math.isfinite(self.deviation) else "the stream is not finite" if self.n_tokens else ABSENT
+
+    @property
+    def without_gradient(self) -> str:
+        """Why there is no gradient; empty if there is."""
+        if not self.n_tokens:
+            return ABSENT
+        if not self.lengths:
+            return FROZEN if self.unhooked == self.passes else "no gradient arrived"
+        return TWICE if self.repeated else "" if math.isfinite(self.gradient[0]) else "the gradient is not finite"
+
+
+def _by_reason(labels: Iterable[str], whys: Iterable[str]) -> str:
+    """What is missing where, and why, in one line: of each reason that is not empty, where it holds."""
+    where: dict[str, list[str]] = {}
+    for label, why in zip(labels, whys, strict=True):
+        if why:
+            where.setdefault(why, []).append(label)
+    return "; ".join(f"{', '.join(places)}: {why}" for why, places in where.items())
 
 
 class Matrices(Mapping[str, Tensor]):
@@ -111,7 +163,7 @@ def labels(name: str, parameter: Tensor) -> list[tuple[str, int | None]]:
 
 def matrix_norms(tensor: Tensor) -> list[float]:
     """Frobenius norms of the matrices in a tensor (rows, columns) or (experts, rows, columns), in shards or not."""
-    rows = whole(torch.linalg.vector_norm(tensor.detach(), dim=tuple(range(1, tensor.ndim)))).double()
+    rows = whole(torch.linalg.vector_norm(tensor.detach(), dim=tuple(range(1, tensor.ndim)))).cpu().double()
     return rows.tolist() if tensor.ndim == 3 else [float(rows.norm())]
 
 
@@ -223,7 +275,7 @@ class Watched(Shared):
         self._hooks += self._norms.hooks()
         for n, wired in enumerate(anatomy.wirings if attention else ()):
             if wired.attention is None:
-                self._rows[n] = "no attention was found in it"
+                self._rows[n] = NO_ATTENTION
             else:
                 self._hooks += self._around(n, wired.attention.enter)
 
@@ -237,33 +289,54 @@ class Watched(Shared):
 
     @property
     def n_tokens(self) -> int:
-        """Tokens of the step, padding included; 0 where a place has seen none."""
-        return min(sum(sums.n_tokens) for sums in self._sums)
+        """Tokens of the step, padding included; 0 where no forward pass was seen."""
+        return max(sums.n_tokens for sums in self._sums)
 
     @cached_property
     def place_statistics(self) -> dict[str, list[float]]:
-        """Standard deviation of the stream and norms of its gradient; not a number where no gradient arrived."""
-        names = ("residual_std", "place_gradient", "token_gradient", "token_gradient_max")
-        columns = zip(*(sums.statistics() for sums in self._sums), strict=True)
-        return {name: list(values) for name, values in zip(names, columns, strict=True)}
+        """Standard deviation of the stream and norms of its gradient; not a number where `gaps` says why."""
+        norms = [sums.gradient for sums in self._sums]
+        return {
+            "residual_std": [sums.deviation for sums in self._sums],
+            "place_gradient": [
+                math.nan if self._partial(sums) else norm for sums, (norm, _, _) in zip(self._sums, norms, strict=True)
+            ],
+            "token_gradient": [mean for _, mean, _ in norms],
+            "token_gradient_max": [largest for _, _, largest in norms],
+        }
 
     @property
-    def had_backward(self) -> bool:
-        """Whether a gradient has arrived at any place."""
-        return any(sums.lengths for sums in self._sums)
+    def gaps(self) -> dict[str, str]:
+        """Which of `place_statistics` are no number at which places, and why."""
+        gradient = [sums.without_gradient for sums in self._sums]
+        columns = {
+            "residual_std": [sums.without_stream for sums in self._sums],
+            "place_gradient": [why or self._partial(sums) for why, sums in zip(gradient, self._sums, strict=True)],
+            "token_gradient": gradient,
+            "token_gradient_max": gradient,
+        }
+        said = {name: _by_reason(self.place_labels, whys) for name, whys in columns.items()}
+        if not any(sums.lengths for sums in self._sums):
+            said |= dict.fromkeys(("place_gradient", "token_gradient", "token_gradient_max"), NO_BACKWARD)
+        return {name: why for name, why in said.items() if why}
 
-    @property
-    def unreached(self) -> str:
-        """Which places no gradient has arrived at, and why; empty if there are none."""
-        whys: dict[str, list[str]] = {}
-        for name, sums in zip(self.place_labels, self._sums, strict=True):
-            if not sums.lengths:
-                whys.setdefault(FROZEN if sums.unhooked else "no gradient arrived", []).append(name)
-        return "; ".join(f"{', '.join(places)}: {why}" for why, places in whys.items())
+    def _partial(self, sums: PlaceSums) -> str:
+        """Why the norm of a place's gradient is not of the whole step; empty if it is."""
+        most = max(each.n_reached for each in self._sums)
+        if not sums.n_reached or sums.n_reached == most:
+            return ""
+        return f"a gradient arrived at {sums.n_reached} of {counted(most, 'token')}"
 
     @property
     def streams(self) -> list[Tensor]:
-        """The first sequence of the stream at every place."""
+        """The first sequence of the stream at every place.
+
+        Raises:
+            Unavailable: a place was not passed.
+        """
+        absent = [ABSENT if sums.first is None else "" for sums in self._sums]
+        if any(absent):
+            raise Unavailable(_by_reason(self.place_labels, absent))
         return [sums.first for sums in self._sums if sums.first is not None]
 
     @property
@@ -302,7 +375,7 @@ class Watched(Shared):
         """
         found: list[AttentionRows] = []
         for n, label in enumerate(self.layer_labels):
-            rows = self._rows.get(n, UNSEEN)
+            rows = self._rows.get(n, UNSEEN if self._sums[self.place_labels.index(label)].n_tokens else ABSENT)
             if isinstance(rows, str):
                 raise Unavailable(f"{label}: {rows}")
             found.append(rows)
@@ -363,13 +436,10 @@ class Watched(Shared):
 
     def without(self, names: Collection[str]) -> str:
         """Which layers have no norm of some of those names, and why; empty if all have."""
-        whys: dict[str, list[str]] = {}
-        for n, label in enumerate(self.layer_labels):
-            for name in sorted(names):
-                norm = self._norms.norm(name, n)
-                if isinstance(norm, str):
-                    whys.setdefault(norm, []).append(label if len(names) == 1 else f"{label} {name}")
-        return "; ".join(f"{', '.join(where)}: {why}" for why, where in whys.items())
+        rows = [(n, name) for n in range(len(self.layer_labels)) for name in sorted(names)]
+        found = [self._norms.norm(name, n) for n, name in rows]
+        where = [self.layer_labels[n] if len(names) == 1 else f"{self.layer_labels[n]} {name}" for n, name in rows]
+        return _by_reason(where, [norm if isinstance(norm, str) else "" for norm in found])
 
     def stack_norm(self) -> NormEstimate:
         """Norm of the Jacobian of all layers, on the first sequence.
