@@ -27,7 +27,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from empirics.anatomy import anatomy
+from empirics.anatomy import Anatomy, anatomy
 from empirics.jacobian_probes import functions_of
 from empirics.registry import Probe, Reading, find, reason, schedule
 from empirics.running import run_eagerly
@@ -129,12 +129,6 @@ def series(records: Sequence[StabilityRecord]) -> dict[str, Any]:
     }
 
 
-Found = tuple[dict[str, Reading], dict[str, str]]
-
-
-FIELDS = ("residual_std", "place_gradient", "token_gradient")  # that every record has, probes or none
-
-
 def require_steps(every: Any) -> None:
     """Refuse an interval that is none.
 
@@ -147,6 +141,124 @@ def require_steps(every: Any) -> None:
         raise ValueError(f"every={every!r} is not a whole number of steps; use for example 100") from None
     if every < 1:
         raise ValueError(f"every={every} is not a positive number of steps; use 1 to probe each step")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Schedule:
+    """Which probes look at which steps.
+
+    Attributes:
+        every: steps between probed ones.
+        wanted: probes, with the steps between theirs; None for the first probed step alone.
+    """
+
+    every: int
+    wanted: tuple[tuple[Probe, int | None], ...]
+
+    def due(self, step: int) -> bool:
+        """Whether a step's turn has come."""
+        return step % self.every == 0 or any(step % at == 0 for _, at in self.wanted if at)
+
+    def probes(self, step: int, *, first: bool) -> list[Probe]:
+        """Which look at a probed step; at one whose turn has not come all that look at each `every`-th."""
+        asked = not self.due(step)  # for itself
+        return [
+            probe
+            for probe, at in self.wanted
+            if (first if at is None else step % at == 0 or (asked and at == self.every))
+        ]
+
+
+FIELDS = ("residual_std", "place_gradient", "token_gradient")  # that every record has, probes or none
+Found = tuple[dict[str, Reading], dict[str, str]]
+
+
+class ProbedStep:
+    """A step with its hooks: on the model until `finish`, then on its optimizers until one has stepped.
+
+    Args:
+        probes: which look at it.
+        eager: run it uncompiled even where the model does not show that it is compiled.
+    """
+
+    def __init__(self, model: nn.Module, found: Anatomy, probes: Sequence[Probe], *, eager: bool) -> None:
+        self._model, self._probes = model, probes
+        self.in_passes = True  # whether the model carries hooks
+        self._record: StabilityRecord | None = None
+        axes = {(probe.quantity.axis, probe.cost) for probe in probes}
+        self._uncompiled = ExitStack()
+        self._uncompiled.enter_context(run_eagerly(model, always=eager))
+        self._watched = Watched(
+            model,
+            found,
+            streams=("place", "dear") in axes,
+            attention=bool(axes & {("layer", "cheap"), ("head", "dear")}),
+            steps=any(probe.in_training for probe in probes),
+            norms=functions_of([probe.name for probe in probes], parallel=found.parallel),
+        )
+        # The matrices as they are in this step's passes.
+        self._before = measured(self._watched, [probe for probe in probes if of_weights(probe)])
+
+    def finish(self, step: int) -> StabilityRecord | None:
+        """End the passes: the record, completed when an optimizer steps; None if no forward pass was seen."""
+        watched = self._watched
+        self._unhook()
+        if not watched.n_tokens:
+            self.detach()
+            return None
+        places = watched.place_statistics
+        passes = [probe for probe in self._probes if not (probe.in_training or of_weights(probe))]
+        found, missing = measured(watched, passes)
+        found, without = _of_places(found, watched.gaps)
+        self._record = StabilityRecord(
+            step=step,
+            places=tuple(watched.place_labels),
+            residual_std=tuple(places["residual_std"]),
+            place_gradient=tuple(places["place_gradient"]),
+            token_gradient=tuple(places["token_gradient"]),
+            n_tokens=watched.n_tokens,
+            probes=self._before[0] | found,
+            left_out=self._before[1] | missing | without,
+        )
+        watched.let_go()
+        if watched.steps is not None:
+            self._await(watched.steps)
+        return self._record
+
+    def detach(self) -> None:
+        """Remove every hook, and look at no optimizer."""
+        self._unhook()
+        if self._watched.steps is not None:
+            self._watched.steps.detach()
+
+    def _unhook(self) -> None:
+        self.in_passes = False
+        self._watched.unhook()
+        self._uncompiled.close()
+
+    def _await(self, steps: Steps) -> None:
+        """Put the optimizer's step into the record: now, or when it comes."""
+        self._complete()
+        if steps.changes or all(parameter.grad is None for parameter in self._model.parameters()):
+            self.detach()
+            return
+        me = weakref.ref(self)  # with nothing that refers to itself, hooks go when the monitor does
+
+        def then() -> None:
+            probed = me()
+            if probed is not None:
+                probed._complete()
+
+        steps.then = then
+
+    def _complete(self) -> None:
+        assert self._record is not None
+        probes = [probe for probe in self._probes if probe.in_training]
+        found, missing = measured(self._watched, probes)
+        for probe in probes:
+            self._record.left_out.pop(probe.name, None)
+        self._record.probes.update(found)
+        self._record.left_out.update(missing)
 
 
 class StabilityMonitor:
@@ -190,118 +302,51 @@ class StabilityMonitor:
         probes: str = "default",
     ) -> None:
         require_steps(every)
-        self._wanted = [(find(name), at) for name, at in schedule(probes, every).items() if name not in PLACES]
-        self.eager = eager
+        wanted = ((find(name), at) for name, at in schedule(probes, every).items() if name not in PLACES)
+        self.schedule, self.eager = Schedule(every=every, wanted=tuple(wanted)), eager
         self.anatomy, _ = anatomy(model, tokens)
         self._model = model
-        self.every = every
         self.records: list[StabilityRecord] = []
-        self._steps = 0
-        self._watched: Watched | None = None
-        self._awaited: tuple[Watched, StabilityRecord] | None = None  # whose optimizer has not stepped yet
-        self._due: list[Probe] = []
-        self._before: Found = {}, {}
+        self._n_steps = 0
         self._begun = False
-        self._eager = ExitStack()
+        self._probed: ProbedStep | None = None  # the last one that began
 
     @property
     def active(self) -> bool:
         """Whether a step is being probed: only then does the model carry hooks."""
-        return self._watched is not None
+        return self._probed is not None and self._probed.in_passes
 
     def due(self, step: int) -> bool:
         """Whether a step's turn has come."""
-        return step % self.every == 0 or any(step % at == 0 for _, at in self._wanted if at)
+        return self.schedule.due(step)
 
     def start(self, step: int | None = None) -> None:
         """Begin a probed step; by number, where a probe has an interval of its own."""
         self.detach()
-        step = len(self.records) if step is None else step
-        asked = not self.due(step)  # for itself, and not because its turn has come
-        self._due = [
-            probe
-            for probe, at in self._wanted
-            if (not self._begun if at is None else step % at == 0 or (asked and at == self.every))
-        ]
+        probes = self.schedule.probes(self._number(step), first=not self._begun)
         self._begun = True
-        axes = {(probe.quantity.axis, probe.cost) for probe in self._due}
-        self._watched = Watched(
-            self._model,
-            self.anatomy,
-            streams=("place", "dear") in axes,
-            attention=bool(axes & {("layer", "cheap"), ("head", "dear")}),
-            steps=any(probe.in_training for probe in self._due),
-            norms=functions_of([probe.name for probe in self._due], parallel=self.anatomy.parallel),
-        )
-        self._eager.enter_context(run_eagerly(self._model, always=self.eager))
-        # The matrices as they are in this step's passes.
-        self._before = measured(self._watched, [probe for probe in self._due if of_weights(probe)])
+        self._probed = ProbedStep(self._model, self.anatomy, probes, eager=self.eager)
 
     def finish(self, step: int | None = None) -> StabilityRecord | None:
         """End a probed step's passes: its record, also kept in `records`; None if no forward pass was seen.
 
         If no optimizer has stepped yet, the record is completed when one does.
         """
-        watched = self._watched
-        self.detach()
-        if watched is None or not watched.n_tokens:
+        if self._probed is None or not self._probed.in_passes:
             return None
-        places = watched.place_statistics
-        passes = [probe for probe in self._due if not (probe.in_training or of_weights(probe))]
-        found, missing = measured(watched, passes)
-        found, without = _of_places(found, watched.gaps)
-        missing |= without
-        record = StabilityRecord(
-            step=len(self.records) if step is None else step,
-            places=tuple(watched.place_labels),
-            residual_std=tuple(places["residual_std"]),
-            place_gradient=tuple(places["place_gradient"]),
-            token_gradient=tuple(places["token_gradient"]),
-            n_tokens=watched.n_tokens,
-            probes=self._before[0] | found,
-            left_out=self._before[1] | missing,
-        )
-        self.records.append(record)
-        watched.let_go()
-        if watched.steps is not None:
-            self._await(watched, watched.steps, record)
+        record = self._probed.finish(self._number(step))
+        if record is not None:
+            self.records.append(record)
         return record
 
-    def _await(self, watched: Watched, steps: Steps, record: StabilityRecord) -> None:
-        """Put the optimizer's step into the record: now, or when it comes."""
-        self._awaited = watched, record
-        self._complete()
-        if steps.changes or all(parameter.grad is None for parameter in self._model.parameters()):
-            self.detach()
-            return
-        me = weakref.ref(self)  # with nothing that refers to itself, hooks go when the monitor does
-
-        def then() -> None:
-            monitor = me()
-            if monitor is not None:
-                monitor._complete()
-
-        steps.then = then
-
-    def _complete(self) -> None:
-        if self._awaited is None:
-            return
-        watched, record = self._awaited
-        probes = [probe for probe in self._due if probe.in_training]
-        found, missing = measured(watched, probes)
-        for probe in probes:
-            record.left_out.pop(probe.name, None)
-        record.probes.update(found)
-        record.left_out.update(missing)
+    def _number(self, step: int | None) -> int:
+        return len(self.records) if step is None else step
 
     def detach(self) -> None:
         """Remove every hook; the records stay."""
-        if self._watched is not None:
-            self._watched.unhook()
-        if self._awaited is not None and self._awaited[0].steps is not None:
-            self._awaited[0].steps.detach()
-        self._watched = self._awaited = None
-        self._eager.close()
+        if self._probed is not None:
+            self._probed.detach()
+            self._probed = None
 
     @contextmanager
     def probe(self, step: int | None = None) -> Iterator[None]:
@@ -317,7 +362,7 @@ class StabilityMonitor:
     @contextmanager
     def step(self) -> Iterator[None]:
         """One training step, probed if its turn has come."""
-        step, self._steps = self._steps, self._steps + 1
+        step, self._n_steps = self._n_steps, self._n_steps + 1
         if not self.due(step):
             yield
             return
