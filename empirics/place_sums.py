@@ -6,7 +6,7 @@ Shapes: B batch, T tokens, D width; a stream is (B, T, D) or (T, B, D).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
 
 import torch
@@ -105,10 +105,18 @@ class PlaceSums:
         return TWICE if self.repeated else "" if math.isfinite(self.gradient[0]) else "the gradient is not finite"
 
 
-def by_reason(labels: Iterable[str], whys: Iterable[str]) -> str:
-    """What is missing where, and why, in one line: of each reason that is not empty, where it holds."""
+def by_reason(labels: Sequence[str], whys: Iterable[str]) -> str:
+    """What is missing where, and why, in one line: of each reason that is not empty, where it holds.
+
+    >>> by_reason(["a", "b", "c"], ["", "late", "late"])
+    'b, c: late'
+    >>> by_reason(["a", "b", "c"], ["late"] * 3)
+    'a to c: late'
+    """
     where: dict[str, list[str]] = {}
     for label, why in zip(labels, whys, strict=True):
         if why:
             where.setdefault(why, []).append(label)
-    return "; ".join(f"{', '.join(places)}: {why}" for why, places in where.items())
+    every = f"{labels[0]} to {labels[-1]}" if len(labels) > 2 else ""  # of a hundred layers, not all their names
+    said = {why: every if every and len(it) == len(labels) else ", ".join(it) for why, it in where.items()}
+    return "; ".join(f"{places}: {why}" for why, places in said.items())

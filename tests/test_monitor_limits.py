@@ -66,7 +66,7 @@ def test_gradients_that_arrive_twice_are_named() -> None:
         second.backward()
     record = monitor.records[-1]
     for name in ("place_gradient", "token_gradient", "token_gradient_max", "gradient_growth"):
-        assert "arrived twice in one forward pass" in record.left_out[name]
+        assert "embedding to layer 2: gradients arrived twice in one forward pass" in record.left_out[name]
         assert "on the sum of the losses" in record.left_out[name]
     assert all(map(math.isnan, (*record.place_gradient, *record.token_gradient, record.growth)))
     assert all(map(math.isfinite, record.residual_std))
@@ -81,7 +81,7 @@ def test_what_is_not_finite_is_named() -> None:
     monitor = StabilityMonitor(model)
     record = probed(monitor, lambda: loss_of(model, some_batch()) * math.nan)
     for name in ("place_gradient", "token_gradient", "token_gradient_max", "gradient_growth"):
-        assert record.left_out[name].endswith("layer 2: the gradient is not finite")
+        assert record.left_out[name] == "embedding to layer 2: the gradient is not finite"
     assert "residual_std" not in record.left_out
     record = probed(monitor, lambda: loss_of(model, some_batch()) * 0)
     assert record.left_out["gradient_growth"] == "the gradient at the last place is zero"
