@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from empirics.registry import Unavailable
+from empirics.residual_stream import widest
 
 NOT_RECOGNISED = (
     "its mask is not recognised: it hides keys by finite numbers, and it does not hide all later ones alone or its "
@@ -59,7 +60,7 @@ def hidden_level(values: Callable[[slice], Tensor], blocks: Sequence[slice], *, 
         x = values(rows)
         top = x.amax(-1, keepdim=True)
         seeing = top > cut  # other rows are of padding, and see nothing
-        heavy = seeing & (x.shape[-1] * (level - top.double()).exp() > ROUNDING)
+        heavy = seeing & (x.shape[-1] * (level - top.to(widest(x.device))).exp() > ROUNDING)
         doubtful = ((x > cut) & (x <= near)) | ((x > lowest) & (x < low - apart))
         weightless = (x > lowest) & (x - top < NO_WEIGHT)
         found.append(torch.stack([part.any() for part in (seeing, heavy, doubtful, weightless)]))

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from empirics.model import Attention
 from empirics.registry import Unavailable
+from empirics.residual_stream import widest
 
 ENTRIES = 2**20  # logits of a block, over heads and keys: 4 MB in float32, and a few times that while it is judged
 
@@ -65,7 +66,7 @@ def _sums(logits: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
     centred = logits.masked_fill(~seen, 0.0)
     centred -= (centred.sum(-1) / count.clamp(min=1))[..., None]
     variance = centred.masked_fill_(~seen, 0.0).square_().sum(-1) / count.clamp(min=1)
-    found = torch.stack([variance, entropy, relative]).double().masked_fill(~rows, 0.0)
+    found = torch.stack([variance, entropy, relative]).to(widest(logits.device)).masked_fill(~rows, 0.0)
     return found.sum((1, -1)), rows.expand_as(entropy).sum((0, -1))
 
 

@@ -345,5 +345,6 @@ def test_a_training_without_float64_is_not_ended_by_the_monitor() -> None:
     full, short = records
     for name in FIELDS:
         assert getattr(short, name) == pytest.approx(getattr(full, name), rel=1e-5)
-    for name in UPDATES | {"gradient_growth"}:
+    assert short.left_out == full.left_out == {}
+    for name in UPDATES | {"gradient_growth", "attention_entropy", "logit_variance"}:
         assert short.probes[name].values == pytest.approx(full.probes[name].values, rel=1e-5)
