@@ -2,7 +2,8 @@
 
 Both runs are in one process and on one thread: one takes a step, then the other, so that whatever else the machine does
 falls on both. Their losses are the same, bit for bit, which is checked. A step's time is the processor's, of that run
-alone; it has everything that the loop does, but what happens before the first and after the last step is not in it.
+alone; it has everything that the loop does. What is measured once a run, before the first step and after the last, is
+the difference of runs of one step, in turns too.
 
     python benchmarks/probes.py [--scale full] [--out results/benchmarks/probes.json]
 """
@@ -37,20 +38,21 @@ PROBES = ("none", "default")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Task:
-    """A training; `intervals` between probes are timed, after one that is not."""
+    """A training; `intervals` between probes are timed, after one that is not, and `pairs` of runs of one step."""
 
     preset: str
     batch_size: int
     seq_len: int
     intervals: int
+    pairs: int
 
 
 SCALES: dict[str, tuple[Task, ...]] = {
     "full": (
-        Task(preset="tiny", batch_size=8, seq_len=64, intervals=20),
-        Task(preset="wide", batch_size=8, seq_len=64, intervals=10),
+        Task(preset="tiny", batch_size=8, seq_len=64, intervals=20, pairs=9),
+        Task(preset="wide", batch_size=8, seq_len=64, intervals=10, pairs=5),
     ),
-    "tiny": (Task(preset="tiny", batch_size=2, seq_len=8, intervals=1),),
+    "tiny": (Task(preset="tiny", batch_size=2, seq_len=8, intervals=1, pairs=1),),
 }
 
 
@@ -61,7 +63,8 @@ class Row:
     Attributes:
         step: seconds of a step without probes, median.
         probed_step: seconds by which a probed step is longer than the same step without, median.
-        cost: of probing relative to training: `probed_step` over the interval's steps.
+        once: seconds by which a run is longer for what is measured before its first step and after its last, median.
+        cost: of probing at the steps, relative to training: `probed_step` over the interval's steps.
         total: by how much all timed steps of the probed run are longer, relative; it has the control in it.
         control: the same of the steps that neither run probes: what two equal runs differ by.
     """
@@ -73,18 +76,19 @@ class Row:
     steps: int
     step: float
     probed_step: float
+    once: float
     cost: float
     total: float
     control: float
     same_losses: bool
 
 
-def specification(task: Task, probes: str) -> RunSpec:
-    """Of one interval more than is timed."""
+def specification(task: Task, probes: str, steps: int) -> RunSpec:
+    """A training of so many steps."""
     return RunSpec(
         architecture=preset(task.preset), label="Vanilla", experiment="probes", seed=0, learning_rate=1e-3,
         batch_size=task.batch_size, seq_len=task.seq_len, warmup=0, schedule="constant", probes=probes,
-        steps=EVERY * (task.intervals + 1), probe_every=EVERY,
+        steps=steps, probe_every=EVERY,
     )  # fmt: skip
 
 
@@ -110,7 +114,8 @@ def in_turns(task: Task, corpus: Corpus) -> tuple[dict[str, np.ndarray], dict[st
         turns[probes].acquire()
         try:
             start = time.thread_time()
-            losses[probes] = train(specification(task, probes), corpus, on_step=on_step)["series"]["loss"]
+            spec = specification(task, probes, EVERY * (task.intervals + 1))  # one interval more than is timed
+            losses[probes] = train(spec, corpus, on_step=on_step)["series"]["loss"]
         except BaseException as error:  # raised below, once the other thread has ended too
             failures.append(error)
         finally:
@@ -126,6 +131,17 @@ def in_turns(task: Task, corpus: Corpus) -> tuple[dict[str, np.ndarray], dict[st
     return {probes: np.array(taken) for probes, taken in seconds.items()}, losses
 
 
+def longer(task: Task, corpus: Corpus) -> float:
+    """Seconds by which a run of one step, the first of which is probed, takes longer with probes; median."""
+
+    def seconds(probes: str) -> float:
+        start = time.thread_time()
+        train(specification(task, probes, 1), corpus)
+        return time.thread_time() - start
+
+    return float(np.median([-seconds("none") + seconds("default") for _ in range(task.pairs)]))
+
+
 def measure(task: Task, corpus: Corpus) -> Row:
     """Both runs, and how much longer the probed one takes."""
     seconds, losses = in_turns(task, corpus)
@@ -139,6 +155,7 @@ def measure(task: Task, corpus: Corpus) -> Row:
         steps=bare.size,
         step=step,
         probed_step=more,
+        once=longer(task, corpus) - more,
         cost=more / (EVERY * step),
         total=float(probed.sum() / bare.sum() - 1),
         control=float(probed[:, 1:].sum() / bare[:, 1:].sum() - 1),
@@ -149,14 +166,15 @@ def measure(task: Task, corpus: Corpus) -> Row:
 def table(rows: Sequence[Row]) -> str:
     """As in the README."""
     lines = [
-        "| preset | batch | every | steps | step, ms | probed step, ms more | probing, % of training | all steps, % "
-        "| control, % | same losses |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| preset | batch | every | steps | step, ms | probed step, ms more | once, ms | probing, % of training "
+        "| all steps, % | control, % | same losses |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         lines.append(
             f"| {row.preset} | {row.batch_size} x {row.seq_len} | {row.every} | {row.steps} | {1e3 * row.step:.1f} | "
-            f"{1e3 * row.probed_step:.1f} | {100 * row.cost:.2f} | {100 * row.total:.1f} | {100 * row.control:.1f} | "
+            f"{1e3 * row.probed_step:.1f} | {1e3 * row.once:.0f} | {100 * row.cost:.2f} "
+            f"| {100 * row.total:.1f} | {100 * row.control:.1f} | "
             f"{'yes' if row.same_losses else 'NO'} |"
         )
     return "\n".join(lines)

@@ -119,7 +119,7 @@ def a_posteriori_bounds(subject: Subject) -> dict[str, tuple[float, ...]]:
     return bounds | {"stack_jacobian": (math.prod(halves),)}
 
 
-@probe("bound_ratio", kind="lower estimate", cost="dear")
+@probe("bound_ratio", of="first sequence", kind="lower estimate", cost="dear")
 def bound_ratio(subject: Subject) -> Reading:
     """At most 1; how much of the bound the network uses."""
     require_own(subject)

@@ -44,31 +44,31 @@ def _of_layers(subject: Seen, quantity: str) -> Reading:
     return estimated(quantity, subject.layer_labels, subject.shared(_norms, FUNCTIONS[quantity]))
 
 
-@probe("layer_jacobian", kind="lower estimate", cost="dear")
+@probe("layer_jacobian", of="first sequence", kind="lower estimate", cost="dear")
 def layer_jacobian(subject: Seen) -> Reading:
     """Both sub-layers; in a parallel layer the one half-layer."""
     return _of_layers(subject, "layer_jacobian")
 
 
-@probe("attention_jacobian", kind="lower estimate", cost="dear")
+@probe("attention_jacobian", of="first sequence", kind="lower estimate", cost="dear")
 def attention_jacobian(subject: Seen) -> Reading:
     """The sub-layer alone, output matrix included."""
     return _of_layers(subject, "attention_jacobian")
 
 
-@probe("attention_heads_jacobian", kind="lower estimate", cost="dear")
+@probe("attention_heads_jacobian", of="first sequence", kind="lower estimate", cost="dear")
 def attention_heads_jacobian(subject: Seen) -> Reading:
     """Before the output matrix."""
     return _of_layers(subject, "attention_heads_jacobian")
 
 
-@probe("attention_branch", kind="lower estimate", cost="dear")
+@probe("attention_branch", of="first sequence", kind="lower estimate", cost="dear")
 def attention_branch(subject: Seen) -> Reading:
     """Norms and residual multiplier included."""
     return _of_layers(subject, "attention_branch")
 
 
-@probe("ffn_jacobian", kind="lower estimate", cost="dear")
+@probe("ffn_jacobian", of="first sequence", kind="lower estimate", cost="dear")
 def ffn_jacobian(subject: Seen) -> Reading:
     """The sub-layer alone; not of experts."""
     if subject.experts:
@@ -76,7 +76,7 @@ def ffn_jacobian(subject: Seen) -> Reading:
     return _of_layers(subject, "ffn_jacobian")
 
 
-@probe("experts_jacobian", kind="lower estimate", cost="dear")
+@probe("experts_jacobian", of="first sequence", kind="lower estimate", cost="dear")
 def experts_jacobian(subject: Seen) -> Reading:
     """The sub-layer alone, router included, its choices held."""
     if not subject.experts:
@@ -84,7 +84,7 @@ def experts_jacobian(subject: Seen) -> Reading:
     return _of_layers(subject, "experts_jacobian")
 
 
-@probe("ffn_branch", kind="lower estimate", cost="dear")
+@probe("ffn_branch", of="first sequence", kind="lower estimate", cost="dear")
 def ffn_branch(subject: Seen) -> Reading:
     """Norms and residual multiplier included."""
     return _of_layers(subject, "ffn_branch")
@@ -98,7 +98,7 @@ def _half_layers(subject: Seen) -> tuple[list[str], list[NormEstimate]]:
     return labels, [estimate for row in zip(*columns, strict=True) for estimate in row]
 
 
-@probe("half_layer_jacobian", kind="lower estimate", cost="dear")
+@probe("half_layer_jacobian", of="first sequence", kind="lower estimate", cost="dear")
 def half_layer_jacobian(subject: Seen) -> Reading:
     """Every update of the residual stream, post-ln's norm included; a parallel layer has one."""
     return estimated("half_layer_jacobian", *subject.shared(_half_layers))
@@ -108,13 +108,13 @@ def _stack_label(subject: Seen) -> str:
     return "layers {} to {}".format(*subject.stack)
 
 
-@probe("stack_jacobian", kind="lower estimate", cost="dear")
+@probe("stack_jacobian", of="first sequence", kind="lower estimate", cost="dear")
 def stack_jacobian(subject: Seen) -> Reading:
     """All layers, or those asked for; embedding, final norm and head are outside."""
     return estimated("stack_jacobian", [_stack_label(subject)], [subject.stack_norm()])
 
 
-@probe("half_layer_product", kind="lower estimate", cost="dear")
+@probe("half_layer_product", of="first sequence", kind="lower estimate", cost="dear")
 def half_layer_product(subject: Seen) -> Reading:
     """What submultiplicativity makes of `half_layer_jacobian`; the real norm of the stack is at most the real product.
 

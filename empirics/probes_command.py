@@ -25,6 +25,10 @@ from theory.records import plain
 from theory.sources import REFERENCES
 
 SEQ_LEN = 128  # default where the context is longer
+FOOTNOTES = (
+    "exact: up to rounding; estimate: by fewer entries where there are more; lower estimate: can only be too small",
+    "a training takes dear ones of its first micro-batch, a monitor those of the stream of its first sequence",
+)
 
 
 def add_command(commands: Any) -> argparse.ArgumentParser:
@@ -169,6 +173,7 @@ def _described(probe: Probe) -> dict[str, Any]:
         "norm": q.norm or None,
         "unit": q.unit or None,
         "kind": probe.kind,
+        "of": probe.of,
         "cost": probe.cost,
         "in_training_only": probe.in_training,
         "source": None if source is None else " ".join(filter(None, [source, q.source.label if q.source else ""])),
@@ -176,10 +181,13 @@ def _described(probe: Probe) -> dict[str, Any]:
 
 
 def _list(rows: Sequence[Mapping[str, Any]]) -> str:
-    lines = [f"{'name':28}{'over':12}{'kind':16}{'cost':7}meaning"]
+    lines = [f"{'name':28}{'over':12}{'kind':16}{'of':24}{'cost':7}meaning"]
     for row in rows:
         where = " (in training only)" if row["in_training_only"] else ""
-        lines.append(f"{row['name']:28}{row['axis']:12}{row['kind']:16}{row['cost']:7}{row['meaning']}{where}")
+        lines.append(
+            f"{row['name']:28}{row['axis']:12}{row['kind']:16}{row['of']:24}{row['cost']:7}{row['meaning']}{where}"
+        )
+    lines += ["", *FOOTNOTES]
     return "\n".join(lines)
 
 
@@ -194,10 +202,7 @@ def _answer(
 ) -> dict[str, Any]:
     rows: dict[str, Any] = {}
     for name, found in readings.items():
-        row = _described(find(name)) | {"labels": found.labels, "values": found.values}
-        for extra in ("residuals", "likely_upper", "standard_errors"):
-            if getattr(found, extra) is not None:
-                row[extra] = getattr(found, extra)
+        row = _described(find(name)) | {"labels": found.labels, "values": found.values} | found.sureness
         if name in beside.upper:
             row["upper_bounds"] = beside.upper[name]
             row["over_bound"] = [value / bound for value, bound in zip(found.values, beside.upper[name], strict=True)]
@@ -254,7 +259,11 @@ def _note(name: str, found: Reading) -> list[str]:
     """What a column is: meaning, kind, and how sure it is."""
     probe = find(name)
     q = probe.quantity
-    sure = probe.kind
+    of = probe.of
+    if found.entries:
+        fewest, most = min(found.entries), max(found.entries)
+        of = f"{fewest:,} entries each" if fewest == most else f"{fewest:,} to {most:,} entries"
+    sure = f"{probe.kind}, of {of}"
     if found.residuals:
         sure += f", residual at most {max(found.residuals):.1e}"
     if found.likely_upper:

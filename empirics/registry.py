@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 MODULES = ("stream_probes", "attention_probes", "jacobian_probes", "bounds", "weight_probes")
 
-Kind = Literal["exact", "lower estimate"]
+Kind = Literal["exact", "estimate", "lower estimate"]
 Cost = Literal["cheap", "dear"]
 Measure = TypeVar("Measure", bound="Callable[[Subject], Reading]")
 
@@ -45,12 +45,20 @@ class Reading(Measurement):
         residuals: of lower estimates: some singular value is that near, relative to the value.
         likely_upper: of lower estimates: what the norm is at most, but for one random start in a hundred.
         standard_errors: of statistics of entries, if these were independent.
+        entries: of statistics of entries, of how many each is.
     """
 
     labels: tuple[str, ...]
     residuals: tuple[float, ...] | None = None
     likely_upper: tuple[float, ...] | None = None
     standard_errors: tuple[float, ...] | None = None
+    entries: tuple[int, ...] | None = None
+
+    @property
+    def sureness(self) -> dict[str, tuple[float, ...]]:
+        """What says how sure the values are, by name: of the fields above those that it has."""
+        names = ("residuals", "likely_upper", "standard_errors", "entries")
+        return {name: found for name in names if (found := getattr(self, name)) is not None}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,7 +66,9 @@ class Probe:
     """How one quantity is measured.
 
     Attributes:
-        kind: `exact` up to rounding, or a `lower estimate`, which can only be too small.
+        kind: `exact` up to rounding; an `estimate`, by fewer entries than there are; or a `lower estimate`, which can
+            only be too small.
+        of: what of the batch, or of the weights, it is taken of.
         cost: `cheap` ones are measured at every probed step of a training unless told otherwise; `dear` ones on
             request, before the first step and after the last.
         in_training: it looks at a step, so that a model by itself has no such thing.
@@ -68,6 +78,7 @@ class Probe:
 
     quantity: Quantity
     kind: Kind
+    of: str
     cost: Cost
     in_training: bool
     measure: Callable[[Subject], Reading]
@@ -82,7 +93,7 @@ _PROBES: dict[str, Probe] = {}
 
 
 def probe(
-    what: str | Quantity, *, cost: Cost, kind: Kind = "exact", in_training: bool = False
+    what: str | Quantity, *, of: str, cost: Cost, kind: Kind = "exact", in_training: bool = False
 ) -> Callable[[Measure], Measure]:
     """Register a function as the probe of a quantity.
 
@@ -96,7 +107,7 @@ def probe(
     def register(function: Measure) -> Measure:
         about = " ".join((function.__doc__ or "").split())
         _PROBES[found.name] = Probe(
-            quantity=found, kind=kind, cost=cost, in_training=in_training, measure=function, about=about
+            quantity=found, kind=kind, of=of, cost=cost, in_training=in_training, measure=function, about=about
         )
         return function
 
@@ -152,9 +163,14 @@ def schedule(text: str, every: int) -> dict[str, int | None]:
 
 
 def reading(
-    name: str, labels: Sequence[str], values: Sequence[float], *, standard_errors: Sequence[float] | None = None
+    name: str,
+    labels: Sequence[str],
+    values: Sequence[float],
+    *,
+    standard_errors: Sequence[float] | None = None,
+    entries: Sequence[int] | None = None,
 ) -> Reading:
-    """Exact values of a quantity."""
+    """Values of a quantity that are no lower estimates."""
     if len(labels) != len(values):
         raise AssertionError(f"{name}: {len(labels)} labels of {len(values)} values")
     return Reading(
@@ -165,13 +181,15 @@ def reading(
         log_sd=None,
         lower_estimate=False,
         standard_errors=None if standard_errors is None else tuple(standard_errors),
+        entries=None if entries is None else tuple(entries),
     )
 
 
 def described(name: str, statistic: str, labels: Sequence[str], found: Sequence[Mapping[str, Any]]) -> Reading:
     """One statistic of the distributions that `probes.distribution` describes, with its standard errors."""
     errors = [item["standard_errors"][statistic] for item in found]
-    return reading(name, labels, [item[statistic] for item in found], standard_errors=errors)
+    entries = [item["entries" if statistic == "normal_distance" else "size"] for item in found]
+    return reading(name, labels, [item[statistic] for item in found], standard_errors=errors, entries=entries)
 
 
 def estimated(name: str, labels: Sequence[str], estimates: Sequence[NormEstimate]) -> Reading:

@@ -17,6 +17,7 @@ Schedule = Literal["cosine", "linear", "constant", "wsd"]
 SCHEDULES: tuple[Schedule, ...] = get_args(Schedule)
 Precision = Literal["float32", "bfloat16", "float64"]
 COSINE_FLOOR = 0.1
+DECAY_FRACTION = 0.1
 LARGEST_RATE = float(np.finfo(np.float32).max)
 # Fields younger than the first records: left out of the fingerprint where they are not used, so that those stay valid.
 LATER = ("decay_fraction", "decay_embeddings", "z_loss", "deterministic", "order", "attention", "probes")
@@ -70,7 +71,7 @@ class RunSpec:
     learning_rate: float
     warmup: int
     schedule: Schedule
-    decay_fraction: float = 0.1
+    decay_fraction: float = DECAY_FRACTION
     clip: float = 1.0
     beta_1: float = 0.9
     beta_2: float = 0.95
@@ -162,8 +163,8 @@ class RunSpec:
 
     @property
     def decay_steps(self) -> int:
-        """Steps over which wsd falls: the nearest whole number, at least 1."""
-        return max(1, round(self.decay_fraction * self.steps))
+        """Steps over which wsd falls."""
+        return decay_steps(self.steps, self.decay_fraction)
 
     def rate(self, step: int) -> float:
         """Learning rate of a step, counted from 0; a rate that falls to 0 would be 0 at the step after the last."""
@@ -177,6 +178,11 @@ class RunSpec:
         if self.schedule == "linear":
             return self.learning_rate * (1 - progress)
         return self.learning_rate * (COSINE_FLOOR + (1 - COSINE_FLOOR) * 0.5 * (1 + math.cos(math.pi * progress)))
+
+
+def decay_steps(steps: int, decay_fraction: float = DECAY_FRACTION) -> int:
+    """Steps over which wsd falls: the nearest whole number, at least 1."""
+    return max(1, round(decay_fraction * steps))
 
 
 def _default(name: str) -> object:

@@ -84,10 +84,11 @@ class StabilityRecord:
         return self.place_gradient[0] / self.place_gradient[-1] if self.place_gradient[-1] else math.nan
 
     def row(self) -> dict[str, Any]:
-        """As JSON: the fields, the growth, of every probe its labels and values, and if these are lower estimates."""
-        kept = ("labels", "values", "lower_estimate", "residuals")
+        """As JSON: the fields, the growth, of every probe its labels and values, and how sure these are."""
         probes = {
-            name: {key: value for key in kept if (value := getattr(found, key)) not in (None, False)}
+            name: {"labels": found.labels, "values": found.values}
+            | ({"lower_estimate": True} if found.lower_estimate else {})
+            | found.sureness
             for name, found in self.probes.items()
         }
         return plain(self) | {"growth": plain(self.growth), "probes": plain(probes)}

@@ -6,6 +6,7 @@ import argparse
 import json
 import math
 import statistics
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from empirics.command_line import check_device, check_memory, positive
 from empirics.plan import STATE_BYTES
 from empirics.run import Record, checkpoints_of, record_path
 from empirics.run_spec import RunSpec
-from empirics.train_command import add_run_options, specification
+from empirics.train_command import add_run_options, specification, unscheduled
 from theory.__main__ import add_architecture_options, chosen, emit, listed, natural_list, whole
 from theory.architecture import METHODS, method
 from theory.names import unknown
@@ -99,6 +100,8 @@ def command(arguments: argparse.Namespace) -> int:
         )  # fmt: skip
     records = run_all(specs, out, processes=arguments.processes, checkpoint_every=arguments.checkpoint_every)
     rows = summary(specs, records)
+    if said := unscheduled(specs[0]):
+        print(said, file=sys.stderr)
     emit(json.dumps(rows, indent=2, allow_nan=False) if arguments.json else table(rows), arguments.table)
     return 0
 

@@ -27,7 +27,7 @@ from empirics.probes import distributions
 from empirics.run_spec import RunSpec
 from empirics.subject import Subject
 from empirics.surroundings import environment, true_float32
-from empirics.training_probes import Probed, TrainingProbes
+from empirics.training_probes import LeftOut, Probed, TrainingProbes
 from theory.records import plain
 from theory.words import counted
 
@@ -45,7 +45,8 @@ class Series:
         loss: cross entropy in nats a token; the z-loss is not in it.
         z_loss: what is added to the loss; empty without.
         gradient_norm, clipped_gradient_norm: of the whole gradient, before and after clipping.
-        residual_std, place_gradient: at the steps `probe_step`; other probes are in `probes`, as in `training_probes`.
+        residual_std, place_gradient: at the steps `probe_step`; other probes are in `probes`, and what could not be
+            taken in `left_out`, as in `training_probes`.
     """
 
     loss: list[float] = field(default_factory=list)
@@ -62,6 +63,7 @@ class Series:
     place_gradient: list[list[float]] = field(default_factory=list)
     distributions: dict[str, Any] = field(default_factory=dict)
     probes: Probed = field(default_factory=dict)
+    left_out: LeftOut = field(default_factory=dict)
     diverged_at: int | None = None
 
     def latest(self) -> dict[str, float]:
@@ -119,7 +121,7 @@ def train(
         # Several ranks compile layer by layer: what gathers a layer stays outside of the graph.
         fast = torch.compile(plain_objective) if spec.compile and ranks.size == 1 else plain_objective
         stepper = Stepper(model, optimizer, ranks)
-        probes = TrainingProbes(spec.probes, spec.probe_every, spec.micro_batch, ranks)
+        probes = TrainingProbes(spec.probes, spec.probe_every, spec.micro_batch, ranks, left_out=series.left_out)
         while step < spec.steps and series.diverged_at is None:
             # A probed step runs the same arithmetic uncompiled, since a compiled graph has no places to keep.
             loss_function = plain_objective if probes.due(step) else fast

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from empirics.lock import is_held
 from empirics.plan import STATE_BYTES, plan
 from empirics.registry import find, schedule
 from empirics.run import LOCK, model_path, record_path, run
-from empirics.run_spec import SCHEDULES, RunSpec
+from empirics.run_spec import SCHEDULES, RunSpec, decay_steps
 from empirics.tensorboard import TensorBoard
 from theory.__main__ import add_architecture_options, chosen, emit, natural, whole
 from theory.architecture import Architecture
@@ -100,7 +101,7 @@ def _add_optimization(train: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--warmup", type=natural, metavar="N",
-        help=f"steps of linear warm-up (default {WARMUP}, or all of fewer --steps)",
+        help=f"steps of linear warm-up (default {WARMUP}; of fewer --steps all, and all but its decay for wsd)",
     )  # fmt: skip
     group.add_argument(
         "--schedule", choices=SCHEDULES, default="cosine",
@@ -221,9 +222,18 @@ def _report(arguments: argparse.Namespace, spec: RunSpec, out: Path, record: dic
         print(f"diverged: the held-out loss is not finite after {steps}")
     else:
         print(f"held-out loss {final['heldout_loss']:.4f} nats a token after {steps}")
+    if said := unscheduled(spec):
+        print(said)
+    for name, whys in record["series"].get("left_out", {}).items():  # older records have none
+        for why, steps in whys.items():
+            print(f"{name}: left out {_times(steps)}; {why}")
     print(f"record {record_path(spec, out)}\nlosses {out / 'losses.jsonl'}")
     if arguments.keep_checkpoint:
         print(f"model {model_path(spec, out)}")
+
+
+def _times(steps: Sequence[int]) -> str:
+    return f"at step {steps[0]}" if len(steps) == 1 else f"{len(steps)} times from step {steps[0]} on"
 
 
 def specification(arguments: argparse.Namespace, architecture: Architecture, seq_len: int, **changes: Any) -> RunSpec:
@@ -234,12 +244,12 @@ def specification(arguments: argparse.Namespace, architecture: Architecture, seq
     """
     if arguments.tokenizer and is_shards(arguments.data):
         raise ValueError(f"{arguments.data} brings its own tokenizer; leave --tokenizer out")
-    warmup = min(WARMUP, arguments.steps) if arguments.warmup is None else arguments.warmup
+    warmup = _default_warmup(arguments) if arguments.warmup is None else arguments.warmup
     if warmup > arguments.steps:
         raise ValueError(
             f"warmup={warmup} never reaches the peak rate in steps={arguments.steps}; use fewer, or more steps in all"
         )
-    wsd = {} if arguments.decay_fraction is None else {"decay_fraction": arguments.decay_fraction}
+    wsd = _decay(arguments)
     fields = {"label": architecture.name, "experiment": EXPERIMENT, **changes}
     return RunSpec(
         architecture=architecture,
@@ -267,6 +277,28 @@ def specification(arguments: argparse.Namespace, architecture: Architecture, seq
         probes=arguments.probes,
         **wsd,
         **({"seed": arguments.seed, "learning_rate": arguments.lr} | fields),
+    )
+
+
+def _decay(arguments: argparse.Namespace) -> dict[str, float]:
+    return {} if arguments.decay_fraction is None else {"decay_fraction": arguments.decay_fraction}
+
+
+def _default_warmup(arguments: argparse.Namespace) -> int:
+    """At most so many steps that wsd has its decay left; the other schedules may have no step of their own."""
+    steps: int = arguments.steps
+    left = steps - decay_steps(steps, **_decay(arguments)) if arguments.schedule == "wsd" else steps
+    return max(0, min(WARMUP, left))
+
+
+def unscheduled(spec: RunSpec) -> str | None:
+    """A line that says so where the schedule lowers no rate, so that a constant one gives the same run."""
+    if spec.schedule == "constant" or spec.steps == 1 or spec.rate(spec.steps - 1) < spec.learning_rate:
+        return None
+    decay = ", or a larger --decay-fraction" if spec.schedule == "wsd" else ""
+    return (
+        f"note: {spec.schedule} never lowers the rate in {spec.steps} steps, {spec.warmup} of them warm-up; give more "
+        f"--steps, or a smaller --warmup{decay}"
     )
 
 

@@ -4,12 +4,15 @@ A probe reads what the step's own passes leave, or runs the network once more; i
 gradients, the optimizer or a random state, so that the numbers of a training are the same, bit for bit, with any.
 
 A record's `series.probes` has, for every probe, its `labels`, the `steps` it was taken at and a row of `values` each;
-lower estimates say so in `lower_estimate` and have `residuals` too. A value at step s is of the weights after s steps,
-or of step s itself.
+lower estimates say so in `lower_estimate`. What says how sure a value is has a row each too: `residuals` and
+`likely_upper` of lower estimates, `standard_errors` and `entries` of statistics of entries. A value at step s is of the
+weights after s steps, or of step s itself. `series.left_out` has, by probe, the steps at which it could not be taken,
+by reason.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -21,6 +24,7 @@ from empirics.registry import Probe, Reading, Unavailable, find, schedule
 from empirics.subject import Subject, whole_model
 
 Probed = dict[str, dict[str, Any]]
+LeftOut = dict[str, dict[str, list[int]]]  # steps, by probe and reason
 Batch = Callable[[], tuple[Tensor, Tensor]]  # tokens and next tokens, (B, T) each
 # These have a place in the record from before there was a list of probes: `probe_step` and a series each.
 PLACES = ("residual_std", "place_gradient")
@@ -34,10 +38,19 @@ class TrainingProbes:
         sequences: how many sequences of a batch a pass of a probe's own takes; all if None.
         ranks: over which the model and its batches are spread. All of them take every probe together; for dear ones
             each makes a copy of the whole model.
+        left_out: what is added to where a probe cannot be taken.
     """
 
-    def __init__(self, wanted: str, every: int, sequences: int | None = None, ranks: Ranks = ALONE) -> None:
-        self.sequences, self.ranks = sequences, ranks
+    def __init__(
+        self,
+        wanted: str,
+        every: int,
+        sequences: int | None = None,
+        ranks: Ranks = ALONE,
+        *,
+        left_out: LeftOut,
+    ) -> None:
+        self.sequences, self.ranks, self.left_out = sequences, ranks, left_out
         self._wanted: list[tuple[Probe, int | None]] = [(find(n), at) for n, at in schedule(wanted, every).items()]
 
     @property
@@ -96,24 +109,30 @@ class TrainingProbes:
         return Subject(seen, tokens_BT[: self.sequences], targets_BT[: self.sequences])
 
     def _take(self, series: Probed, step: int, probes: Sequence[Probe], subject: Callable[[], Subject]) -> None:
-        """Add a row to the series of each probe; what the model has not is left out."""
+        """Add a row to the series of each probe, or to what is left out of it."""
         if not probes:
             return
         seen = subject()
         for probe in probes:
             try:
                 found = probe.measure(seen)
-            except Unavailable:
+            except Unavailable as why:
+                self.left_out.setdefault(probe.name, {}).setdefault(str(why), []).append(step)
                 continue
             add(series, probe.name, step, found)
 
 
 def add(series: Probed, name: str, step: int, found: Reading) -> None:
-    """Add a row to the series of a probe."""
+    """Add a row to the series of a probe; what only some steps have is not a number at the others."""
     kept = series.setdefault(name, {"labels": list(found.labels), "steps": [], "values": []})
-    kept["steps"].append(step)
-    kept["values"].append(list(found.values))
+    if new := [label for label in found.labels if label not in kept["labels"]]:
+        kept["labels"] += new
+        for row in (row for what in kept.keys() - {"labels", "steps", "lower_estimate"} for row in kept[what] if row):
+            row += [math.nan] * len(new)
     if found.lower_estimate:
         kept["lower_estimate"] = True
-    if found.residuals is not None:
-        kept.setdefault("residuals", []).append(list(found.residuals))
+    for what, values in ({"values": found.values} | found.sureness).items():
+        there = dict(zip(found.labels, values, strict=True))
+        earlier = [None] * len(kept["steps"])  # of a run that began before this was kept
+        kept.setdefault(what, earlier).append([there.get(label, math.nan) for label in kept["labels"]])
+    kept["steps"].append(step)

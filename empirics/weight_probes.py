@@ -8,10 +8,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from empirics.probes import distribution
+from empirics.probes import SAMPLE, distribution
 from empirics.registry import Reading, Unavailable, described, probe, reading
 from empirics.subject import Seen
 
+THINNED = f"at most {SAMPLE:,} entries"
 Spectra = dict[str, NDArray[np.float64]]
 
 
@@ -31,43 +32,43 @@ def _of_spectra(subject: Seen, name: str, statistic: Any) -> Reading:
         return reading(name, list(spectra), [float(statistic(values)) for values in spectra.values()])
 
 
-@probe("weight_opnorm", cost="dear")
+@probe("weight_opnorm", of="every entry", cost="dear")
 def weight_opnorm(subject: Seen) -> Reading:
     """By a full singular value decomposition."""
     return _of_spectra(subject, "weight_opnorm", np.max)
 
 
-@probe("weight_smallest", cost="dear")
+@probe("weight_smallest", of="every entry", cost="dear")
 def weight_smallest(subject: Seen) -> Reading:
     """Of as many as the shorter side has."""
     return _of_spectra(subject, "weight_smallest", np.min)
 
 
-@probe("weight_norm", cost="dear")
+@probe("weight_norm", of="every entry", cost="dear")
 def weight_norm(subject: Seen) -> Reading:
     """Root of the sum of the squared singular values."""
     return _of_spectra(subject, "weight_norm", np.linalg.norm)
 
 
-@probe("weight_quantile_10", cost="dear")
+@probe("weight_quantile_10", of="every entry", cost="dear")
 def weight_quantile_10(subject: Seen) -> Reading:
     """Near the small end."""
     return _of_spectra(subject, "weight_quantile_10", lambda values: np.quantile(values, 0.1))
 
 
-@probe("weight_quantile_50", cost="dear")
+@probe("weight_quantile_50", of="every entry", cost="dear")
 def weight_quantile_50(subject: Seen) -> Reading:
     """The median."""
     return _of_spectra(subject, "weight_quantile_50", np.median)
 
 
-@probe("weight_quantile_90", cost="dear")
+@probe("weight_quantile_90", of="every entry", cost="dear")
 def weight_quantile_90(subject: Seen) -> Reading:
     """Near the large end."""
     return _of_spectra(subject, "weight_quantile_90", lambda values: np.quantile(values, 0.9))
 
 
-@probe("weight_stable_rank", cost="dear")
+@probe("weight_stable_rank", of="every entry", cost="dear")
 def weight_stable_rank(subject: Seen) -> Reading:
     """At most the rank; 1 if one singular value is all there is."""
     return _of_spectra(subject, "weight_stable_rank", lambda values: np.square(values / values.max()).sum())
@@ -79,7 +80,7 @@ def _effective_rank(values: NDArray[np.float64]) -> float:
     return float(np.exp(-(share * np.log(share)).sum())) if share.size else np.nan
 
 
-@probe("weight_effective_rank", cost="dear")
+@probe("weight_effective_rank", of="every entry", cost="dear")
 def weight_effective_rank(subject: Seen) -> Reading:
     """At most the rank, which it is if all singular values are equal."""
     return _of_spectra(subject, "weight_effective_rank", _effective_rank)
@@ -96,25 +97,28 @@ def _of_distributions(subject: Seen, name: str, statistic: str) -> Reading:
     return described(name, statistic, list(found), list(found.values()))
 
 
-@probe("weight_skewness", cost="dear")
+@probe("weight_skewness", of="every entry", cost="dear")
 def weight_skewness(subject: Seen) -> Reading:
-    """0 for a normal law; judged by at most 50,000 entries, evenly spaced, as are the next two."""
+    """0 for a normal law; matrices without any spread are left out, as in the next two."""
     return _of_distributions(subject, "weight_skewness", "skewness")
 
 
-@probe("weight_kurtosis", cost="dear")
+@probe("weight_kurtosis", of="every entry", cost="dear")
 def weight_kurtosis(subject: Seen) -> Reading:
-    """0 for a normal law, above it for heavier tails; matrices without any spread are left out, as in all three."""
+    """0 for a normal law, above it for heavier tails."""
     return _of_distributions(subject, "weight_kurtosis", "excess_kurtosis")
 
 
-@probe("weight_normal_distance", cost="dear")
+@probe("weight_normal_distance", of=THINNED, kind="estimate", cost="dear")
 def weight_normal_distance(subject: Seen) -> Reading:
-    """Kolmogorov's distance with estimated mean and variance; normal samples of n entries show up to 0.886/sqrt(n)."""
+    """Kolmogorov's distance with estimated mean and variance; normal samples of n entries show up to 0.886/sqrt(n).
+
+    Exact of a matrix that has no more entries; of a larger one they are evenly spaced.
+    """
     return _of_distributions(subject, "weight_normal_distance", "normal_distance")
 
 
-@probe("matrix_gradient", cost="cheap", in_training=True)
+@probe("matrix_gradient", of="every entry", cost="cheap", in_training=True)
 def matrix_gradient(subject: Seen) -> Reading:
     """As the optimizer gets it: after clipping. A matrix that no gradient reached is left out."""
     if not subject.gradients:
@@ -122,13 +126,13 @@ def matrix_gradient(subject: Seen) -> Reading:
     return reading("matrix_gradient", list(subject.gradients), list(subject.gradients.values()))
 
 
-@probe("update_norm", cost="cheap", in_training=True)
+@probe("update_norm", of="every entry", cost="cheap", in_training=True)
 def update_norm(subject: Seen) -> Reading:
     """What the optimizer added, weight decay included."""
     return reading("update_norm", list(subject.changes), [change for change, _ in subject.changes.values()])
 
 
-@probe("update_ratio", cost="cheap", in_training=True)
+@probe("update_ratio", of="every entry", cost="cheap", in_training=True)
 def update_ratio(subject: Seen) -> Reading:
     """Relative speed of a matrix; not a number for one of zeros."""
     ratios = [change / size if size else float("nan") for change, size in subject.changes.values()]

@@ -14,6 +14,7 @@ from scipy import stats
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from empirics import probes
 from empirics.data import random_tokens
 from empirics.initialisation import _layer_bounds
 from empirics.model import Transformer, build
@@ -25,6 +26,7 @@ from empirics.probes import (
     gradient_profile,
     layer_norms,
     measure_growth,
+    moments,
     place_statistics,
 )
 from empirics.spectral import explicit_jacobian, explicit_opnorm
@@ -295,10 +297,51 @@ def test_distance_is_kolmogorovs() -> None:
 
 
 def test_distribution_of_a_constant_and_of_a_large_tensor() -> None:
-    assert distribution(torch.full((3, 4), 2.0)) == {"mean": 2.0, "std": 0.0, "entries": 12}
-    large = distribution(normal(0, 3 * SAMPLE + 1).float())
-    assert SAMPLE / 2 < large["entries"] <= SAMPLE
-    assert large["std"] == pytest.approx(1, abs=4 / math.sqrt(2 * large["entries"]))
+    third = float(np.float32(1 / 3))  # whose sum over 12 is rounded
+    constant = {"mean": third, "std": 0.0, "size": 12, "entries": 12}
+    assert distribution(torch.full((3, 4), 1 / 3)) == constant
+    values = normal(0, 3 * SAMPLE + 1).float()
+    large = distribution(values)
+    assert (large["size"], large["entries"]) == (3 * SAMPLE + 1, SAMPLE)
+    assert large["std"] == pytest.approx(float(values.double().std(unbiased=False)), rel=1e-12)
+    lost = distribution(torch.tensor([1.0, math.nan, 2.0]))
+    assert math.isnan(lost["mean"])
+    assert "excess_kurtosis" not in lost
+
+
+def test_moments_are_of_every_entry() -> None:
+    """One outlier of 60 among 160,000 normal entries, which most samples of them do not have."""
+    values = normal(0, 400, 400)
+    values[0, 1] = 60.0
+    found = distribution(values.float())
+    assert found["excess_kurtosis"] == pytest.approx(stats.kurtosis(values.float().double(), axis=None), rel=1e-12)
+    assert found["excess_kurtosis"] > 60**4 / 160_000 / (1 + 60**2 / 160_000) ** 2 - 1
+    assert found["skewness"] == pytest.approx(stats.skew(values.float().double(), axis=None), rel=1e-12)
+    assert found["standard_errors"]["excess_kurtosis"] == math.sqrt(24 / 160_000)
+    assert found["normal_distance"] < 1.2 / math.sqrt(SAMPLE)  # one entry moves no distribution function
+
+
+@pytest.mark.parametrize("piece", [1, 7, 1000])
+@pytest.mark.parametrize(("scale", "dtype"), [(1e-40, torch.float32), (1e38, torch.float32), (1e200, torch.float64)])
+def test_moments_piece_by_piece(piece: int, scale: float, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However large or small the entries are, whose fourth powers are no float64; and far from 0."""
+    monkeypatch.setattr(probes, "PIECE", piece)
+    values = ((normal(3, 300).exp() - 2) * scale / 100).to(dtype)
+    z = values.double().numpy() / scale
+    expected = (z.mean() * scale, z.std() * scale, stats.skew(z), stats.kurtosis(z))
+    assert moments(values) == pytest.approx(expected, rel=1e-9, abs=0)
+
+
+def test_a_sample_has_as_much_of_every_column() -> None:
+    """Columns whose deviations are 1 and 3 in turns: every fourth entry is of columns of one kind."""
+    values = normal(0, 400, 400)
+    values[:, 1::2] *= 3
+    found = distribution(values)
+    deviation = float(values.std(unbiased=False))
+    whole = stats.kstest(values.flatten().numpy(), "norm", args=(float(values.mean()), deviation)).statistic
+    error = found["standard_errors"]["normal_distance"]
+    assert found["normal_distance"] == pytest.approx(whole, abs=4 * error)
+    assert whole > 20 * error  # control: columns of one kind are normal
 
 
 def test_distributions_name_the_ends_of_the_network() -> None:

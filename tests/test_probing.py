@@ -19,10 +19,14 @@ from empirics.checkpoints import keep_model
 from empirics.data import batch, random_tokens
 from empirics.kept import load_model
 from empirics.model import build
-from empirics.registry import find, probes
+from empirics.registry import Reading, find, probes, reading
 from empirics.run import corpus_of, run
+from empirics.stability import StabilityRecord
 from empirics.subject import Subject
+from empirics.training_probes import add
+from theory.architecture import preset
 from theory.hf_config import parse_config
+from theory.records import plain
 
 # --- while training -----------------------------------------------------------------------------------------------
 
@@ -71,7 +75,15 @@ def test_probes_change_no_bit_of_a_training(text: Path, tmp_path: Path, changes:
         assert len(series["values"]) == len(series["steps"])
         assert all(len(row) == len(series["labels"]) for row in series["values"])
         assert all(value is not None for row in series["values"] for value in row)
-    assert len(probed["probes"]["stack_jacobian"]["residuals"]) == 4
+    for name, kept in (
+        ("stack_jacobian", ("residuals", "likely_upper")),
+        ("residual_kurtosis", ("standard_errors", "entries")),
+    ):
+        for what in kept:
+            assert [len(row) for row in probed["probes"][name][what]] == [
+                len(row) for row in probed["probes"][name]["values"]
+            ]
+    assert probed["left_out"] == {}
     assert "residuals" not in probed["probes"]["update_ratio"]
     said = {name for name, series in probed["probes"].items() if series.get("lower_estimate")}
     assert said == {"stack_jacobian", "half_layer_jacobian", "bound_ratio"}
@@ -123,6 +135,72 @@ def test_micro_batches_pool_their_tokens(text: Path, tmp_path: Path) -> None:
         np.testing.assert_allclose(parts[name]["values"], series["values"], rtol=tolerance, err_msg=name)
 
 
+def test_what_cannot_be_taken_is_left_out_with_the_reason(text: Path, tmp_path: Path) -> None:
+    """Of the whole training, in a record that is resumed too."""
+    wanted = "default,ffn_jacobian@2,weight_norm"
+    spec = specification(
+        text, probes=wanted, architecture={"n_experts": 3, "experts_per_token": 2}, seq_len=1, steps=5
+    )  # fmt: skip
+    train_until(spec, tmp_path, 2, every=1)
+    series = run(spec, tmp_path)["series"]
+    attention = ("logit_variance", "attention_entropy", "attention_entropy_relative", "attention_entropy_lowest")
+    assert set(series["left_out"]) == {"ffn_jacobian", *attention}
+    why = "the feed-forward sub-layers are experts; see experts_jacobian"
+    assert series["left_out"]["ffn_jacobian"] == {why: [0, 2, 4, 5]}
+    for name in attention:
+        ((reason, steps),) = series["left_out"][name].items()
+        assert "use more tokens" in reason
+        assert steps == [0, 3]
+    assert "weight_norm" in series["probes"]
+    assert not set(series["probes"]) & set(series["left_out"])
+
+
+def test_rows_of_older_checkpoints_have_no_errors() -> None:
+    """A run that began before they were kept goes on; the rows stay beside their steps."""
+    seen = Subject(
+        build(preset("tiny"), seed=0), *map(torch.from_numpy, random_tokens(512, seed=0, batch_size=1, seq_len=4))
+    )
+    found = find("weight_kurtosis").measure(seen)
+    series = {"weight_kurtosis": {"labels": list(found.labels), "steps": [0], "values": [list(found.values)]}}
+    add(series, "weight_kurtosis", 4, found)
+    assert series["weight_kurtosis"]["standard_errors"] == [None, list(found.standard_errors or ())]
+
+
+def test_what_only_some_steps_have_stays_beside_its_label() -> None:
+    """A matrix of equal entries has no kurtosis, until it has moved; one that is equal again has none any more."""
+    series: dict[str, Any] = {}
+    for step, (labels, values) in enumerate(((["b"], [1.0]), (["a", "b"], [2.0, 3.0]), (["a"], [4.0]))):
+        add(series, "k", step, reading("k", labels, values, standard_errors=[value / 10 for value in values]))
+    found = plain(series)["k"]
+    assert found["labels"] == ["b", "a"]
+    assert found["steps"] == [0, 1, 2]
+    assert found["values"] == [[1.0, None], [3.0, 2.0], [None, 4.0]]
+    assert found["standard_errors"] == [[0.1, None], [0.3, 0.2], [None, 0.4]]
+
+
+def test_a_monitors_row_keeps_how_sure_a_value_is() -> None:
+    readings = [
+        Reading(
+            quantity="stack_jacobian", labels=("a",), values=(2.0,), seeds=(), log_sd=None, lower_estimate=True,
+            residuals=(1e-3,), likely_upper=(2.1,),
+        ),
+        reading("weight_kurtosis", ["a"], [0.1], standard_errors=[0.5], entries=[96]),
+        reading("residual_std", ["a"], [1.0]),
+    ]  # fmt: skip
+    record = StabilityRecord(
+        step=0, places=("a",), residual_std=(1.0,), place_gradient=(1.0,), token_gradient=(1.0,), n_tokens=1,
+        probes={one.quantity: one for one in readings},
+    )  # fmt: skip
+    row = json.loads(json.dumps(record.row(), allow_nan=False))
+    assert row["probes"] == {
+        "stack_jacobian": {
+            "labels": ["a"], "values": [2.0], "lower_estimate": True, "residuals": [1e-3], "likely_upper": [2.1],
+        },
+        "weight_kurtosis": {"labels": ["a"], "values": [0.1], "standard_errors": [0.5], "entries": [96]},
+        "residual_std": {"labels": ["a"], "values": [1.0]},
+    }  # fmt: skip
+
+
 def test_a_resumed_run_has_the_same_probes(text: Path, tmp_path: Path) -> None:
     spec = specification(text, probes=EVERYTHING, probe_every=2)
     run(spec, tmp_path / "whole")
@@ -164,9 +242,12 @@ def test_command_lists_every_probe(capsys: pytest.CaptureFixture[str]) -> None:
     rows = said(capsys, "--list")
     assert [row["name"] for row in rows] == list(probes())
     assert main(["probes", "--list"]) == 0
-    lines = capsys.readouterr().out.splitlines()
+    lines = capsys.readouterr().out.split("\n\n")[0].splitlines()
     assert len(lines) == len(rows) + 1
-    assert all(line.startswith(row["name"]) for line, row in zip(lines[1:], rows, strict=True))
+    for line, row in zip(lines[1:], rows, strict=True):
+        assert line.startswith(row["name"])
+        assert f" {row['kind']} " in line
+        assert f" {row['of']} " in line
 
 
 def test_command_at_initialisation(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -187,7 +268,8 @@ def test_command_at_initialisation(capsys: pytest.CaptureFixture[str], tmp_path:
     out = tmp_path / "probes.txt"
     assert main(["probes", *options, "--out", str(out)]) == 0
     text = out.read_text()
-    assert "lower estimate, residual at most" in text
+    assert "(lower estimate, of first sequence, residual at most" in text
+    assert "(exact, of 4,096 to 32,768 entries, standard error at most" in text  # 64 x 64, 64 x 512
     assert "update_norm: left out" in text
     assert not capsys.readouterr().out
 

@@ -19,6 +19,7 @@ from scipy import stats
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from empirics import probes as probes_module
 from empirics.attention_rows import attention_rows
 from empirics.bounds import BOUNDED, a_posteriori_bounds
 from empirics.data import random_tokens
@@ -95,7 +96,7 @@ def test_a_new_probe_is_one_function(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(registry, "_PROBES", dict(probes()))
 
-    @probe(Quantity(name="largest_entry", meaning="the largest entry", axis="matrix"), cost="cheap")
+    @probe(Quantity(name="largest_entry", meaning="the largest entry", axis="matrix"), of="every entry", cost="cheap")
     def largest_entry(subject: Subject) -> Reading:
         """In absolute value."""
         found = {name: float(matrix.abs().max()) for name, matrix in subject.matrices.items()}
@@ -105,9 +106,9 @@ def test_a_new_probe_is_one_function(monkeypatch: pytest.MonkeyPatch) -> None:
     assert schedule("default", 20)["largest_entry"] == 20
     assert len(find("largest_entry").measure(subject("pre-ln")).values) == 2 + 3 * 6
     with pytest.raises(ValueError, match="has a probe already; give the quantity another name"):
-        probe("residual_std", cost="cheap")
+        probe("residual_std", of="every token", cost="cheap")
     with pytest.raises(ValueError, match="unknown quantity"):
-        probe("no_such_thing", cost="cheap")
+        probe("no_such_thing", of="every token", cost="cheap")
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -136,6 +137,42 @@ def test_probes_leave_the_model_as_it_was(layout: str) -> None:
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
     assert torch.equal(torch.random.get_rng_state(), states[0])
     assert np.array_equal(np.random.get_state()[1], states[1])  # noqa: NPY002
+
+
+@pytest.mark.parametrize("layout", ["pre-ln", "experts"])
+def test_a_probe_is_of_what_it_says(layout: str) -> None:
+    """Of other tokens in the second sequence alone, everything that is of every token changes, and nothing else."""
+    model, (inputs, targets) = disturbed(layout), tokens()
+    others = torch.cat([inputs[:1], inputs[1:] % 49 + 1])
+    seen, changed = Subject(model, inputs, targets), Subject(model, others, targets)
+    measured = 0
+    for name, found in probes().items():
+        try:
+            one, other = found.measure(seen), found.measure(changed)
+        except Unavailable:
+            continue
+        measured += 1
+        thinned = found.of.startswith("at most ")
+        assert (found.kind == "estimate") == thinned, name
+        assert (one.entries is not None) == (one.standard_errors is not None), name
+        assert found.kind != "estimate" or one.entries is not None, name
+        first = found.of == "first sequence"
+        assert first or thinned or found.of in ("every token", "every entry"), name
+        of_tokens = found.of == "every token" or name == "residual_normal_distance"
+        assert (one.values != other.values) == of_tokens, name
+        assert of_tokens == name.startswith(("residual", "place", "token", "gradient_growth")), name
+    assert measured >= 32
+
+
+def test_entries_that_a_distribution_is_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Moments are of all, the distance of a sample."""
+    monkeypatch.setattr(probes_module, "SAMPLE", 101)
+    seen = subject("pre-ln")
+    found = {name: find(name).measure(seen) for name in ("weight_kurtosis", "weight_normal_distance")}
+    sizes = [matrix.numel() for matrix in seen.matrices.values()]
+    assert found["weight_kurtosis"].entries == tuple(sizes)
+    assert found["weight_normal_distance"].entries == tuple(min(size, 101) for size in sizes)
+    assert max(sizes) > 101
 
 
 def test_schedule() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
 import sys
@@ -14,6 +15,8 @@ import empirics.__main__
 import empirics.command_line
 import paper_repro
 from empirics import scales
+from empirics.train_command import add_command, specification
+from theory.architecture import preset
 
 # --- measuring and training ---------------------------------------------------------------------------------------
 
@@ -125,6 +128,47 @@ def test_a_folder_holds_one_run(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert_refused(other, "n_layers=", " and not 3", "--clip 1.0 and not none")
     assert (out / "losses.jsonl").read_bytes() == before
     assert call(empirics.__main__.main, argv, capsys)[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("more", "noted"),
+    [
+        ([], "cosine never lowers the rate in 2 steps, 2 of them warm-up; give more --steps, or a smaller --warmup"),
+        (["--schedule", "linear", "--warmup", "1"], "linear never lowers the rate in 2 steps, 1 of them warm-up"),
+        (["--schedule", "wsd"], "wsd never lowers the rate in 2 steps, 1 of them warm-up"),
+        (["--schedule", "wsd", "--decay-fraction", "1"], ""),
+        (["--schedule", "constant"], ""),
+        (["--warmup", "0"], ""),
+    ],
+)
+def test_a_schedule_that_lowers_no_rate_is_told(
+    more: list[str], noted: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two steps, of which the default warm-up takes two, and of wsd's what its decay leaves."""
+    text = tmp_path / "text.txt"
+    text.write_text("the quick brown fox jumps over the lazy dog\n" * 200)
+    out = tmp_path / "run"
+    argv = ["train", "tiny", *SHORT, "--data", str(text), "--probes", "none", "--out", str(out), *more]
+    status, said, _ = call(empirics.__main__.main, argv, capsys)
+    assert status == 0
+    assert ("note: " in said) == bool(noted)
+    assert noted in said
+    (path,) = (out / "records").iterdir()
+    series = json.loads(path.read_text())["series"]
+    assert (min(series["learning_rate"][1:]) == 1e-3) == (bool(noted) or "constant" in more)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "steps", "warmup"), [("cosine", 12, 12), ("cosine", 40, 20), ("wsd", 12, 11), ("wsd", 300, 20)]
+)
+def test_default_warmup(schedule: str, steps: int, warmup: int) -> None:
+    """Those of the schedules but wsd name finished runs, and stay."""
+    parser = argparse.ArgumentParser()
+    add_command(parser.add_subparsers())
+    arguments = parser.parse_args(
+        ["train", "tiny", "--steps", str(steps), "--schedule", schedule], argparse.Namespace(device="cpu")
+    )
+    assert specification(arguments, preset("tiny"), 8).warmup == warmup
 
 
 def test_tensorboard_that_is_missing(
