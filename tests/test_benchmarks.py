@@ -157,6 +157,7 @@ def test_the_tiny_scale_of_probes(tmp_path: Path) -> None:
     assert row["steps"] == row["every"] == 20
     assert row["cost"] == row["probed_step"] / (20 * row["step"])
     assert row["total"] != row["control"]
+    assert row["once"] + row["probed_step"] > 0  # a run of one step is longer with probes than without
     assert len(done.stdout.splitlines()) == 3
     refused = run("--scale", "tiny", "--out", str(out / "below.json"), folder=tmp_path, script="probes.py")
     assert (refused.returncode, len(refused.stderr.splitlines())) == (2, 1)

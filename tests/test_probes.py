@@ -454,3 +454,11 @@ def test_squares_are_bounded_by_what_they_can_reach() -> None:
 @pytest.mark.parametrize("block", ["post-ln", "peri-ln", "branch-ln"])
 def test_other_layouts_have_no_bound_of_a_normalised_branch(block: Any) -> None:
     assert layer_bounds(architecture(**LAYERED, block=block))[1] == {}
+
+
+def test_a_distribution_leaves_memory_that_can_be_freed() -> None:
+    """As it is between the passes of a model in shards; that of a tensor which numpy shares cannot be."""
+    for dtype in (torch.float32, torch.float64):
+        values = normal(0, 300).to(dtype)
+        distribution(values)
+        values.untyped_storage().resize_(0)
