@@ -32,8 +32,8 @@ from empirics.running import (
     unwrapped,
     with_first,
 )
+from empirics.token_ids import one_sequence
 
-N_TOKENS = 11  # enough for a change to be seen at the next token, and no usual number of heads
 FAR = 1e4  # a factor at which the eps of a normalisation no longer counts
 NO_ATTENTION = (
     "no attention was found in it: not one of its children alone carries a token to another; to have it seen, give "
@@ -129,6 +129,11 @@ class Block:
         """Where a stream of one sequence of several tokens has its sequences: 0 for (B, T, D), 1 for (T, B, D)."""
         return int(self.x.ndim > 2 and self.x.shape[1] == 1)
 
+    @property
+    def n_tokens(self) -> int:
+        """Of the one sequence, in either order of the axes."""
+        return self.x.numel() // self.x.shape[-1]
+
     @torch.no_grad()
     def run(self, x: Tensor | None = None, edits: Mapping[nn.Module, Edit] | None = None) -> Run:
         """The block on x, with what some modules add to the stream edited."""
@@ -177,7 +182,7 @@ def wiring(block: Block, name: str) -> Wiring:
     weighted = [child for child in weighted if any(call.module is child for call in base.calls)]
     other = x.flip(-1)
     other.select(1 - block.batch_axis, -1).copy_(x.select(1 - block.batch_axis, -1))
-    mixers = [child for child in weighted if _mixes(base, block.run(other), child)]
+    mixers = [child for child in weighted if _mixes(base, block.run(other), child, block.n_tokens)]
     rest = [child for child in weighted if child not in mixers]
     attention = _sublayer(base, mixers) if len(mixers) == 1 else None
     feedforward = _sublayer(base, rest) if attention and rest else None
@@ -204,28 +209,28 @@ def wiring(block: Block, name: str) -> Wiring:
     )
 
 
-def _mixes(base: Run, other: Run, child: nn.Module) -> bool:
+def _mixes(base: Run, other: Run, child: nn.Module, n_tokens: int) -> bool:
     """Whether something inside a child differs at the last token while the child's input there does not."""
     pairs = [(a, b) for a, b in zip(base.calls, other.calls) if a.child is child]
     own = next(pair for pair in pairs if pair[0].module is child)
-    return _change(own[0].input, own[1].input) == 0 and any(
-        _change(a.input, b.input) > 4 or _change(a.output, b.output) > 4 for a, b in pairs
+    return _change(own[0].input, own[1].input, n_tokens) == 0 and any(
+        _change(a.input, b.input, n_tokens) > 4 or _change(a.output, b.output, n_tokens) > 4 for a, b in pairs
     )
 
 
-def _change(a: Tensor | None, b: Tensor | None) -> float:
+def _change(a: Tensor | None, b: Tensor | None, n_tokens: int) -> float:
     """Of what is at the last token, relative, in units of rounding; 0 where there is nothing by token."""
-    if a is None or b is None or a.shape != b.shape or not _by_token(a):
+    if a is None or b is None or a.shape != b.shape or not _by_token(a, n_tokens):
         return 0.0
-    last, changed = a.reshape(N_TOKENS, -1)[-1], b.reshape(N_TOKENS, -1)[-1]
+    last, changed = a.reshape(n_tokens, -1)[-1], b.reshape(n_tokens, -1)[-1]
     if torch.equal(last, changed):
         return 0.0
     return float((last - changed).norm() / last.norm().clamp_min(1e-30)) / torch.finfo(a.dtype).eps
 
 
-def _by_token(x: Tensor) -> bool:
-    one = (x.ndim == 3 and set(x.shape[:2]) == {1, N_TOKENS}) or x.ndim == 2
-    return one and N_TOKENS in x.shape[:-1]
+def _by_token(x: Tensor, n_tokens: int) -> bool:
+    one = (x.ndim == 3 and set(x.shape[:2]) == {1, n_tokens}) or x.ndim == 2
+    return one and n_tokens in x.shape[:-1]
 
 
 def _sublayer(run: Run, children: list[nn.Module]) -> SubLayer:
@@ -313,19 +318,19 @@ def find_blocks(model: nn.Module) -> tuple[nn.Module, ...]:
 
 
 def anatomy(model: nn.Module, tokens: Tensor | None = None) -> tuple[Anatomy, tuple[Block, ...]]:
-    """Find the residual stream by running the model on one sequence of `N_TOKENS` tokens.
+    """Find the residual stream by running the model on one sequence.
 
     Args:
-        tokens: (B, T) ids of which the first `N_TOKENS` of the first sequence are used; random unless given.
+        tokens: (B, T) ids for `one_sequence`.
 
     Raises:
-        ValueError: the model cannot be run on tokens, or has no residual stream, or two.
+        ValueError: they are none, the model cannot be run on tokens, or has no residual stream, or two.
     """
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         raise ValueError(f"{type(model).__name__} is an encoder-decoder, with two residual streams; give a decoder")
     modules = find_blocks(model)
     with evaluating(model), torch.no_grad():
-        blocks = capture(model, modules, some_tokens(model) if tokens is None else tokens[:1, :N_TOKENS])
+        blocks = capture(model, modules, one_sequence(model, tokens))
         wirings = tuple(wiring(block, f"layer {n}") for n, block in enumerate(blocks))
     half_layers = all(w.parallel or w.middle is not None for w in wirings)
     places = [Place(name="embedding", module=modules[0], side="input")]
@@ -404,28 +409,5 @@ def forward(model: nn.Module, tokens: Tensor) -> Any:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(
             f"{type(model).__name__} does not run on {tokens.shape[1]} token ids alone ({reason}); give a decoder, and "
-            "tokens=IDS, shape (B, T), where it has no place for so many"
+            "fewer tokens where it has no place for so many: tokens=IDS, shape (B, T), or --seq-len of a command"
         ) from None
-
-
-def token_table(model: nn.Module) -> nn.Embedding:
-    """The embedding of the tokens: the one that a model of transformers names, else the first.
-
-    Raises:
-        ValueError: there is none.
-    """
-    named = getattr(model, "get_input_embeddings", lambda: None)()
-    tables = [module for module in (named, *model.modules()) if isinstance(module, nn.Embedding)]
-    if not tables:
-        raise ValueError(f"{type(model).__name__} has no nn.Embedding; give a decoder that embeds token ids")
-    return tables[0]
-
-
-def some_tokens(model: nn.Module, shape: tuple[int, int] = (1, N_TOKENS), *, seed: int = 0) -> Tensor:
-    """(B, T) ids on the model's device, none of them its padding, distinct within a sequence if there are enough."""
-    table = token_table(model)
-    generator = torch.Generator().manual_seed(seed)
-    ids = torch.tensor([n for n in range(table.num_embeddings) if n != table.padding_idx])
-    repeats = -(-shape[1] // len(ids))
-    rows = [ids.repeat(repeats)[torch.randperm(repeats * len(ids), generator=generator)] for _ in range(shape[0])]
-    return torch.stack(rows)[:, : shape[1]].to(table.weight.device)

@@ -15,8 +15,9 @@ import numpy as np
 from tqdm import tqdm
 
 from empirics import real_classes
+from empirics.agreement import ACCURACY, Scatter, decides
 from empirics.class_configs import CASES, DEEPER
-from empirics.comparison import ACCURACY, disagreements, initial_stds
+from empirics.comparison import disagreements, initial_stds
 from empirics.decoder_growth import DecoderGrowth, distinct_tokens, measure_decoder
 from empirics.measured import Measured
 from theory.growth import gradient_growth
@@ -84,11 +85,15 @@ class Row(NamedTuple):
     label: str
     measured: Measured
     growth: float
-    standard_error: float
+    scatter: Scatter
     predicted: float | None
     reasons: tuple[str, ...]
     differences: tuple[str, ...]
     worst_std: float | None
+
+    @property
+    def standard_error(self) -> float:
+        return self.scatter.log_sd / math.sqrt(self.scatter.averaged)
 
     @property
     def error(self) -> float | None:
@@ -100,8 +105,9 @@ def row(record: Mapping[str, Any]) -> Row:
     seen = record["architecture"]
     measured = Measured(**(seen | {"stds": {role: tuple(values) for role, values in seen["stds"].items()}}))
     growth = record["growth"]
-    error = growth["log_sd"][0] / math.sqrt(len(growth["seeds"]))
-    start = Row(record["label"], measured, growth["values"][0], error, None, (), (), None)
+    seeds = len(growth["seeds"])
+    scatter = Scatter(growth["log_sd"][0], seeds, seeds)
+    start = Row(record["label"], measured, growth["values"][0], scatter, None, (), (), None)
     try:
         architecture = parse_config(record["spec"]["config"]).architecture
     except UnknownArchitecture as reason:
@@ -138,8 +144,9 @@ def markdown(found: Mapping[str, Mapping[str, Any]]) -> str:
         f"({versions}). What it is (block, order, multipliers, standard deviation of",
         "every matrix) is measured by perturbing its forward pass; the prediction is from the config alone. Error is",
         "log(predicted / measured), in per cent, with the standard error of the measurement. `agrees`: within",
-        f"{100 * ACCURACY:g} %, the stated accuracy, and measured to be what the config says. Matrices: the largest",
-        "deviation of a matrix's measured standard deviation from what the config says it is drawn with, in any layer.",
+        f"{100 * ACCURACY:g} %, the stated accuracy, by a measurement that chance moves by no more (else it would be",
+        "undecided), and measured to be what the config says. Matrices: the largest deviation of a matrix's measured",
+        "standard deviation from what the config says it is drawn with, in any layer.",
         "",
         _summary(rows),
         "",
@@ -161,7 +168,9 @@ def verdict(r: Row) -> str:
     if r.reasons:
         return "unknown: outside the domain"
     assert r.error is not None
-    return "agrees" if abs(r.error) <= math.log1p(ACCURACY) else "**differs**"
+    if abs(r.error) > math.log1p(ACCURACY):
+        return "**differs**"
+    return "agrees" if decides(r.scatter) else "undecided: too few seeds"
 
 
 def _line(r: Row) -> str:

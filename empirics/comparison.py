@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
-from scipy.special import stdtrit
 from torch import Tensor, nn
 
-from empirics.anatomy import forward, some_tokens, token_table
+from empirics.agreement import DRAWS, Outcome, Scatter, enough, outcome
+from empirics.anatomy import forward
+from empirics.distributed import local
 from empirics.measured import Measured, describe
 from empirics.running import evaluating, first_tensor
 from empirics.stability import StabilityMonitor, StabilityRecord
+from empirics.token_ids import FEWEST, context_of, some_tokens, token_table
 from theory.architecture import Architecture
 from theory.arguments import require_architecture
 from theory.growth import Growth, gradient_growth
@@ -23,14 +25,10 @@ from theory.hf_config import UnknownArchitecture, parse_config
 from theory.initialisation import Stds
 
 Loss = Callable[[nn.Module, Tensor, Tensor], Tensor]
-Outcome = Literal["agrees", "differs", "unknown"]
 
 CHECK_SHAPE = (4, 48)  # sequences and tokens that `check` runs
 STD_LIMIT = 0.15  # relative: five standard errors of the smallest matrices of a network 32 wide are 0.11
-ACCURACY = 0.08  # relative, of the predicted growth inside its domain; a measurement adds its standard error
-CHANCE = 0.01  # of calling a right prediction wrong, beyond the accuracy that it states
 SIGN_SEED = 0x5CA77E12  # one that nobody draws weights with, whose signs would then be of the same stream
-DRAWS = 8  # that the scatter of one network is taken from
 LONGEST_EXACT = 256  # repeated tokens are predicted position by position, in a time that grows like T^3
 MOST_EXACT = 4  # sequences
 NEARLY_DISTINCT = 0.95  # share of a sequence's tokens that are; the rest moves the growth by less than its accuracy
@@ -74,42 +72,27 @@ def predict(architecture: Architecture, tokens: Tensor) -> Growth:
     )
 
 
-class Scatter(NamedTuple):
-    """How a measured log growth scatters: its standard deviation, of how many draws that is, how many were averaged."""
+@contextmanager
+def redrawn(model: nn.Module, generators: Mapping[torch.device, torch.Generator]) -> Iterator[None]:
+    """Inside, the sign of every entry of a model's matrices is drawn anew; afterwards they are as before, to the bit.
 
-    log_sd: float
-    draws: int
-    averaged: int
+    Of independent numbers that are as likely positive as negative that is a further draw of the same ensemble.
 
-
-def allowed(scatter: Scatter) -> float:
-    """How far the log of a measured growth may be from the prediction's before they are said to differ.
-
-    The stated accuracy of the prediction inside its domain, and beyond it what chance explains: Student's quantile of
-    the measurement's scatter, exceeded by chance once in `1 / CHANCE`.
+    Args:
+        generators: one for each device that holds matrices.
     """
-    quantile = float(stdtrit(scatter.draws - 1, 1 - CHANCE / 2))
-    return math.log1p(ACCURACY) + quantile * scatter.log_sd / math.sqrt(scatter.averaged)
-
-
-def outcome(
-    predicted: float | None, measured: float, scatter: Scatter | None
-) -> tuple[Outcome, float, tuple[str, ...]]:
-    """Whether a prediction agrees with a measurement, the limit on the difference of their logs, and why not known."""
-    if not math.isfinite(measured) or measured <= 0:
-        return "unknown", math.nan, ("the measured growth is zero or not finite",)
-    limit = math.nan if scatter is None else allowed(scatter)
-    if predicted is None:
-        return "unknown", limit, ()
-    if not math.isfinite(predicted) or predicted <= 0:
-        return "unknown", limit, ("the predicted growth is zero or not finite",)
-    if not math.isfinite(limit):
-        return "unknown", limit, ("how much such networks scatter could not be measured",)
-    return "agrees" if abs(math.log(predicted / measured)) <= limit else "differs", limit, ()
+    kept = {p: p.detach().clone() for p in model.parameters() if p.ndim > 1}
+    try:
+        for p, before in kept.items():
+            signs = torch.randint(2, before.shape, generator=generators[p.device], device=p.device, dtype=torch.int8)
+            p.data.copy_(before * (2 * signs - 1))
+        yield
+    finally:
+        for p, before in kept.items():
+            p.data.copy_(before)
 
 
 def scatter_of_one(
-    monitor: StabilityMonitor,
     model: nn.Module,
     inputs: Tensor,
     targets: Tensor,
@@ -119,36 +102,23 @@ def scatter_of_one(
 ) -> Scatter | None:
     """How the growth of networks like this one scatters: with the sign of every entry of its matrices drawn anew.
 
-    Of independent numbers that are as likely positive as negative that is a further draw of the same ensemble. The
-    weights are put back, to the bit.
-
     Args:
         on_draw: called after each draw.
 
     Returns:
         None where a network so drawn has no finite growth, or the matrices are spread over several processes.
     """
-    if any(hasattr(p, "to_local") for p in model.parameters()):
+    parameters = list(model.parameters())
+    if any(local(p) is not p for p in parameters):
         return None
-    device_ = {p.device for p in model.parameters() if p.ndim > 1}
-    generators = {device: torch.Generator(device).manual_seed(SIGN_SEED) for device in device_}
-    kept = {p: p.detach().clone() for p in model.parameters() if p.ndim > 1}
-    records, logs = list(monitor.records), list[float]()
-    try:
-        for n in range(DRAWS):
-            for p, before in kept.items():
-                signs = torch.randint(
-                    2, before.shape, generator=generators[p.device], device=p.device, dtype=torch.int8
-                )
-                p.data.copy_(before * (2 * signs - 1))
+    devices = {p.device for p in parameters if p.ndim > 1}
+    generators = {device: torch.Generator(device).manual_seed(SIGN_SEED) for device in devices}
+    monitor = StabilityMonitor(model, tokens=inputs if inputs.shape[1] >= FEWEST else None, probes="none")
+    logs = list[float]()
+    for n in range(DRAWS):
+        with redrawn(model, generators):
             logs.append(math.log(one_pass(monitor, model, inputs, targets, loss=loss).growth or math.nan))
-            on_draw(n)
-    except ValueError:  # the log of what is no number
-        return None
-    finally:
-        for p, before in kept.items():
-            p.data.copy_(before)
-        monitor.records = records
+        on_draw(n)
     return Scatter(float(np.std(logs, ddof=1)), DRAWS, 1) if all(map(math.isfinite, logs)) else None
 
 
@@ -157,11 +127,12 @@ class Check:
     """Measured growth beside the prediction for the module's configuration; prints as a table.
 
     Attributes:
-        verdict: `agrees`, `differs` (by more than `limit`), or `unknown` where there is no prediction to hold it to.
+        verdict: `agrees`, `differs` (by more than `limit`), `undecided` where it agrees but one network scatters so
+            much that a wrong prediction would agree as well, or `unknown` where there is none to hold it to.
         measured: of this network at its present weights, on one batch.
         predicted: a sharp prediction, for the initialisation that the configuration names; None without one.
         limit: on |log(predicted / measured)|, from `allowed`; not a number where it was not needed.
-        reasons: why the verdict is `unknown`, or where the module is not what its config says.
+        reasons: why the verdict is `unknown` or `undecided`, or where the module is not what its config says.
         architecture: what `describe` measured.
         record: the probed pass.
     """
@@ -208,15 +179,15 @@ def check(
         probes: what else to measure, as in `StabilityMonitor`; `half_layer_jacobian` for what the gradient grows by.
 
     Raises:
-        ValueError: no residual stream is found, the loss has no gradient, or `architecture` is none; the message says
-            why.
+        ValueError: no residual stream is found, the loss has no gradient, or `tokens` or `architecture` is none; the
+            message says why.
     """
     if architecture is not None:
         require_architecture(architecture)
     measured = describe(model, tokens)
     if tokens is None:
-        context = getattr(getattr(model, "config", None), "max_position_embeddings", None) or CHECK_SHAPE[1]
-        tokens_ = some_tokens(model, (CHECK_SHAPE[0], min(CHECK_SHAPE[1], int(context)) + 1))
+        n_tokens = min(CHECK_SHAPE[1], context_of(model) or CHECK_SHAPE[1])
+        tokens_ = some_tokens(model, (CHECK_SHAPE[0], n_tokens + 1))
     else:
         tokens_ = tokens
     inputs, targets = tokens_[:, :-1].contiguous(), tokens_[:, 1:].contiguous()  # nanoGPT views them as one axis
@@ -230,8 +201,14 @@ def check(
         reasons = (*growth.reasons, *disagreements(measured, said))
     scatter = None
     if predicted is not None and not reasons:
-        scatter = scatter_of_one(monitor, model, inputs, targets, loss=loss)
+        scatter = scatter_of_one(model, inputs, targets, loss=loss)
     verdict, limit, why = outcome(None if reasons else predicted, record.growth, scatter)
+    if verdict == "undecided" and scatter is not None:
+        n = enough(scatter.log_sd)
+        why = (
+            *why,
+            f"one network does not decide; the geometric mean of about {n}, each of another seed, does",
+        )
     return Check(
         verdict=verdict,
         measured=record.growth,
@@ -318,7 +295,10 @@ def disagreements(measured: Measured, architecture: Architecture, *, weights: bo
         found.append(f"a bias has root mean square {measured.bias_rms:.4g}, it starts with 0: not as initialised")
     for role, stds in initial_stds(measured, a).items() if weights else ():
         for layer, (std, said) in enumerate(zip(measured.stds[role], stds)):
-            if not said / (1 + STD_LIMIT) <= std <= said * (1 + STD_LIMIT):
+            limit = STD_LIMIT
+            if role == "router":  # a row an expert: with few of them five standard errors are more
+                limit = max(limit, 5 / math.sqrt(2 * a.n_experts * a.d_model))
+            if not said / (1 + limit) <= std <= said * (1 + limit):
                 at = "" if len(stds) == 1 else f" of layer {layer}"
                 found.append(f"{role}{at} has std {std:.4g}, it starts with {said:.4g}: not as initialised")
                 break

@@ -10,12 +10,12 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Tensor, nn
 
-from empirics.anatomy import some_tokens
 from empirics.comparison import one_pass
 from empirics.measured import Measured, describe
 from empirics.probes import growth_over_seeds
 from empirics.running import first_tensor, removed
 from empirics.stability import StabilityMonitor
+from empirics.token_ids import some_tokens
 from theory.records import Measurement
 
 Tokens = tuple[Tensor, Tensor]

@@ -12,20 +12,12 @@ from typing import Any
 
 from tqdm import tqdm
 
+from empirics.agreement import ACCURACY, DRAWS, Scatter, enough, outcome
 from empirics.anatomy import anatomy
 from empirics.block_functions import has_experts
 from empirics.block_norms import LAYER, STACK, block_norms
 from empirics.command_line import add_text_options, check_device, require_memory
-from empirics.comparison import (
-    ACCURACY,
-    DRAWS,
-    Scatter,
-    disagreements,
-    initial_stds,
-    outcome,
-    predict,
-    scatter_of_one,
-)
+from empirics.comparison import disagreements, initial_stds, predict, scatter_of_one
 from empirics.decoder_growth import DecoderGrowth, measure_decoder
 from empirics.footprint import footprint
 from empirics.jacobian_probes import FUNCTIONS
@@ -34,7 +26,6 @@ from empirics.measured import Measured
 from empirics.networks import Network, network
 from empirics.real_classes import n_parameters
 from empirics.spectral import NormEstimate
-from empirics.stability import StabilityMonitor
 from theory.__main__ import EXIT_UNKNOWN, add_architecture_options, emit, whole
 from theory.architecture import PRESETS
 from theory.growth import Growth
@@ -60,8 +51,10 @@ def add_command(commands: Any) -> argparse.ArgumentParser:
         "pass, and its gradient growth, beside the prediction. CONFIG is a preset; a config.json, built as the class "
         "of transformers with the weights that its own initialiser draws; or a folder with weights: a checkpoint of "
         "transformers (config.json, model.safetensors), or what `train` left (with --keep-checkpoint, or a checkpoint "
-        "of an unfinished run). No code of a folder runs. Exit status: 0 measured, whatever came out; 2 bad input; 3 "
-        "there is no prediction for it (it is measured all the same, if it can be).",
+        "of an unfinished run). No code of a folder runs. Verdict: agrees, differs, "
+        "undecided (it agrees, but the seeds scatter by more than the stated accuracy; more --seeds), or unknown. Exit "
+        "status: 0 measured, whatever came out; 2 bad input; 3 there is no prediction for it (it is measured all the "
+        "same, if it can be).",
     )
     add_architecture_options(
         measure, most_tokens=SEQ_LEN, help=f"{', '.join(PRESETS)}, a config.json, or a folder with weights"
@@ -75,8 +68,9 @@ def add_command(commands: Any) -> argparse.ArgumentParser:
     )  # fmt: skip
     measure.add_argument("--batch", type=whole, default=4, metavar="B", help="sequences (default 4)")
     measure.add_argument(
-        "--seeds", type=whole, default=3, metavar="K", help="seeds 0..K-1 of weights and tokens (default 3)"
-    )
+        "--seeds", type=whole, default=3, metavar="K",
+        help="seeds 0..K-1 of weights and tokens (default 3); more where the verdict is undecided",
+    )  # fmt: skip
     measure.add_argument(
         "--norms",
         action="store_true",
@@ -210,7 +204,10 @@ def _answer(
     reasons = (*outside, *differences)
     verdict, limit, why = "unknown", math.nan, ()
     if predicted is not None and not reasons:
-        verdict, limit, why = outcome(predicted.value, growth, _scatter(subject, grown))
+        scatter = _scatter(subject, grown)
+        verdict, limit, why = outcome(predicted.value, growth, scatter)
+        if verdict == "undecided" and scatter is not None:
+            why = (*why, _more_seeds(subject, scatter))
     expected = None
     if a is not None and predicted is not None:
         names = dict(zip(place_names(a), zip(predicted.gradient, predicted.residual_std)))
@@ -269,9 +266,19 @@ def _scatter(subject: Network, grown: DecoderGrowth) -> Scatter | None:
     if not subject.trained and grown.log_sd is not None and seeds >= DRAWS:
         return Scatter(grown.log_sd, seeds, seeds)
     with tqdm(total=DRAWS, desc="scatter", unit="draw", disable=None) as bar:
-        monitor = StabilityMonitor(grown.model)
-        drawn = scatter_of_one(monitor, grown.model, grown.tokens, grown.targets, on_draw=lambda _: bar.update(1))
+        drawn = scatter_of_one(grown.model, grown.tokens, grown.targets, on_draw=lambda _: bar.update(1))
     return None if drawn is None else drawn._replace(averaged=1 if subject.trained else seeds)
+
+
+def _more_seeds(subject: Network, scatter: Scatter) -> str:
+    """What would decide; of one network's weights no --seeds do, which are then of its tokens."""
+    n = enough(scatter.log_sd)
+    if subject.trained:
+        return (
+            "one network does not decide, whatever its tokens; measure its configuration at initialisation, with about "
+            f"--seeds {n}"
+        )
+    return f"about --seeds {n} would decide" if n <= LARGEST_SEEDS else "a larger --width would decide"
 
 
 def place_names(architecture: Any) -> list[str]:
@@ -297,11 +304,11 @@ def text(answer: dict[str, Any]) -> str:
         domain = "" if predicted["in_domain"] else ", outside its domain"
         start = ", at initialisation" if answer["trained"] else ""
         error = predicted["gradient_growth"] / growth["value"] - 1
-        compared = "" if answer["trained"] else f": {error:+.2%}"
+        compared = "" if answer["trained"] and answer["verdict"] == "unknown" else f": {error:+.2%}"
         lines.append(f"predicted {predicted['gradient_growth']:.4g} (sharp{domain}{start}){compared}")
     allowed = ""
     if answer["verdict"] != "unknown":
-        side = "within" if answer["verdict"] == "agrees" else "by more than"
+        side = "by more than" if answer["verdict"] == "differs" else "within"
         allowed = f" ({side} {math.expm1(answer['limit']):.1%}: {ACCURACY:.0%} stated, and what scatter explains)"
     lines.append(f"verdict: {answer['verdict']}{allowed}")
     lines += [f"why: {reason}" for reason in answer["why"]]

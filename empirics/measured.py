@@ -8,15 +8,17 @@ from __future__ import annotations
 import math
 import re
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from empirics.anatomy import FAR, Anatomy, Block, Run, SubLayer, Wiring, anatomy, capture, some_tokens, token_table
+from empirics.anatomy import FAR, Anatomy, Block, Run, SubLayer, Wiring, anatomy, capture
+from empirics.block_functions import has_experts
 from empirics.running import close, evaluating, factor, removed
+from empirics.token_ids import one_sequence, some_tokens, token_table
 from theory.words import counted
 
 CHUNK = 1024  # unit vectors sent through a linear module at once
@@ -36,7 +38,8 @@ class Measured:
         embedding_norm: the first block's input is normalised.
         tied: the head is the token table.
         stds: root mean square of each matrix's entries by role, over the layers that have it. A matrix counts as what
-            its module does to unit vectors; `query_key_value` and the like are held in one.
+            its module does to unit vectors; `query_key_value` and the like are held in one. Those of all experts are
+            one role.
         bias_rms: the largest root mean square of a module's bias, 0 without any.
     """
 
@@ -73,12 +76,12 @@ def describe(model: nn.Module, tokens: Tensor | None = None) -> Measured:
         tokens: (B, T) ids to run it on; random unless given.
 
     Raises:
-        ValueError: no residual stream is found; the message says why.
+        ValueError: they are none, or no residual stream is found; the message says why.
     """
     found, blocks = anatomy(model, tokens)
     with evaluating(model), torch.no_grad():
         kinds = [_kind(block, wired) for block, wired in zip(blocks, found.wirings)]
-        multiplier, normalised = _embedding(model, found)
+        multiplier, normalised = _embedding(model, found, one_sequence(model, tokens).shape[1])
         head = _head(model, found)
         table = token_table(model).weight
         tied = head is None or head.data_ptr() == table.data_ptr()
@@ -162,10 +165,10 @@ def _kind(block: Block, wired: Wiring) -> tuple[str | None, float | None, float 
 # --- embedding and head ---------------------------------------------------------------------------------------------
 
 
-def _embedding(model: nn.Module, found: Anatomy) -> tuple[float | None, bool]:
+def _embedding(model: nn.Module, found: Anatomy, n_tokens: int) -> tuple[float | None, bool]:
     """The embedding's multiplier, and whether it is normalised."""
     table = token_table(model)
-    one, other = (some_tokens(model, seed=seed) for seed in (1, 2))
+    one, other = (some_tokens(model, (1, n_tokens), seed=seed) for seed in (1, 2))
 
     def entering(tokens: Tensor, scale: float = 1.0) -> Tensor:
         with ExitStack() as hooks:
@@ -200,9 +203,8 @@ def _matrices(block: Block, wired: Wiring) -> Iterator[tuple[str, float]]:
     """Role and root mean square of every matrix of a block."""
     run = block.run()
     roles: dict[nn.Module, str] = {}
-    if wired.attention is not None:
+    if wired.attention is not None and wired.feedforward is not None:  # what mixes tokens alone may be no attention
         roles |= _attention_roles(block, run, wired.attention)
-    if wired.feedforward is not None:
         roles |= _feedforward_roles(block, run, wired.feedforward)
     others: dict[str, list[Tensor]] = defaultdict(list)
     for name, module in block.module.named_modules():
@@ -212,7 +214,9 @@ def _matrices(block: Block, wired: Wiring) -> Iterator[tuple[str, float]]:
         else:
             for key, p in own.items():
                 others[re.sub(r"\.\d+\.", ".*.", f"{name}.{key}")].append(p)
-    for name, alike in others.items():  # one name for all experts
+    if has_experts(wired.feedforward):
+        others = _routed_roles(others, block.x.shape[-1])
+    for name, alike in others.items():
         yield name, math.sqrt(sum(_rms(p) ** 2 * p.numel() for p in alike) / sum(p.numel() for p in alike))
 
 
@@ -275,6 +279,34 @@ def _feedforward_roles(block: Block, run: Run, feedforward: SubLayer) -> dict[nn
         linear = turned is not None and close(-turned, hidden)
         roles[module] = "ffn_gate" if linear else "ffn_in"
     return roles
+
+
+def _routed_roles(others: Mapping[str, list[Tensor]], width: int) -> dict[str, list[Tensor]]:
+    """By role what is a router's, (experts, D), or the experts', by sizes alone: they are called on some tokens each.
+
+    Of two sets of experts' matrices the one with twice the numbers is entrance and gate in one, and of three the one of
+    another shape leaves. Of two as large, those of `nn.Linear` are (outputs, inputs) each; what else is not told apart.
+    """
+    experts = {name: parts for name, parts in others.items() if len(parts) > 1 or parts[0].ndim == 3}
+    shapes = {name: parts[0].shape[-2:] for name, parts in experts.items()}
+    count = {sum(p.numel() for p in parts) // shapes[name].numel() for name, parts in experts.items()}
+    roles = {
+        name: "router"
+        for name, parts in others.items()
+        if name not in experts and len(count) == 1 and tuple(parts[0].shape) == (*count, width)
+    }
+    names = sorted(experts, key=lambda name: shapes[name].numel())
+    if len(names) == 2 and shapes[names[1]].numel() == 2 * shapes[names[0]].numel():
+        roles |= {names[0]: "ffn_out", names[1]: "ffn_in_gate"}
+    elif len(names) == len(set(shapes.values())) == 2 and all(experts[name][0].ndim == 2 for name in names):
+        roles |= {name: "ffn_in" if shapes[name][1] == width else "ffn_out" for name in names}
+    elif len(names) == 3:
+        alone = [name for name in names if sum(shapes[name] == shapes[other] for other in names) == 1]
+        roles |= {name: "ffn_out" if name in alone else "ffn_in_gate" for name in names} if len(alone) == 1 else {}
+    found: dict[str, list[Tensor]] = defaultdict(list)
+    for name, parts in others.items():
+        found[roles.get(name, name)] += parts
+    return found
 
 
 def _response(module: nn.Module, run: Run) -> Tensor:

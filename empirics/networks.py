@@ -121,7 +121,7 @@ def network(
         if real and not real_classes.known(data):
             raise ValueError(f"transformers has no decoder {data['model_type']!r}; use --implementation own")
     if not real and read is None:
-        raise UnknownArchitecture(unknown)
+        raise UnknownArchitecture(f"{unknown}; {_to_measure(data)}")
     if not real and read is not None:
         return _own(read, n_layers=n_layers, width=width, embedding=embedding, init=init)
     _require_sane(data)
@@ -138,6 +138,15 @@ def network(
         settings=settings,
         folder=folder,
     )
+
+
+def _to_measure(data: Any) -> str:
+    """What to do about a config that is neither predicted nor built as a class of transformers."""
+    if not real_classes.available():
+        return "to measure it all the same, pip install 'spikecheck[hf]'"
+    if not real_classes.known(data):
+        return "transformers has no decoder of that name to measure; give the config of one"
+    return "to measure the class of transformers, leave out --implementation, --embedding and --init"
 
 
 def _own(

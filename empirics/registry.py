@@ -132,7 +132,7 @@ def find(name: str) -> Probe:
     return known[name]
 
 
-def schedule(text: str, every: int) -> dict[str, int | None]:
+def schedule(text: Any, every: int) -> dict[str, int | None]:
     """Which probes a training takes, and every how many steps; None for before the first and after the last.
 
     Args:
@@ -143,6 +143,8 @@ def schedule(text: str, every: int) -> dict[str, int | None]:
     Raises:
         ValueError: a name or a number is not one.
     """
+    if not isinstance(text, str):
+        raise ValueError(f"probes={text!r} is no text; write for example 'default,stack_jacobian@100'")
     if text.strip() == "none":
         return {}
     known = probes()

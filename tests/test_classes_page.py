@@ -8,9 +8,11 @@ from statistics import median
 from typing import Any
 
 import pytest
+from scipy.special import stdtrit
 
 from empirics import class_configs
-from empirics.comparison import ACCURACY
+from empirics.agreement import ACCURACY, CHANCE
+from empirics.classes import DEEPER_SEEDS
 from theory.growth import gradient_growth
 from theory.hf_config import UnknownArchitecture, parse_config
 
@@ -74,6 +76,9 @@ def test_the_page_meets_the_targets() -> None:
     assert len(TESTED - errors.keys()) <= 2
     assert {"gpt2, 24 layers", "llama, 24 layers", "olmo2, 24 layers"} <= errors.keys()
     assert all(float(row[6].split()[0]) <= 2 for label, row in rows.items() if label in errors)  # standard errors
+    # Chance moves none of them by more than the accuracy that it is held to: none is undecided.
+    quantile = float(stdtrit(DEEPER_SEEDS - 1, 1 - CHANCE / 2))
+    assert all(quantile * 0.01 * float(rows[label][6].split()[0]) <= math.log1p(ACCURACY) for label in errors)
 
 
 def test_an_unknown_class_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
@@ -130,6 +135,10 @@ def test_the_page_is_made_resumed_and_a_damaged_record_made_again(
         found["tiny, tied"]["spec"]["config"]["tie_word_embeddings"] = False
         assert "**not what the config says**" in classes.markdown(found)
         found = classes.records(tmp_path / "records", only="tied", seeds=2)
+        assert "| undecided: too few seeds |" in classes.markdown(found)  # two of a width of 64
+        assert "1 of 1 are inside the domain, and 0 of them agree" in classes.markdown(found)
+        found["tiny, tied"]["growth"]["log_sd"] = [1e-3]
+        assert "| agrees |" in classes.markdown(found)
         found["tiny, tied"]["growth"]["values"] = [9.0]
         assert "**differs**" in classes.markdown(found)
     capsys.readouterr()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,9 +14,12 @@ pytest.importorskip("transformers")
 from helpers.decoders import NanoGPT, Titan
 from helpers.known_decoders import KINDS, TRUTH, real
 from helpers.real_classes import blocks
+from helpers.real_classes import build as build_real
 
 from empirics.anatomy import find_blocks
+from empirics.model import build
 from empirics.monitor import check, describe
+from theory.architecture import preset
 
 
 @KINDS
@@ -54,6 +58,35 @@ def test_matrices_are_told_apart_by_what_they_do(kind: str) -> None:
     stds = describe(model).stds
     for role, std in expected.items():
         assert stds[role][1] == pytest.approx(std, rel=1e-3), role
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_experts_have_the_roles_of_one_feed_forward(gated: bool) -> None:
+    a = replace(preset("tiny"), n_layers=2, n_experts=3, gated=gated, d_ffn=80)
+    model = build(a, seed=0)
+    feedforward = model.layers[1].feedforward
+    with torch.no_grad():
+        for expert in feedforward.experts:
+            expert.leave.weight.mul_(2)
+        feedforward.router.weight.mul_(3)
+    stds = describe(model).stds
+    enter = {"ffn_in_gate" if gated else "ffn_in"}
+    assert stds.keys() == {"embedding", "query", "key", "value", "output", "router", "ffn_out", "head"} | enter
+    pooled = torch.stack([expert.leave.weight.detach() for expert in feedforward.experts]).square().mean().sqrt()
+    assert stds["ffn_out"][1] == pytest.approx(float(pooled), rel=1e-6)
+    assert stds["router"][1] == pytest.approx(
+        float(feedforward.router.weight.detach().square().mean().sqrt()), rel=1e-6
+    )
+    # As wide within as without, entrance and exit have one shape, and neither is named.
+    square = describe(build(replace(a, d_ffn=a.d_model), seed=0)).stds
+    assert not square.keys() & {"ffn_in", "ffn_in_gate", "ffn_out"}
+
+
+def test_what_mixes_tokens_without_being_attention_has_no_roles() -> None:
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 4, "vocab_size": 50}
+    stds = describe(build_real({"model_type": "mamba"} | sizes)).stds
+    assert "mixer.in_proj.weight" in stds
+    assert not stds.keys() & {"query_key_value", "output"}
 
 
 # --- hand-written decoders ------------------------------------------------------------------------------------------
