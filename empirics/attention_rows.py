@@ -75,8 +75,11 @@ def precise(x: Tensor) -> Tensor:
     return x.detach() if x.dtype == torch.float64 else x.detach().float()
 
 
-def attention_rows(attention: Attention, u_BTD: Tensor) -> AttentionRows:
+def attention_rows(attention: Attention, u_BTD: Tensor, documents_BT: Tensor | None = None) -> AttentionRows:
     """The statistics of our own attention's rows on what it reads.
+
+    Args:
+        documents_BT: of its tokens, as `Transformer.documents` has them.
 
     Raises:
         Unavailable: no row sees two keys.
@@ -87,6 +90,7 @@ def attention_rows(attention: Attention, u_BTD: Tensor) -> AttentionRows:
     def blocks() -> Iterator[tuple[Tensor, Tensor]]:
         for rows in row_blocks(len(u_BTD) * attention.n_heads, u_BTD.shape[1]):
             before = key[:, :, : rows.stop]  # no row sees a later one
-            yield attention.logits(query[:, :, rows], before, rows), attention.seen(rows.stop, key.device, rows)
+            within = None if documents_BT is None else documents_BT[:, : rows.stop]
+            yield attention.logits(query[:, :, rows], before, rows), attention.seen(rows.stop, key.device, rows, within)
 
     return row_statistics(blocks())

@@ -53,9 +53,13 @@ def logit_slopes(attention: Attention, u_TD: Tensor) -> tuple[Tensor, Tensor]:
         return slopes(logits.sum(-1), by_key), slopes(logits.sum(-2), by_query).transpose(1, 2)
 
 
-def observe_blocks(attention: Attention, u_TD: Tensor) -> Observed:
-    """Norms of the blocks of the Jacobian: values by Kronecker products, keys and queries by their slopes."""
-    p_Htj = attention.probabilities(u_TD[None])[1][0]
+def observe_blocks(attention: Attention, u_TD: Tensor, documents_BT: Tensor | None = None) -> Observed:
+    """Norms of the blocks of the Jacobian: values by Kronecker products, keys and queries by their slopes.
+
+    Args:
+        documents_BT: of the tokens, (1, T), as `Transformer.documents` has them.
+    """
+    p_Htj = attention.probabilities(u_TD[None], documents_BT)[1][0]
     _, _, value_HED, output_HDE = head_matrices(attention)
     value_GTE = attention.queries_keys_values(u_TD[None])[2][0]
     value_HTE = value_GTE.repeat_interleave(attention.n_heads // attention.n_kv_heads, 0)

@@ -33,8 +33,9 @@ ATTENTIONS = {
 class FullAttention(Attention):
     """Every token sees every other."""
 
-    def seen(self, length: int, device: torch.device, rows: slice = ALL) -> Tensor:
-        """(T, T), true everywhere; of the `rows` alone."""
+    def seen(self, length: int, device: torch.device, rows: slice = ALL, documents_BT: Tensor | None = None) -> Tensor:
+        """(T, T), true everywhere; of the `rows` alone. There are no documents here."""
+        assert documents_BT is None
         return torch.ones(length, length, dtype=torch.bool, device=device)[rows]
 
 

@@ -49,10 +49,10 @@ def _slope(layer: Layer, norm: nn.Module | None, x_TD: Tensor) -> float:
     return _value(norm_jacobian_upper(), observe_norm(norm, x_TD)) * layer.norm_factor
 
 
-def attention_bound(a: Architecture, layer: Layer, u_TD: Tensor) -> float:
+def attention_bound(a: Architecture, layer: Layer, u_TD: Tensor, documents_BT: Tensor | None = None) -> float:
     """With the real softmax matrices; the smaller of two where both speak of such an attention."""
-    seen = observe_attention(layer.attention, u_TD)
-    found = [_value(attention_blocks_upper(), seen | observe_blocks(layer.attention, u_TD))]
+    seen = observe_attention(layer.attention, u_TD, documents_BT)
+    found = [_value(attention_blocks_upper(), seen | observe_blocks(layer.attention, u_TD, documents_BT))]
     statement = attention_upper_aposteriori()
     if all(getattr(a, name) in allowed for name, allowed in statement.covers.items()):
         found.append(_value(statement, seen))
@@ -71,15 +71,23 @@ def feedforward_bound(a: Architecture, layer: Layer, u_TD: Tensor) -> float:
     return _value(ffn_upper(), seen | {"lipschitz": lipschitz(a.activation, reach)})
 
 
-def _layer_bounds(a: Architecture, layer: Layer, entering: list[Tensor]) -> dict[str, list[float]]:
+def _layer_bounds(
+    a: Architecture, layer: Layer, entering: list[Tensor], documents_BT: Tensor | None
+) -> dict[str, list[float]]:
     """Bounds on one layer's Jacobians; the half-layers' in the order of the updates."""
     found: dict[str, list[float]] = {}
     halves: list[float] = []
     roles = (
-        ("attention", attention_bound, layer.attention_norm, layer.attention_out_norm, layer.attention),
+        (
+            "attention",
+            lambda u_TD: attention_bound(a, layer, u_TD, documents_BT),
+            layer.attention_norm,
+            layer.attention_out_norm,
+            lambda u_BTD: layer.attention(u_BTD, documents_BT),
+        ),
         (
             "ffn",
-            feedforward_bound,
+            lambda u_TD: feedforward_bound(a, layer, u_TD),
             layer.attention_norm if layer.shared_norm else layer.feedforward_norm,
             layer.feedforward_out_norm,
             layer.feedforward,
@@ -89,7 +97,7 @@ def _layer_bounds(a: Architecture, layer: Layer, entering: list[Tensor]) -> dict
     for k, (name, bound, before, after, inner) in enumerate(roles):
         x_TD = entering[min(k, len(entering) - 1)][0]
         read = layer.attention_input(x_TD[None]) if k == 0 else layer.feedforward_input(x_TD[None])
-        jacobian = bound(a, layer, read[0])
+        jacobian = bound(read[0])
         found["experts_jacobian" if name == "ffn" and a.n_experts else f"{name}_jacobian"] = [jacobian]
         branch = jacobian * _slope(layer, before, x_TD) * layer.residual
         if a.block in ("peri-ln", "branch-ln"):
@@ -112,7 +120,8 @@ def a_posteriori_bounds(subject: Subject) -> dict[str, tuple[float, ...]]:
     """
     a = subject.model.architecture
     with torch.no_grad():
-        layers = [_layer_bounds(a, layer, x) for layer, x in zip(subject.layers, subject.entering, strict=True)]
+        pairs = zip(subject.layers, subject.entering, strict=True)
+        layers = [_layer_bounds(a, layer, x, subject.documents) for layer, x in pairs]
     bounds = {name: tuple(value for layer in layers for value in layer[name]) for name in layers[0]}
     first, last = subject.stack
     halves = [value for layer in layers[first : last + 1] for value in layer["half_layer_jacobian"]]

@@ -6,6 +6,7 @@ A checkpoint is a folder `step-NNNNNNNN` (N steps have been taken):
     optimizer.safetensors  Adam's moments and step count, `PARAMETER.exp_avg`, `.exp_avg_sq`, `.step`
     series.json            what was written down so far
     architecture.json      what the weights are of, for those who only look at them
+    documents.json         the token at which attention stops, if it stops at the ends of documents
     manifest.json          the step, the run's identity, size and SHA-256 of the files above; written last
 
 A model that is kept has the files that it needs, and a manifest of them.
@@ -44,7 +45,7 @@ from theory.records import plain, write_json
 
 KEPT = 2  # so that damage to the newest loses the steps since the one before, not the run
 MODEL, OPTIMIZER, SERIES = "model.safetensors", "optimizer.safetensors", "series.json"
-ARCHITECTURE, RUN = "architecture.json", "run.json"
+ARCHITECTURE, DOCUMENTS, RUN = "architecture.json", "documents.json", "run.json"
 
 
 class Checkpoints:
@@ -77,8 +78,7 @@ class Checkpoints:
             mine = names[self.ranks.rank :: self.ranks.size]  # each rank reads through its share of the bytes
             if self.ranks.first:
                 write_json(temporary / SERIES, series)
-                write_json(temporary / ARCHITECTURE, plain(model.architecture))
-                mine += [SERIES, ARCHITECTURE]
+                mine += [SERIES, *_describe(temporary, model)]
             parts = self.ranks.each({file: seal(temporary / file) for file in mine})
             files = {file: sealed for part in parts for file, sealed in part.items()}
             if self.ranks.first:
@@ -199,13 +199,23 @@ def keep_model(
     with _new_folder(folder, ranks) as temporary:
         if ranks.first:
             save_file(weights, temporary / MODEL)
-            write_json(temporary / ARCHITECTURE, plain(model.architecture))
+            _describe(temporary, model)
             if tokenizer is not None:
                 tokenizer.save(temporary)
             if run is not None:
                 write_json(temporary / RUN, run)
             files = {path.name: seal(path) for path in sorted(temporary.iterdir())}
             write_json(temporary / MANIFEST, {"files": files})
+
+
+def _describe(folder: Path, model: Transformer) -> list[str]:
+    """Write what a model is beside its weights; the names of the files."""
+    described: dict[str, Any] = {ARCHITECTURE: plain(model.architecture)}
+    if model.end_of_document is not None:
+        described[DOCUMENTS] = {"end_of_document": model.end_of_document}
+    for name, content in described.items():
+        write_json(folder / name, content)
+    return list(described)
 
 
 # --- tensors by name ----------------------------------------------------------------------------------------------

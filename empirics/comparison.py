@@ -15,6 +15,7 @@ from empirics.agreement import DRAWS, Outcome, Scatter, enough, outcome
 from empirics.anatomy import forward
 from empirics.distributed import local
 from empirics.measured import Measured, describe
+from empirics.model import Transformer
 from empirics.running import evaluating, first_tensor
 from empirics.stability import StabilityMonitor, StabilityRecord
 from empirics.token_ids import FEWEST, context_of, some_tokens, token_table
@@ -70,6 +71,18 @@ def predict(architecture: Architecture, tokens: Tensor) -> Growth:
         in_domain=not reasons,
         reasons=reasons,
     )
+
+
+def within_documents(growth: Growth, model: nn.Module, tokens: Tensor) -> Growth:
+    """A prediction for (B, T) tokens, outside its domain where the model's attention stops at a document's end in them.
+
+    Its averages are over all the tokens before one.
+    """
+    documents = model.documents(tokens) if isinstance(model, Transformer) else None
+    if documents is None or not documents.any():
+        return growth
+    reason = "attention stops at ends of documents in these tokens, and the prediction lets a token see all before it"
+    return replace(growth, in_domain=False, reasons=(*growth.reasons, reason))
 
 
 @contextmanager
@@ -196,7 +209,7 @@ def check(
     said, reasons = said_to_be(model) if architecture is None else (architecture, ())
     predicted = None
     if said is not None:
-        growth = predict(said, inputs)
+        growth = within_documents(predict(said, inputs), model, inputs)
         predicted = growth.value
         reasons = (*growth.reasons, *disagreements(measured, said))
     scatter = None

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from empirics.checkpoints import ARCHITECTURE, MODEL, OPTIMIZER, SERIES, Checkpoints, fill
+from empirics.checkpoints import ARCHITECTURE, DOCUMENTS, MODEL, OPTIMIZER, SERIES, Checkpoints, fill
 from empirics.model import Transformer
 from empirics.seals import MANIFEST, broken, read_manifest
 from theory.architecture import Architecture
@@ -64,7 +64,8 @@ def architecture_of(folder: Path) -> Architecture:
 def load_model(folder: Path) -> Transformer:
     """The model of a folder, on the CPU: one that was kept, or that of a checkpoint of any number of ranks.
 
-    One that was kept without a manifest, as it once was, is named on standard error: nothing tells whether it is whole.
+    Its attention stops at the ends of documents if it did so in training. One that was kept without a manifest, as it
+    once was, is named on standard error: nothing tells whether it is whole.
 
     Raises:
         ValueError: it is damaged, or has no weights.
@@ -75,6 +76,7 @@ def load_model(folder: Path) -> Transformer:
     if damage := _damage(folder):
         raise ValueError(f"the model in {folder} is damaged ({damage}); {_remedy(folder)}")
     model = Transformer(architecture)
+    model.end_of_document = _end_of_document(folder)
     try:
         fill({name: parameter.detach() for name, parameter in model.named_parameters()}, folder)
     except (OSError, ValueError, LookupError, TypeError, RuntimeError, SafetensorError) as error:
@@ -109,6 +111,19 @@ def _remedy(folder: Path) -> str:
     if is_checkpoint(folder):
         return "name the folder of its run, of which the newest whole checkpoint is used, or train again"
     return f"bring it back, or delete it and {REMEDY}"
+
+
+def _end_of_document(folder: Path) -> int | None:
+    path = folder / DOCUMENTS
+    if not path.is_file():
+        return None
+    try:
+        end = json.loads(path.read_text())["end_of_document"]
+    except (OSError, ValueError, TypeError, LookupError) as error:
+        raise ValueError(f"{path} is damaged ({_short(error)}); {_remedy(folder)}") from None
+    if not isinstance(end, int):
+        raise ValueError(f"{path} is damaged (its end_of_document is no id); {_remedy(folder)}")
+    return end
 
 
 def _short(error: Exception) -> str:

@@ -17,7 +17,7 @@ from empirics.anatomy import anatomy
 from empirics.block_functions import has_experts
 from empirics.block_norms import LAYER, STACK, block_norms
 from empirics.command_line import add_text_options, check_device, require_memory
-from empirics.comparison import disagreements, initial_stds, predict, scatter_of_one
+from empirics.comparison import disagreements, initial_stds, predict, scatter_of_one, within_documents
 from empirics.decoder_growth import DecoderGrowth, measure_decoder
 from empirics.footprint import footprint
 from empirics.jacobian_probes import FUNCTIONS
@@ -134,7 +134,7 @@ def _measured(subject: Network, arguments: argparse.Namespace, device: str) -> d
         grown = measure_decoder(
             subject.make, seeds=tuple(range(arguments.seeds)), batches=tokens.of, device=device, on_layer=on_layer
         )
-    predicted = None if a is None else predict(a, grown.tokens)
+    predicted = None if a is None else within_documents(predict(a, grown.tokens), grown.model, grown.tokens)
     return _answer(subject, arguments, grown, predicted, tokens.description, _norms(arguments, grown))
 
 

@@ -188,7 +188,8 @@ def faster_attention(device: str, dtype: torch.dtype, n_tokens: int) -> Kernel:
 class Attention(nn.Module):
     """Causal attention of what it reads, in layer 0, 1, ...; `heads` stops before the output matrix.
 
-    `kernel` is the way to attend; None for `faster_attention`.
+    `kernel` is the way to attend; None for `faster_attention`. Given the number of each token's document, (B, T), no
+    token looks at another document.
     """
 
     kernel: Kernel | None = None
@@ -235,14 +236,20 @@ class Attention(nn.Module):
         """Cosines and sines (T, W) of what turns of each head."""
         return rotary_table(length, self.rope_width, device, dtype, self.rope_base, self.rope_slowing)
 
-    def seen(self, length: int, device: torch.device, rows: slice = ALL) -> Tensor:
+    def seen(self, length: int, device: torch.device, rows: slice = ALL, documents_BT: Tensor | None = None) -> Tensor:
         """(T, T), whether token t looks at token j: not at the future, and at no more than its window.
+
+        Given documents it is (B, 1, T, T): nor at another document.
 
         rows: which t alone.
         """
         position = torch.arange(length, device=device)
         seen = position <= position[rows, None]
-        return seen & (position > position[rows, None] - self.window) if self.window else seen
+        if self.window:
+            seen = seen & (position > position[rows, None] - self.window)
+        if documents_BT is not None:
+            seen = seen & (documents_BT[:, None, rows, None] == documents_BT[:, None, None, :])
+        return seen
 
     def distance_bias(self, length: int, like: Tensor, rows: slice = ALL) -> Tensor:
         """(H, T, T), what ALiBi adds to the logits of a token and one before it; of the `rows` alone."""
@@ -250,16 +257,16 @@ class Attention(nn.Module):
         slopes = torch.tensor(alibi_slopes(self.n_heads), device=like.device, dtype=torch.float64)
         return (slopes[:, None, None] * (position - position[rows, None])).to(like.dtype)
 
-    def heads(self, u_BTD: Tensor) -> Tensor:
+    def heads(self, u_BTD: Tensor, documents_BT: Tensor | None = None) -> Tensor:
         """Concatenated head outputs, (B, T, H*E)."""
-        return self.mix(*self.queries_keys_values(u_BTD))
+        return self.mix(*self.queries_keys_values(u_BTD), documents_BT)
 
-    def mix(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def mix(self, query: Tensor, key: Tensor, value: Tensor, documents_BT: Tensor | None = None) -> Tensor:
         """`heads` of given queries (B, H, T, E), keys and values (B, G, T, E)."""
         if self.kernel_at(value.device.type, value.dtype, value.shape[-2]) == "plain":
-            mixed = self.softmax(query, key)[1] @ self._each_head(value)
+            mixed = self.softmax(query, key, documents_BT)[1] @ self._each_head(value)
         else:
-            mask, grouped = self._mask(query), self.n_kv_heads != self.n_heads
+            mask, grouped = self._mask(query, documents_BT), self.n_kv_heads != self.n_heads
             mixed = F.scaled_dot_product_attention(
                 query, key, value, attn_mask=mask, is_causal=mask is None, scale=self.scale, enable_gqa=grouped
             )
@@ -271,26 +278,28 @@ class Attention(nn.Module):
             return "plain"
         return self.kernel or faster_attention(device, dtype, n_tokens)
 
-    def probabilities(self, u_BTD: Tensor) -> tuple[Tensor, Tensor]:
+    def probabilities(self, u_BTD: Tensor, documents_BT: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Logits but for the mask, soft-capped and with ALiBi's bias, and their softmax, each (B, H, T, T)."""
         query, key, _ = self.queries_keys_values(u_BTD)
-        return self.softmax(query, key)
+        return self.softmax(query, key, documents_BT)
 
-    def forward(self, u_BTD: Tensor) -> Tensor:
+    def forward(self, u_BTD: Tensor, documents_BT: Tensor | None = None) -> Tensor:
         """W_O P V of each token, (B, T, D)."""
-        return self.output(self.heads(u_BTD))
+        return self.output(self.heads(u_BTD, documents_BT))
 
-    def _mask(self, query: Tensor) -> Tensor | None:
+    def _mask(self, query: Tensor, documents_BT: Tensor | None) -> Tensor | None:
         """The fused kernel's: None for causal and no more, else True where a token looks, or what is added."""
         length = query.shape[-2]
         if self.alibi:
-            return self.distance_bias(length, query) + self._hiding(length, query)
-        return self.seen(length, query.device) if 0 < self.window < length else None
+            bias = self.distance_bias(length, query) + self._hiding(query, documents_BT)
+            return bias.view(-1, *bias.shape[-3:])  # with three axes torch has no fused kernel on a CPU
+        causal = documents_BT is None and not 0 < self.window < length
+        return None if causal else self._seen(query, documents_BT)
 
-    def softmax(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+    def softmax(self, query: Tensor, key: Tensor, documents_BT: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """`probabilities` of given queries (B, H, T, E) and keys (B, G, T, E)."""
         logits = self.logits(query, key)
-        return logits, (logits + self._hiding(query.shape[-2], logits)).softmax(-1)  # a sum is faster than a fill
+        return logits, (logits + self._hiding(logits, documents_BT)).softmax(-1)  # a sum is faster than a fill
 
     def logits(self, query: Tensor, key: Tensor, rows: slice = ALL) -> Tensor:
         """Logits but for the mask of the queries (B, H, t, E) of `rows` and of keys (B, G, T, E), (B, H, t, T)."""
@@ -298,10 +307,17 @@ class Attention(nn.Module):
         logits = softcap((query * self.scale) @ self._each_head(key).mT, self.softcap)
         return logits + self.distance_bias(key.shape[-2], logits, rows) if self.alibi else logits
 
-    def _hiding(self, length: int, like: Tensor) -> Tensor:
-        """(T, T), what hides tokens from each other when it is added to the logits: 0 or -infinity."""
-        zeros = torch.zeros(length, length, device=like.device, dtype=like.dtype)
-        return zeros.masked_fill(~self.seen(length, like.device), -math.inf)
+    def _hiding(self, like: Tensor, documents_BT: Tensor | None) -> Tensor:
+        """What hides tokens from each other when it is added to the logits: 0 or -infinity, of the shape of `seen`."""
+        seen = self._seen(like, documents_BT)
+        return torch.zeros(seen.shape, device=like.device, dtype=like.dtype).masked_fill(~seen, -math.inf)
+
+    def _seen(self, like: Tensor, documents_BT: Tensor | None) -> Tensor:
+        """`seen` for queries or logits, (B, H, T, .)."""
+        shape = like.shape[0], like.shape[-2]
+        # Those of one sequence would fit any batch.
+        assert documents_BT is None or documents_BT.shape == shape, "the documents are another batch's"
+        return self.seen(shape[1], like.device, documents_BT=documents_BT)
 
     def _each_head(self, x_BGTE: Tensor) -> Tensor:
         """A group's key or value for each of its heads, (B, H, T, E)."""
@@ -397,25 +413,26 @@ class Layer(nn.Module):
         """What the feed-forward sub-layer reads."""
         return self._normalise(self.attention_norm if self.shared_norm else self.feedforward_norm, x_BTD)
 
-    def attention_branch(self, x_BTD: Tensor) -> Tensor:
+    def attention_branch(self, x_BTD: Tensor, documents_BT: Tensor | None = None) -> Tensor:
         """What attention adds to the shortcut, its norms and the residual multiplier included."""
-        return self._branch(self.attention(self.attention_input(x_BTD)), self.attention_out_norm)
+        return self._branch(self.attention(self.attention_input(x_BTD), documents_BT), self.attention_out_norm)
 
     def feedforward_branch(self, x_BTD: Tensor) -> Tensor:
         """What the feed-forward sub-layer adds to the shortcut, likewise."""
         return self._branch(self.feedforward(self.feedforward_input(x_BTD)), self.feedforward_out_norm)
 
-    def attention_update(self, x_BTD: Tensor) -> Tensor:
+    def attention_update(self, x_BTD: Tensor, documents_BT: Tensor | None = None) -> Tensor:
         """The residual stream after attention alone."""
-        return self._add(x_BTD, self.attention_branch(x_BTD), self.attention_out_norm)
+        return self._add(x_BTD, self.attention_branch(x_BTD, documents_BT), self.attention_out_norm)
 
     def feedforward_update(self, x_BTD: Tensor) -> Tensor:
         """The residual stream after the feed-forward sub-layer alone."""
         return self._add(x_BTD, self.feedforward_branch(x_BTD), self.feedforward_out_norm)
 
-    def parallel_update(self, x_BTD: Tensor) -> Tensor:
+    def parallel_update(self, x_BTD: Tensor, documents_BT: Tensor | None = None) -> Tensor:
         """The residual stream after both sub-layers have read x."""
-        return times(x_BTD, self.shortcut) + self.attention_branch(x_BTD) + self.feedforward_branch(x_BTD)
+        attention_BTD = self.attention_branch(x_BTD, documents_BT)
+        return times(x_BTD, self.shortcut) + attention_BTD + self.feedforward_branch(x_BTD)
 
     @property
     def feedforwards(self) -> list[FeedForward]:
@@ -430,11 +447,17 @@ class Layer(nn.Module):
     @property
     def updates(self) -> tuple[Function, ...]:
         """x -> new x, in the order and number of `Architecture.updates`; the layer is their composition."""
-        return (self.parallel_update,) if self.parallel else (self.attention_update, self.feedforward_update)
+        return self.updates_within(None)
 
-    def forward(self, x_BTD: Tensor, keep: Keep | None = None) -> Tensor:
+    def updates_within(self, documents_BT: Tensor | None) -> tuple[Function, ...]:
+        """`updates` with attention inside documents alone; None for all of the sequence."""
+        if self.parallel:
+            return (lambda x_BTD: self.parallel_update(x_BTD, documents_BT),)
+        return lambda x_BTD: self.attention_update(x_BTD, documents_BT), self.feedforward_update
+
+    def forward(self, x_BTD: Tensor, keep: Keep | None = None, documents_BT: Tensor | None = None) -> Tensor:
         """The residual stream after the layer; `keep` is given what every update leaves."""
-        for update in self.updates:
+        for update in self.updates_within(documents_BT):
             x_BTD = update(x_BTD)
             _give(keep, x_BTD)
         return x_BTD
@@ -458,7 +481,11 @@ class Transformer(nn.Module):
     Calling it gives logits (B, T, V). With `places=[]` the residual stream is appended to that list, each tensor
     keeping its gradient: at the embedding (as the first layer reads it) and after every update, post-ln's norm
     included. That is 2N+1 places, or N+1 in a parallel network. The computation is otherwise the same, bit for bit.
+
+    `end_of_document` is the token at whose places attention stops; None for attention to all of a sequence.
     """
+
+    end_of_document: int | None = None
 
     def __init__(self, architecture: Architecture) -> None:
         super().__init__()
@@ -487,6 +514,19 @@ class Transformer(nn.Module):
             x_BTD = _ScaleGradient.apply(x_BTD, a.embedding_gradient)
         return x_BTD
 
+    def documents(self, tokens_BT: Tensor) -> Tensor | None:
+        """The number of each token's document in its sequence, (B, T), for attention to stay inside; None for none.
+
+        A document's end belongs to it. Positions go on counting through the sequence, which rotary ones and ALiBi,
+        being relative, do not show.
+
+        Source: Grattafiori et al. 2024 (Llama 3), section 3.2, for the mask.
+        """
+        if self.end_of_document is None:
+            return None
+        ends_BT = (tokens_BT == self.end_of_document).int()
+        return ends_BT.cumsum(-1, dtype=torch.int32) - ends_BT
+
     def forward(
         self, tokens_BT: Tensor, places: list[Tensor] | None = None, targets_BT: Tensor | None = None
     ) -> Tensor:
@@ -494,9 +534,10 @@ class Transformer(nn.Module):
         a, x_BTD = self.architecture, self.embed(tokens_BT)
         # Not the list itself: the hooks that shard a layer give it copies of lists that hold tensors.
         keep = None if places is None else places.append
+        documents_BT = self.documents(tokens_BT)
         _give(keep, x_BTD)
         for layer in self.layers:
-            x_BTD = layer(x_BTD, keep)
+            x_BTD = layer(x_BTD, keep, documents_BT)
         x_BTD = self.norm(x_BTD)
         if targets_BT is not None and self._in_parts(x_BTD):
             x_ND = times(x_BTD, a.logit_multiplier).flatten(0, 1)

@@ -139,12 +139,12 @@ def true_half_layer(branch: Callable[[Tensor], Tensor], norm: nn.Module, x_TD: T
     return true_opnorm(lambda x: x + branch(norm(x)), x_TD)
 
 
-def observe_attention(attention: Attention, u_TD: Tensor) -> Observed:
-    """Every attention symbol; R and the logit spread are those of this input."""
+def observe_attention(attention: Attention, u_TD: Tensor, documents_BT: Tensor | None = None) -> Observed:
+    """Every attention symbol; R and the logit spread are those of this input, and of its documents (1, T) if given."""
     return {
         **observe_attention_weights(attention, u_TD),
-        **observe_softmax(attention, u_TD),
-        **observe_covariances(attention, u_TD),
+        **observe_softmax(attention, u_TD, documents_BT),
+        **observe_covariances(attention, u_TD, documents_BT),
     }
 
 
@@ -180,12 +180,12 @@ def _over(bias: Tensor, radius: Tensor) -> Tensor:
     return bias / radius if radius.item() > 0 else torch.zeros_like(bias)
 
 
-def observe_softmax(attention: Attention, u_TD: Tensor) -> Observed:
+def observe_softmax(attention: Attention, u_TD: Tensor, documents_BT: Tensor | None = None) -> Observed:
     """The largest spread of a row's logits, and the largest softmax matrix."""
-    logits, probabilities = attention.probabilities(u_TD[None])
-    hidden = ~attention.seen(u_TD.shape[0], u_TD.device)
-    highest = logits[0].masked_fill(hidden, -math.inf).amax(-1)
-    lowest = logits[0].masked_fill(hidden, math.inf).amin(-1)
+    logits, probabilities = attention.probabilities(u_TD[None], documents_BT)
+    hidden = ~attention.seen(u_TD.shape[0], u_TD.device, documents_BT=documents_BT)
+    highest = logits.masked_fill(hidden, -math.inf).amax(-1)
+    lowest = logits.masked_fill(hidden, math.inf).amin(-1)
     return {
         "logit_spread": (highest - lowest).max(),
         "opnorm_P": opnorm(probabilities[0]).max(),
@@ -193,7 +193,7 @@ def observe_softmax(attention: Attention, u_TD: Tensor) -> Observed:
     }
 
 
-def observe_covariances(attention: Attention, u_TD: Tensor) -> Observed:
+def observe_covariances(attention: Attention, u_TD: Tensor, documents_BT: Tensor | None = None) -> Observed:
     """max_j |B_j|^(1/2) and max over h, t of |Cov_t(v, k)|, keys rotated into the frame of the query at t."""
     heads, groups, width, length = attention.n_heads, attention.n_kv_heads, attention.d_head, u_TD.shape[0]
     group = heads // groups
@@ -201,7 +201,7 @@ def observe_covariances(attention: Attention, u_TD: Tensor) -> Observed:
     def split(rows: Tensor, count: int) -> Tensor:
         return rows.view(length, count, -1).transpose(0, 1).repeat_interleave(heads // count, 0)
 
-    p_HtT = attention.probabilities(u_TD[None])[1][0]
+    p_HtT = attention.probabilities(u_TD[None], documents_BT)[1][0]
     query_HTE, key_HTE = split(attention.query(u_TD), heads), split(attention.key(u_TD), groups)
     value_HTE = split(attention.value(u_TD), groups)
     key_HED = attention.key.weight.view(groups, width, -1).repeat_interleave(group, 0)

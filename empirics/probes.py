@@ -232,7 +232,7 @@ def layer_norms(
     layers = [layer for layer in model.layers if isinstance(layer, Layer)]
     each = len(layers[0].updates)
     entering = [[x.detach() for x in places[n * each : (n + 1) * each]] for n in range(len(layers))]
-    functions = layer_functions(layers, entering)
+    functions = layer_functions(layers, entering, model.documents(tokens))
     for name in {"attention", "feedforward", *([] if layers[0].parallel else ["layer"])}:
         del functions[name]
     rows: list[dict[str, float]] = [{} for _ in layers]
@@ -260,7 +260,9 @@ def _opnorm(linear: torch.nn.Linear) -> float:
 LayerFunction = Callable[[Layer, Tensor], Tensor]
 
 
-def layer_functions(layers: list[Layer], entering: list[list[Tensor]]) -> dict[str, tuple[LayerFunction, list[Tensor]]]:
+def layer_functions(
+    layers: list[Layer], entering: list[list[Tensor]], documents_BT: Tensor | None
+) -> dict[str, tuple[LayerFunction, list[Tensor]]]:
     """What a layer's Jacobians are of, and the points, a layer each, at which they are taken.
 
     `attention_half` and `feedforward_half` (not of a parallel layer), `attention_branch`, `feedforward_branch` and
@@ -268,23 +270,24 @@ def layer_functions(layers: list[Layer], entering: list[list[Tensor]]) -> dict[s
 
     Args:
         entering: the residual stream where it enters each update, layer by layer.
+        documents_BT: of the tokens that it is of, as `Transformer.documents` has them.
     """
     xs, middles = ([x[k] for x in entering] for k in (0, -1))
     with torch.no_grad():
         read = [layer.attention_input(x) for layer, x in zip(layers, xs, strict=True)]
         fed = [layer.feedforward_input(x) for layer, x in zip(layers, middles, strict=True)]
     functions: dict[str, tuple[LayerFunction, list[Tensor]]] = {
-        "attention_branch": (Layer.attention_branch, xs),
-        "J_Z": (lambda layer, u: layer.attention.heads(u), read),
+        "attention_branch": (lambda layer, x: layer.attention_branch(x, documents_BT), xs),
+        "J_Z": (lambda layer, u: layer.attention.heads(u, documents_BT), read),
         "feedforward_branch": (Layer.feedforward_branch, middles),
-        "attention": (lambda layer, u: layer.attention(u), read),
+        "attention": (lambda layer, u: layer.attention(u, documents_BT), read),
         "feedforward": (lambda layer, u: layer.feedforward(u), fed),
-        "layer": (lambda layer, x: layer.forward(x), xs),
+        "layer": (lambda layer, x: layer.forward(x, documents_BT=documents_BT), xs),
     }
     if layers[0].parallel:
         return functions
     return functions | {
-        "attention_half": (Layer.attention_update, xs),
+        "attention_half": (lambda layer, x: layer.attention_update(x, documents_BT), xs),
         "feedforward_half": (Layer.feedforward_update, middles),
     }
 

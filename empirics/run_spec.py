@@ -20,7 +20,9 @@ COSINE_FLOOR = 0.1
 DECAY_FRACTION = 0.1
 LARGEST_RATE = float(np.finfo(np.float32).max)
 # Fields younger than the first records: left out of the fingerprint where they are not used, so that those stay valid.
-LATER = ("decay_fraction", "decay_embeddings", "z_loss", "deterministic", "order", "attention", "probes")
+LATER = (
+    "decay_fraction", "decay_embeddings", "z_loss", "deterministic", "order", "attention", "probes", "mask_documents",
+)  # fmt: skip
 # Those of an architecture by the first of each group, which at its default leaves the others without use.
 LATER_OF_ARCHITECTURE = {
     "n_experts": ("n_experts", "experts_per_token", "gates_renormalised"),
@@ -50,6 +52,7 @@ class RunSpec:
         data: a text, or a folder of shards.
         tokenizer: of a text, `bpe`, `bytes`, `gpt2` or a path; shards bring their own.
         order: `random` windows of the text, with replacement; or by `epoch`, each window once before any comes again.
+        mask_documents: no token attends to another document of its window; in the held-out loss neither.
         attention: the way to attend; auto for the faster one by `empirics.model.faster_attention`, a function of the
             type of device, the precision and the length alone. The record says which it was.
         probe_every: steps between probes; they change no number of the run.
@@ -88,6 +91,7 @@ class RunSpec:
     data_bytes: int | None = None
     tokenizer: str = "bpe"
     order: Order = "random"
+    mask_documents: bool = False
     probe_every: int = 20
     probes: str = "default"
 

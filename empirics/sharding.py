@@ -81,10 +81,12 @@ def build_sharded(
 
 
 def twin(model: Transformer, ranks: Ranks, *, device: str) -> Transformer:
-    """A model in shards that has the same weights, gathers all of them as they are and compiles nothing, to be
-    evaluated as one process does; for as long as it is used it takes the memory of this rank's weights again."""
+    """A model in shards that has the same weights, and the same end of a document, gathers all of them as they are and
+    compiles nothing, to be evaluated as one process does; for as long as it is used it takes the memory of this rank's
+    weights again."""
     dtype = next(model.parameters()).dtype
     same = build_sharded(model.architecture, ranks, seed=None, device=device, dtype=dtype)
+    same.end_of_document = model.end_of_document
     with torch.no_grad():
         for parameter, original in zip(same.parameters(), model.parameters(), strict=True):
             local(parameter.detach()).copy_(local(original.detach()))

@@ -145,6 +145,11 @@ class Subject(Shared):
         each = len(self.layers[0].updates)
         return [[x[:1] for x in self.streams[n * each : (n + 1) * each]] for n in range(len(self.layers))]
 
+    @cached_property
+    def documents(self) -> Tensor | None:
+        """The documents of the first sequence, (1, T), where attention stays inside them."""
+        return self.model.documents(self.tokens[:1])
+
     def whole_layers(self) -> Iterator[Layer]:
         """The layers in turn, with whole weights; those of a model in shards are gathered one at a time."""
         if self.ranks.size == 1:
@@ -163,7 +168,7 @@ class Subject(Shared):
         """Statistics of attention on the first sequence, layer by layer."""
         with torch.no_grad():
             return [
-                attention_rows(layer.attention, layer.attention_input(x[0]))
+                attention_rows(layer.attention, layer.attention_input(x[0]), self.documents)
                 for layer, x in zip(self.whole_layers(), self.entering, strict=True)
             ]
 
@@ -181,7 +186,7 @@ class Subject(Shared):
 
     def norms(self, name: str) -> list[NormEstimate]:
         """Of one Jacobian in every layer, by its name in `layer_functions`."""
-        call, at = layer_functions(self.layers, self.entering)[name]
+        call, at = layer_functions(self.layers, self.entering, self.documents)[name]
         with constant(self.model):
             return layer_opnorms(self.layers, call, at, tolerance=self.tolerance)
 
@@ -192,7 +197,7 @@ class Subject(Shared):
 
         def through(x: Tensor) -> Tensor:
             for layer in self.layers[first : last + 1]:
-                for update in layer.updates:
+                for update in layer.updates_within(self.documents):
                     x = update(x)
             return x
 
@@ -279,6 +284,7 @@ def whole_model(model: Transformer) -> Transformer:
     with torch.device("meta"):
         plain = Transformer(model.architecture).to(first.dtype)
     plain.to_empty(device=first.device)
+    plain.end_of_document = model.end_of_document
     with torch.no_grad():
         for parameter, sharded in zip(plain.parameters(), model.parameters(), strict=True):
             parameter.copy_(whole(sharded.detach()))

@@ -99,12 +99,13 @@ def train(
 
     Raises:
         ValueError: a deterministic run needs an operation that has no deterministic form; the checkpoint is of
-            another text; or the batch does not go evenly over the ranks.
+            another text; the batch does not go evenly over the ranks; or it is not known where documents end.
     """
     check_shares(spec, ranks)
     with _deterministic(spec.deterministic), true_float32():
         surroundings = environment(spec.device) | ({"ranks": ranks.size} if ranks.size > 1 else {})
         model = _build(spec, ranks)
+        model.end_of_document = _end_of_document(corpus) if spec.mask_documents else None
         attention = _attend(spec, model)
         optimizer = adamw(model, spec)
         found = None if checkpoints is None else checkpoints.load(model, optimizer)
@@ -307,6 +308,15 @@ def _attend(spec: RunSpec, model: Transformer) -> str:
     """Have the model attend as the run says, and say how that is."""
     kind, products = torch.device(spec.device).type, getattr(torch, spec.precision)
     return model.attend(spec.attention, device=kind, dtype=products, n_tokens=spec.seq_len)
+
+
+def _end_of_document(corpus: Corpus) -> int:
+    if corpus.tokenizer is None:
+        raise ValueError(
+            f"{corpus.description} does not say which token ends a document; leave out mask_documents, or bring its "
+            "tokenizer"
+        )
+    return corpus.tokenizer.end_id
 
 
 def check_shares(spec: RunSpec, ranks: Ranks) -> None:

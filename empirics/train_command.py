@@ -89,6 +89,11 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
         "--order", choices=ORDERS, default="random",
         help="windows of the text at random with replacement (default), or each once an epoch",
     )  # fmt: skip
+    parser.add_argument(
+        "--mask-documents", action="store_true",
+        help="no token attends to another document of its window (default: windows are read as one text); the "
+        "held-out loss and what is measured on the kept model likewise",
+    )  # fmt: skip
     _add_optimization(parser)
     _add_execution(parser)
 
@@ -273,6 +278,7 @@ def specification(arguments: argparse.Namespace, architecture: Architecture, seq
         data=arguments.data,
         tokenizer=arguments.tokenizer or "bpe",
         order=arguments.order,
+        mask_documents=arguments.mask_documents,
         probe_every=arguments.probe_every,
         probes=arguments.probes,
         **wsd,

@@ -65,7 +65,7 @@ def test_fields_that_are_not_used_leave_the_identity(text: Path) -> None:
     assert spec.identity == f"test-vanilla-lr0.003-seed0-{fingerprint(fields)}"
     assert spec.identity == "test-vanilla-lr0.003-seed0-7fe2875708a6"
     used = {"decay_fraction": 0.2, "decay_embeddings": True, "z_loss": 1e-4, "deterministic": True, "order": "epoch"}
-    used |= {"attention": "plain", "probes": "none"}
+    used |= {"attention": "plain", "probes": "none", "mask_documents": True}
     assert set(used) == set(LATER)
     base = replace(spec, schedule="wsd", weight_decay=0.1)
     changed = {replace(base, **{name: value}).identity for name, value in used.items()}
