@@ -3,8 +3,9 @@
 Every batch is a pure function of a seed and a step, so that a resumed run needs no replay, and a process of several
 can take its own rows of the global batch without reading the others'.
 
-Windows cross the ends of documents, as in GPT-2's training: the token that ends a document is in them, attention looks
-past it, and the first token of the next document is predicted like any other. Nothing here needs torch.
+Windows cross the ends of documents, as in GPT-2's training: the token that ends a document is in them, and the first
+token of the next document is predicted like any other. Whether attention looks past an end is the model's to say
+(`Transformer.documents`), which finds it in the tokens. Nothing here needs torch.
 
 Shapes: B sequences in a batch, T tokens in a sequence.
 """
