@@ -294,7 +294,7 @@ class Attention(nn.Module):
             bias = self.distance_bias(length, query) + self._hiding(query, documents_BT)
             return bias.view(-1, *bias.shape[-3:])  # with three axes torch has no fused kernel on a CPU
         causal = documents_BT is None and not 0 < self.window < length
-        return None if causal else self._seen(query, documents_BT)
+        return None if causal else self._seen_by(query, documents_BT)
 
     def softmax(self, query: Tensor, key: Tensor, documents_BT: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """`probabilities` of given queries (B, H, T, E) and keys (B, G, T, E)."""
@@ -309,10 +309,10 @@ class Attention(nn.Module):
 
     def _hiding(self, like: Tensor, documents_BT: Tensor | None) -> Tensor:
         """What hides tokens from each other when it is added to the logits: 0 or -infinity, of the shape of `seen`."""
-        seen = self._seen(like, documents_BT)
+        seen = self._seen_by(like, documents_BT)
         return torch.zeros(seen.shape, device=like.device, dtype=like.dtype).masked_fill(~seen, -math.inf)
 
-    def _seen(self, like: Tensor, documents_BT: Tensor | None) -> Tensor:
+    def _seen_by(self, like: Tensor, documents_BT: Tensor | None) -> Tensor:
         """`seen` for queries or logits, (B, H, T, .)."""
         shape = like.shape[0], like.shape[-2]
         # Those of one sequence would fit any batch.
