@@ -194,7 +194,8 @@ def _whole_record(path: Path) -> Mapping[str, Any]:
     path.open().close()  # a file that is not there is told apart from one that is no record
     record = read_record(path)
     if record is None or record.get("kind") != "training":
-        raise ValueError(f"{path} is not a training record; name one, or a run's losses.jsonl")
+        what = "damaged, or not a training record" if record is None else "not a training record"
+        raise ValueError(f"{path} is {what}; name one, or a run's losses.jsonl")
     return record
 
 

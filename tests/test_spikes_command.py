@@ -171,6 +171,7 @@ def test_steps_are_the_logs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
         ("n" * 300 + ".csv", None, "cannot read"),
         ("a.json", "{}", "not a training record"),
         ("a.json", '{"schema": 1, "kind": "spikes", "rows": []}', "not a training record"),
+        ("a.json", '{"schema": 1, "kind": "training", "sha256": "0"}', "is damaged, or not a training record"),
         ("a.json", '{"schema": 1, "kind": "training", "series": {"nll": [1], "place": [[1]]}}', "from nll"),
         ("a.json", '{"schema": 1, "kind": "training", "series": {"loss": []}}', "has no entries"),
         ("folder", None, "0 training records"),
