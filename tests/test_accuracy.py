@@ -13,8 +13,8 @@ import pytest
 from empirics import accuracy, norm_samples
 from empirics.__main__ import main
 from empirics.accuracy_cases import Case, network
+from empirics.agreement import ACCURACY
 from empirics.command_line import require_whole_page
-from empirics.comparison import ACCURACY
 from empirics.run import run
 from theory.growth import gradient_growth
 from theory.records import write_record
