@@ -75,7 +75,7 @@ def test_documents_are_numbered() -> None:
     assert numbers.tolist() == [[0, 0, 1, 2, 2, 2], [0, 1, 1, 1, 1, 1], [0] * 6]
     layer = model.layers[0].attention
     assert isinstance(layer, Attention)
-    assert layer.seen(6, tokens.device, numbers)[0, 0].int().tolist() == [
+    assert layer.seen(6, tokens.device, documents_BT=numbers)[0, 0].int().tolist() == [
         [1, 0, 0, 0, 0, 0], [1, 1, 0, 0, 0, 0], [0, 0, 1, 0, 0, 0],
         [0, 0, 0, 1, 0, 0], [0, 0, 0, 1, 1, 0], [0, 0, 0, 1, 1, 1],
     ]  # fmt: skip
