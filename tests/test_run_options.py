@@ -47,7 +47,10 @@ def test_measurement_that_cannot_be_written(capsys: pytest.CaptureFixture[str]) 
 TYPED: dict[str, tuple[list[str], str]] = {
     "micro-batch": (["--micro-batch", "3"], "--micro-batch 3 does not divide --batch 8; use"),
     "beta": (["--beta2", "1"], "--beta2 1.0 is out of range; use"),
-    "decay": (["--schedule", "wsd", "--decay-fraction", "0.97"], "the 291 steps of --decay-fraction 0.97 do not fit"),
+    "decay": (
+        ["--schedule", "wsd", "--decay-fraction", "0.97", "--warmup", "20"],
+        "--warmup 20 and the 291 steps of --decay-fraction 0.97 do not fit",
+    ),
     "decay without wsd": (["--decay-fraction", "0.2"], "--decay-fraction 0.2 is of no use to the schedule cosine"),
     "embeddings": (["--decay-embeddings"], "do not decay at --weight-decay 0; give"),
     "rate beyond float32": (["--lr", "1e300"], "--lr 1e+300 is beyond float32, in which the weights are; use a"),
