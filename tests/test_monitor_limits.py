@@ -301,6 +301,27 @@ def test_streams_in_tuples_are_seen() -> None:
         assert record.probes[name].values == pytest.approx(expected.probes[name].values, rel=1e-5)
 
 
+class Prompt(nn.Module):
+    """Puts learned vectors before the tokens, or takes them away."""
+
+    def __init__(self, *, away: bool) -> None:
+        super().__init__()
+        self.prompt = None if away else nn.Parameter(torch.randn(1, 4, WIDTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x[:, 4:] if self.prompt is None else torch.cat([self.prompt.expand(len(x), -1, -1), x], 1)
+
+
+def test_a_prompt_counts_as_tokens() -> None:
+    model = NanoGPT()
+    model.transformer["drop"] = Prompt(away=False)
+    model.transformer["ln_f"] = nn.Sequential(model.transformer["ln_f"], Prompt(away=True))
+    record = probed(StabilityMonitor(model), lambda: loss_of(model, some_batch()))
+    assert record.n_tokens == some_batch().numel() + 4 * len(some_batch())
+    assert record.left_out.keys() == UPDATES
+    assert "layer 0 attention" in record.places
+
+
 # --- devices --------------------------------------------------------------------------------------------------------
 
 
