@@ -17,7 +17,8 @@ from empirics.distributed import local
 from empirics.measured import Measured, describe
 from empirics.model import Transformer
 from empirics.running import evaluating, first_tensor
-from empirics.stability import StabilityMonitor, StabilityRecord
+from empirics.stability import StabilityMonitor
+from empirics.stability_record import StabilityRecord
 from empirics.token_ids import FEWEST, context_of, some_tokens, token_table
 from theory.architecture import Architecture
 from theory.arguments import require_architecture

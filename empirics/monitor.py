@@ -5,6 +5,7 @@ What a probed step records, and what it takes for that, is in `empirics.stabilit
 
 from empirics.comparison import Check, check
 from empirics.measured import Measured, describe
-from empirics.stability import StabilityMonitor, StabilityRecord, series
+from empirics.stability import StabilityMonitor
+from empirics.stability_record import StabilityRecord, series
 
 __all__ = ["Check", "Measured", "StabilityMonitor", "StabilityRecord", "check", "describe", "series"]

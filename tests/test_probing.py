@@ -21,7 +21,7 @@ from empirics.kept import load_model
 from empirics.model import build
 from empirics.registry import Reading, find, probes, reading
 from empirics.run import corpus_of, run
-from empirics.stability import StabilityRecord
+from empirics.stability_record import StabilityRecord
 from empirics.subject import Subject
 from empirics.training_probes import add
 from theory.architecture import preset
