@@ -55,13 +55,15 @@ def hidden_level(values: Callable[[slice], Tensor], blocks: Sequence[slice], *, 
     # Other hidden keys may be as far outside as later ones are apart; what is seen is twice as far again, or half-way.
     apart = level - low
     cut, near = min(level + apart, level / 2), min(level + 3 * apart, level / 2)
+    # Later keys that spread as far as they are low may be logits that spread: nothing may lie between.
+    above, near = (0.9 * level, level / 4) if level + apart > level / 2 else (cut, near)
     found: list[Tensor] = []
     for rows in blocks:
         x = values(rows)
         top = x.amax(-1, keepdim=True)
         seeing = top > cut  # other rows are of padding, and see nothing
         heavy = seeing & (x.shape[-1] * (level - top.to(widest(x.device))).exp() > ROUNDING)
-        doubtful = ((x > cut) & (x <= near)) | ((x > lowest) & (x < low - apart))
+        doubtful = ((x > above) & (x <= near)) | ((x > lowest) & (x < low - apart))
         weightless = (x > lowest) & (x - top < NO_WEIGHT)
         found.append(torch.stack([part.any() for part in (seeing, heavy, doubtful, weightless)]))
     seeing, heavy, doubtful, weightless = torch.stack(found).any(0).tolist()

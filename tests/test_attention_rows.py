@@ -225,6 +225,17 @@ def test_a_mask_that_could_be_logits_is_not_recognised() -> None:
         assert "is_causal, truth values or -infinity" in reason
 
 
+@pytest.mark.parametrize(("scale", "fill"), [(10.0, -100.0), (15.0, -100.0), (100.0, -1e3), (1e3, -1e4)])
+@pytest.mark.parametrize("seed", range(4))
+def test_logits_that_spread_as_far_as_their_mask_are_not_recognised(scale: float, fill: float, seed: int) -> None:
+    """A later key is then anywhere between the mask and the logits, and so may one be that is seen."""
+    seen = causal(32)
+    logits = scale * torch.randn(1, 1, 32, 32, generator=torch.Generator().manual_seed(seed))
+    (reason,) = shown(lambda: softmax(logits + torch.zeros(32, 32).masked_fill(~seen, fill), -1), batch_size=1)
+    assert isinstance(reason, str), reason
+    assert reason.startswith("its mask is not recognised"), reason
+
+
 def test_a_softmax_is_along_its_keys() -> None:
     (query, key), seen = queries_and_keys(20), causal(20)
     written = (query @ key.mT / math.sqrt(WIDTH)).masked_fill(~seen, -math.inf)
