@@ -45,6 +45,7 @@ class PlaceSums:
         self.n_reached = 0  # tokens at which a gradient has arrived
         self.repeated = False  # whether one has arrived twice
         self.passes = 0
+        self.hooked = False  # whether a forward pass has shown a tensor that needs a gradient
         self.unhooked = 0  # forward passes whose tensor needs no gradient yet
 
     def see(self, x: Tensor) -> None:
@@ -56,7 +57,9 @@ class PlaceSums:
             self.n_tokens += n_tokens(x)
             self.passes += 1
             self.unhooked += not x.requires_grad
-        if x.requires_grad and (not again or self.unhooked):
+            self.hooked |= x.requires_grad
+        # Where a forward pass shows what needs a gradient, what does not is a pass without, and is not run again.
+        if x.requires_grad and (not again or (self.unhooked and not self.hooked)):
             self.unhooked -= again
             x.register_hook(self._receiver())
 

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -192,6 +193,27 @@ def test_activation_checkpointing_is_seen_once(reentrant: bool) -> None:
     assert again.n_tokens == plain_record.n_tokens
     for name in ("residual_std", "place_gradient", "token_gradient"):
         assert getattr(again, name) == pytest.approx(getattr(plain_record, name), rel=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad=True")
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_pass_without_gradients_beside_checkpointing_is_not_taken_for_one_with_them(
+    reentrant: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As of a teacher that is the model itself, or an evaluation in between."""
+    model = Titan()
+    monitor = StabilityMonitor(model)
+    layers = [*model.layers.values()]
+    for called in (layers, [partial(checkpoint, layer, use_reentrant=reentrant) for layer in layers]):
+        monkeypatch.setattr(model.layers, "values", lambda called=called: called)
+        with monitor.probe():
+            with torch.no_grad():
+                loss_of(model, some_batch())
+            loss_of(model, some_batch()).backward()
+    plain, again = monitor.records
+    assert "place_gradient" not in again.left_out
+    for name in ("place_gradient", "token_gradient"):
+        assert getattr(again, name) == pytest.approx(getattr(plain, name), rel=1e-5)
 
 
 def test_without_norm_modules_there_are_layers_only() -> None:
