@@ -25,6 +25,7 @@ NOT_RECOGNISED = (
 )
 NOT_FINITE = "its logits are not finite"
 ROUNDING = torch.finfo(torch.float32).eps
+NO_BIAS = -1e8  # a mask's number, and no bias
 NO_WEIGHT = math.log(torch.finfo(torch.float32).tiny)
 
 
@@ -50,6 +51,8 @@ def hidden_level(values: Callable[[slice], Tensor], blocks: Sequence[slice], *, 
     if math.isnan(level) or level == math.inf:
         raise Unavailable(NOT_FINITE)
     if level <= lowest:
+        if any(_graded(values, rows, lowest) for rows in blocks):
+            raise Unavailable(NOT_RECOGNISED)
         return lowest
     low = float(torch.stack([_above(_later(values, rows, math.inf), lowest).amin() for rows in blocks]).amin())
     # Other hidden keys may be as far outside as later ones are apart; what is seen is twice as far again, or half-way.
@@ -79,6 +82,13 @@ def _later(values: Callable[[slice], Tensor], rows: slice, other: float) -> Tens
     """The values at keys after the row; another one elsewhere."""
     x = values(rows)
     return x.masked_fill(earlier_keys(rows, x.shape[-1], x.device), other)
+
+
+def _graded(values: Callable[[slice], Tensor], rows: slice, lowest: float) -> bool:
+    """Whether keys that are not after a row have several numbers that low, as a steep ALiBi gives them."""
+    x = values(rows)
+    earlier = earlier_keys(rows, x.shape[-1], x.device) & (x > NO_BIAS) & (x <= lowest)
+    return bool(earlier.any()) and bool(x[earlier].amin() < x[earlier].amax())
 
 
 def _above(x: Tensor, lowest: float) -> Tensor:

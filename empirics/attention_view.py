@@ -17,13 +17,13 @@ from torch.nn.attention.bias import CausalBias
 from torch.nn.functional import linear, multi_head_attention_forward
 from torch.overrides import TorchFunctionMode
 
-from empirics.attention_masks import NOT_FINITE, earlier_keys, hidden_level
+from empirics.attention_masks import NO_BIAS, NOT_FINITE, earlier_keys, hidden_level
 from empirics.attention_rows import AttentionRows, precise, row_blocks, row_statistics
 from empirics.registry import Unavailable
 from empirics.running import first_tensor, outside_modes
 
 HIDING_BIAS = -1e4  # what a mask adds is a bias, as ALiBi's, if it is higher
-HIDING_LOGIT = -1e8
+HIDING_LOGIT = NO_BIAS
 
 
 class AttentionView(TorchFunctionMode):

@@ -2,7 +2,8 @@
 
 The network's own forward and backward passes are run under torch's `FakeTensorMode`, which gives tensors shapes alone,
 autograd and autocast included. Whenever an operation has made a tensor, the bytes of all that are alive are added up.
-So there is no formula to keep in step with the network: whatever `empirics.model` does is counted, to the byte.
+So there is no formula to keep in step with the network: whatever `empirics.model` does is counted, to the byte
+(but for LayerNorm of bfloat16, whose mean and deviation torch takes for halves here: 4 bytes a token too few).
 
 A CPU's step is counted as it is. A GPU's is counted on the CPU with three differences:
 

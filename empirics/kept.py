@@ -101,7 +101,8 @@ def _damage(folder: Path) -> str:
         _, files = read_manifest(folder)
     except ValueError as error:
         return str(error)
-    for path in (folder / ARCHITECTURE, *sorted(folder.glob("*.safetensors"))):
+    beside = [path for path in (folder / DOCUMENTS,) if path.exists()]
+    for path in (folder / ARCHITECTURE, *beside, *sorted(folder.glob("*.safetensors"))):
         if path.name not in files:
             return f"{path.name} is not in {MANIFEST}"
     return broken(folder, {file: files[file] for file in files if file != OPTIMIZER})

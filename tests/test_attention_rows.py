@@ -145,6 +145,22 @@ def test_logits_that_explode_are_no_mask(kind: str, scale: float) -> None:
         agree(lambda: softmax(written, -1), logits, seen)
 
 
+@pytest.mark.parametrize(("slope", "known"), [(400.0, True), (700.0, False)])
+def test_a_bias_as_low_as_a_mask_is_named(slope: float, known: bool) -> None:
+    """Of ALiBi, whose farthest keys have the slope times 19: below -1e4 nothing tells them from hidden ones."""
+    (query, key), seen, distance = queries_and_keys(20), causal(20), torch.arange(20) - torch.arange(20)[:, None]
+    added = (slope * distance).masked_fill(~seen, -math.inf)
+
+    def attend() -> object:
+        return scaled_dot_product_attention(query, key, key, attn_mask=added)
+
+    if known:
+        agree(attend, products(query, key) + slope * distance, seen)
+    else:
+        (reason,) = shown(attend)
+        assert str(reason).startswith("its mask is not recognised")
+
+
 @pytest.mark.parametrize("fill", FILLS)
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("window", [20, 5])

@@ -17,7 +17,7 @@ from helpers.weights import architecture
 from safetensors.torch import load_file, save_file
 
 from empirics.__main__ import main
-from empirics.checkpoints import MANIFEST, keep_model
+from empirics.checkpoints import DOCUMENTS, MANIFEST, keep_model
 from empirics.kept import load_model, model_folder
 from empirics.model import build
 from empirics.tokenizer import load_tokenizer
@@ -183,6 +183,12 @@ def test_an_older_model_of_other_weights_is_damaged(kept: Path) -> None:
     del weights["head.weight"]
     save_file(weights, kept / WEIGHTS)
     with pytest.raises(ValueError, match=r"is damaged \(Missing key in checkpoint state_dict: head.weight.\)"):
+        load_model(kept)
+
+
+def test_what_a_manifest_does_not_name_is_not_obeyed(kept: Path) -> None:
+    (kept / DOCUMENTS).write_text('{"end_of_document": 5}')
+    with pytest.raises(ValueError, match=r"is damaged \(documents.json is not in manifest.json\)"):
         load_model(kept)
 
 

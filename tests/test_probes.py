@@ -309,6 +309,16 @@ def test_distribution_of_a_constant_and_of_a_large_tensor() -> None:
     assert "excess_kurtosis" not in lost
 
 
+@pytest.mark.parametrize("rows", [SAMPLE - 1, SAMPLE, 2 * SAMPLE])
+def test_the_sample_is_of_every_column(rows: int) -> None:
+    """Columns that lie apart by two, so that those of any one are not the whole; of as many rows as the sample too."""
+    values = normal(0, rows, 4) * 0.1 + torch.arange(4) * 2.0
+    found = distribution(values)
+    expected = np.quantile(values.numpy(), [0.001, 0.999])
+    assert (found["quantiles"][0], found["quantiles"][-1]) == pytest.approx(expected, abs=0.3)
+    assert found["entries"] >= SAMPLE - 8
+
+
 def test_moments_are_of_every_entry() -> None:
     """One outlier of 60 among 160,000 normal entries, which most samples of them do not have."""
     values = normal(0, 400, 400)

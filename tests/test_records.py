@@ -67,6 +67,8 @@ def test_an_older_record_has_no_digest_and_is_read(tmp_path: Path) -> None:
     assert read_record(path) == READ
     path.write_text(json.dumps(READ | {"sha256": None}))  # a writer that made it null is taken for one of those
     assert read_record(path) == READ
+    path.write_text(json.dumps(READ | {"shb256": "0" * 64}))  # its name is damaged, and it would be of no use
+    assert read_record(path) is None
     for other in ("", 0, [], "0" * 64):
         path.write_text(json.dumps(READ | {"sha256": other}))
         assert read_record(path) is None
