@@ -203,7 +203,7 @@ def check(
         n_tokens = min(CHECK_SHAPE[1], context_of(model) or CHECK_SHAPE[1])
         tokens_ = some_tokens(model, (CHECK_SHAPE[0], n_tokens + 1))
     else:
-        tokens_ = tokens
+        tokens_ = tokens.long()  # as losses want targets
     inputs, targets = tokens_[:, :-1].contiguous(), tokens_[:, 1:].contiguous()  # nanoGPT views them as one axis
     monitor = StabilityMonitor(model, tokens=tokens, probes=probes)
     record = one_pass(monitor, model, inputs, targets, loss=loss)

@@ -48,7 +48,7 @@ def one_sequence(model: nn.Module, tokens: Tensor | None = None) -> Tensor:
 
 
 def require_tokens(model: nn.Module, tokens: Any) -> Tensor:
-    """Refuse what are not (B, T) ids of a model's tokens, or too few.
+    """(B, T) ids of a model's tokens, as int64, which losses want; what are none are refused, and too few.
 
     Raises:
         ValueError: in one line.
@@ -67,7 +67,7 @@ def require_tokens(model: nn.Module, tokens: Any) -> Tensor:
     low, high = (int(bound) for bound in tokens.aminmax())
     if low < 0 or high >= rows:
         raise ValueError(f"tokens has the id {low if low < 0 else high}; the model's are 0 to {rows - 1}")
-    return tokens
+    return tokens.long()
 
 
 def some_tokens(model: nn.Module, shape: tuple[int, int], *, seed: int = 0) -> Tensor:

@@ -74,10 +74,10 @@ def _run(arguments: argparse.Namespace) -> int:
         raise KeyboardInterrupt(f"stopped and {saved}" if shards else "stopped before the first shard") from None
     if (window := longest_window(manifest)) < (usual := preset("tiny").context):
         heldout = manifest["tokens"] - manifest["train_tokens"]
-        fits = f"train with --seq-len {window} at most" if window > 0 else "nothing can be trained on it"
+        fits = f"train with --seq-len {window} at most, or" if window > 0 else "it can be read and not trained on;"
         print(
-            f"note: {counted(heldout, 'token is', 'tokens are')} held out, and trainings have windows of {usual} and "
-            f"more: {fits}, or tokenise a longer text",
+            f"note: {counted(heldout, 'token is', 'tokens are')} held out, and a preset's windows have {usual} and more: "
+            f"{fits} tokenise a longer text",
             file=sys.stderr,
         )
     if arguments.json:

@@ -298,9 +298,9 @@ def test_a_text_of_one_token_is_refused_and_nothing_written(
 @pytest.mark.parametrize(
     ("characters", "words"),
     [
-        (5, "note: 0 tokens are held out, and trainings have windows of 64 and more: nothing can be trained on it, or"),
-        (40, "note: 3 tokens are held out, and trainings have windows of 64 and more: train with --seq-len 2 at most"),
-        (1260, "note: 64 tokens are held out, and trainings have windows of 64 and more: train with --seq-len 63 at"),
+        (5, "note: 0 tokens are held out, and a preset's windows have 64 and more: it can be read and not trained on;"),
+        (40, "note: 3 tokens are held out, and a preset's windows have 64 and more: train with --seq-len 2 at most"),
+        (1260, "note: 64 tokens are held out, and a preset's windows have 64 and more: train with --seq-len 63 at"),
         (1280, ""),
     ],
 )

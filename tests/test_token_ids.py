@@ -44,6 +44,13 @@ def test_what_are_no_token_ids_is_refused_in_one_line(
         ask(NanoGPT(), tokens)
 
 
+def test_ids_of_half_the_bits_are_the_same_ids() -> None:
+    torch.manual_seed(0)
+    model = NanoGPT()
+    found, expected = (check(model, ids, loss=its_own).record for ids in (IDS.int(), IDS))
+    assert found.residual_std == expected.residual_std
+
+
 @pytest.mark.parametrize("n_tokens", [2, 3, 4, 8, 10])
 def test_few_tokens_tell_as_much(n_tokens: int) -> None:
     """Also where there are as many as heads."""
