@@ -97,11 +97,12 @@ def test_two_ranks_are_one_process_with_two_micro_batches(text: Path, two: Path,
     one, both = record(tmp_path), record(two)
     assert both["environment"] == one["environment"] | {"ranks": 2}
     for name, values in one["series"].items():
-        if name not in ("distributions", "diverged_at", "probes"):
+        if name not in ("distributions", "diverged_at", "probes", "left_out"):
             # Norms add up shard by shard: the gradient's in float64, those of updates in float32.
             rounding = 1e-6 if "update" in name else 1e-12
             np.testing.assert_allclose(both["series"][name], values, rtol=rounding, err_msg=name)
     assert_same_probes(both["series"]["probes"], one["series"]["probes"])
+    assert both["series"]["left_out"] == one["series"]["left_out"]
     kept = weights(two)
     for name, weight in weights(tmp_path).items():
         assert torch.equal(kept[name], weight), name

@@ -131,8 +131,16 @@ def test_killed_for_real(tmp_path: Path) -> None:
     assert contents(killed) == contents(whole)
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """A shell that runs the tests in the background has them ignore SIGINT."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.usefixtures("little_at_a_time")
+@pytest.mark.usefixtures("little_at_a_time", "interruptible")
 def test_a_signal_says_what_is_kept_and_how_to_go_on(
     tmp_path: Path, documents: Path, number: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
