@@ -6,9 +6,11 @@ is an estimate that says what it assumes.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal
+from itertools import combinations
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -21,6 +23,8 @@ from theory.records import plain
 from theory.words import counted
 
 SHARE_OF_PEAK = 0.4  # a convention: what well-tuned runs report at these sizes
+ROOM = 0.9  # of a device's memory; the rest is for what is not in the count
+MANY = 2**20  # devices, among which a share of anything is next to nothing
 # A number of a parameter, all float32: weight, gradient, the two moments of Adam, and the weight before the step, whose
 # distance from the one after it is the update norm. AdamW's counters, 4 bytes a tensor, and where the norm of a
 # matrix's row belongs, 8 bytes a row, are left out. Gradients come as activations go.
@@ -153,6 +157,8 @@ class Plan:
         memory: on one device.
         peak: operations a second of one device, by its data sheet.
         hours: at `SHARE_OF_PEAK` of the device's peak.
+        left_out: what the run does beside, whose memory and time are not in the count.
+        remedies: where it does not fit, what would let it: any one of them.
     """
 
     name: str
@@ -169,14 +175,17 @@ class Plan:
     device_bytes: float
     peak: float
     hours: float
+    left_out: tuple[str, ...] = ()
+    remedies: tuple[str, ...] = ()
 
     @property
     def fits(self) -> bool:
         """Whether a tenth of the device's memory is left."""
-        return self.memory.total <= 0.9 * self.device_bytes
+        return self.memory.total <= ROOM * self.device_bytes
 
     def __str__(self) -> str:
-        remedy = "" if self.fits else "it does not fit: use a smaller --micro-batch or --seq-len, or more --devices"
+        more = self.remedies or ("a smaller preset", "a GPU with more memory")
+        remedy = "" if self.fits else f"it does not fit: use {' or '.join(more)}"
         m, shared = self.memory, ", shared" if self.devices > 1 else ""
         parts = (
             (
@@ -200,6 +209,7 @@ class Plan:
             *(f"{'':13}{size / 1e9:8.3g}  {what}" for size, what in parts if size),
             f"{'':13}in tensors: kernels' scratch memory and the allocator's losses come on top;",
             f"{'':13}with --compile, steps that are not probed need less",
+            f"not counted  memory and time of {', '.join(self.left_out)}" if self.left_out else "",
             f"hours        about {self.hours:.3g}, at {SHARE_OF_PEAK:.0%} of {self.peak / 1e12:.4g} TFLOP/s a device",
             f"data sheet   {DEVICES[self.device].cited}",
             remedy,
@@ -237,30 +247,37 @@ def plan(
     attention: Kernel | Literal["auto"] = "auto",
     z_loss: float = 0.0,
     probed: bool = True,
+    left_out: Sequence[str] = (),
 ) -> Plan:
     """Plan a run of `steps` batches of `batch_size` sequences, shared evenly between the devices.
 
     Args:
         micro_batch: sequences that a device takes at once, gradients being accumulated; all of its share if None.
         attention, z_loss, probed: as in `memory`.
+        left_out: as in `Plan`, which names it.
 
     Raises:
-        ValueError: the device is not in the table, or there are more devices than sequences.
+        ValueError: the device is not in the table, or the batch does not go evenly over the devices.
     """
     if device not in DEVICES:
         raise ValueError(f"no data sheet for device {device!r}; use one of {', '.join(DEVICES)}")
-    if batch_size % devices:
-        raise ValueError(f"batch_size={batch_size} does not go evenly over {devices} devices; use a multiple of those")
+    if batch_size % (together := devices * (micro_batch or 1)):
+        micro = "" if micro_batch is None else f" of micro_batch={micro_batch}"
+        raise ValueError(
+            f"batch_size={batch_size} does not go evenly over {counted(devices, 'device')}{micro}; "
+            f"use a multiple of {together}"
+        )
     a, sheet = architecture, DEVICES[device]
     tokens = steps * batch_size * seq_len
     flops = tokens * flops_per_token(a, seq_len)
     peak = sheet.bfloat16 if precision == "bfloat16" else sheet.float32
     here = batch_size // devices
-    at_once = min(micro_batch or here, here)
-    needed = memory(
-        a, batch_size=at_once, seq_len=seq_len, precision=precision, devices=devices, attention=attention,
-        z_loss=z_loss, probed=probed, accumulated=at_once < here,
-    )  # fmt: skip
+    at_once = micro_batch or here
+    sizes: dict[str, Any] = {
+        "batch_size": at_once, "seq_len": seq_len, "precision": precision, "devices": devices, "attention": attention,
+        "z_loss": z_loss, "probed": probed, "accumulated": at_once < here,
+    }  # fmt: skip
+    needed = memory(a, **sizes)
     return Plan(
         name=a.name,
         device=device,
@@ -276,4 +293,33 @@ def plan(
         device_bytes=sheet.memory,
         peak=peak,
         hours=flops / (devices * peak * SHARE_OF_PEAK) / 3600,
+        left_out=tuple(left_out),
+        remedies=() if needed.total <= (room := ROOM * sheet.memory) else _remedies(a, sizes, room, here, micro_batch),
     )
+
+
+def _remedies(
+    architecture: Architecture, sizes: dict[str, Any], room: float, here: int, micro_batch: int | None
+) -> tuple[str, ...]:
+    """Which options let a step fit, each taken to its end: those that do alone, or else the fewest that do together.
+
+    Args:
+        sizes: what `memory` was given.
+        room: bytes that a step may need.
+        here: sequences of a batch on one device, which it takes at once if `micro_batch` is None.
+    """
+    ends: dict[str, dict[str, Any]] = {
+        "a smaller --micro-batch": {"batch_size": 1, "accumulated": here > 1},
+        "a smaller --seq-len": {"seq_len": 1},
+        "--probes none": {"probed": False},
+        "more --devices": {"batch_size": micro_batch or 1, "accumulated": False, "devices": MANY},
+    }
+
+    def fits(names: Sequence[str]) -> bool:  # of the two that set the batch the first counts: the smaller one
+        changes = {name: value for option in reversed(names) for name, value in ends[option].items()}
+        return memory(architecture, **{**sizes, **changes}).total <= room
+
+    for n in range(1, len(ends) + 1):
+        if found := [" with ".join(names) for names in combinations(ends, n) if fits(names)]:
+            return tuple(found)
+    return ()

@@ -18,6 +18,7 @@ from empirics.registry import find, schedule
 from empirics.run import LOCK, model_path, record_path, run
 from empirics.run_spec import SCHEDULES, RunSpec, decay_steps
 from empirics.tensorboard import TensorBoard
+from empirics.tokenizer import GPT2_VOCAB, make_tokenizer, read_tokenizer, require_room, require_vocabulary
 from theory.__main__ import add_architecture_options, chosen, emit, natural, whole
 from theory.architecture import Architecture
 from theory.records import plain, read_record, remove_unfinished, write_bytes
@@ -59,8 +60,9 @@ def add_command(commands: Any) -> argparse.ArgumentParser:
         "where it does not fit",
     )  # fmt: skip
     train.add_argument(
-        "--devices", type=whole, default=1, metavar="K", help="over which --plan shares the run (default 1)"
-    )
+        "--devices", type=whole, default=1, metavar="K",
+        help="over which --plan shares the run (default 1); a training is given several by torchrun",
+    )  # fmt: skip
     train.add_argument("--json", action="store_true", help="print the plan as JSON")
     train.add_argument("--plan-out", metavar="FILE", help="write the plan to a file instead of standard output")
     train.set_defaults(run=command)
@@ -83,7 +85,8 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--tokenizer", metavar="NAME",
-        help="bpe (default; trained on the text), bytes, gpt2, or the path of a tokenizer.json or of its folder",
+        help="bpe (default; trained on the text), bytes, gpt2, or the path of a tokenizer.json or of its folder; the "
+        "network's vocabulary stays, and one with more ids is refused",
     )  # fmt: skip
     parser.add_argument(
         "--order", choices=ORDERS, default="random",
@@ -110,7 +113,8 @@ def _add_optimization(train: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     group.add_argument(
         "--schedule", choices=SCHEDULES, default="cosine",
-        help="after the warm-up: cosine (default) falls to a tenth, linear to 0, wsd is constant and then falls to 0",
+        help="after the warm-up: cosine (default) falls to a tenth, linear to 0, wsd is constant and then falls to 0; "
+        "a fall begins at the peak rate, so that one of a single step lowers nothing, nor does a training of one step",
     )  # fmt: skip
     group.add_argument(
         "--decay-fraction", type=positive, metavar="F", help="share of the steps over which wsd falls (default 0.1)"
@@ -171,19 +175,38 @@ def command(arguments: argparse.Namespace) -> int:
 
 def _plan(arguments: argparse.Namespace) -> int:
     architecture, longest, _ = chosen(arguments)
-    probed = any(find(name).in_training for name in schedule(arguments.probes, arguments.probe_every))
+    spec = specification(arguments, architecture, arguments.seq_len or longest)
+    _check_vocabulary(spec)
+    probes = [find(name) for name in schedule(spec.probes, spec.probe_every)]
+    left_out = ["--mask-documents"] * spec.mask_documents + [probe.name for probe in probes if probe.cost == "dear"]
     planned = plan(
-        architecture, device=arguments.plan, devices=arguments.devices, steps=arguments.steps,
-        batch_size=arguments.batch, seq_len=arguments.seq_len or longest, precision=arguments.precision,
-        micro_batch=arguments.micro_batch, attention=arguments.attention, z_loss=arguments.z_loss, probed=probed,
+        architecture, device=arguments.plan, devices=arguments.devices, steps=spec.steps, batch_size=spec.batch_size,
+        seq_len=spec.seq_len, precision=spec.precision, micro_batch=spec.micro_batch, attention=spec.attention,
+        z_loss=spec.z_loss, probed=any(probe.in_training for probe in probes), left_out=left_out,
     )  # fmt: skip
     emit(json.dumps(planned.record(), indent=2) if arguments.json else str(planned), arguments.plan_out)
     return 0
 
 
+def _check_vocabulary(spec: RunSpec) -> None:
+    """Refuse the vocabulary that a training would; no text is read, and GPT-2's tokenizer not fetched where it fits."""
+    size = spec.architecture.vocab_size
+    if is_shards(spec.data):
+        require_room(read_tokenizer(Path(spec.data).expanduser()), size, f"the tokenizer of {spec.data}")
+        return
+    require_vocabulary(size)
+    if spec.tokenizer != "bpe" and not (spec.tokenizer == "gpt2" and size >= GPT2_VOCAB):
+        make_tokenizer(spec.tokenizer, (), size)
+
+
 def _train(arguments: argparse.Namespace, ranks: Ranks) -> int:
     architecture, longest, _ = chosen(arguments)
     seq_len = arguments.seq_len or longest
+    if arguments.devices > 1:
+        raise ValueError(
+            f"--devices {arguments.devices} is for a plan; add --plan GPU, or to train on as many start it with "
+            f"torchrun --nproc-per-node {arguments.devices} -m empirics train"
+        )
     if arguments.json or arguments.plan_out is not None:
         raise ValueError("--json and --plan-out are for a plan; add --plan GPU, or use the record that a run leaves")
     if arguments.out is None:
@@ -301,10 +324,14 @@ def unscheduled(spec: RunSpec) -> str | None:
     """A line that says so where the schedule lowers no rate, so that a constant one gives the same run."""
     if spec.schedule == "constant" or spec.steps == 1 or spec.rate(spec.steps - 1) < spec.learning_rate:
         return None
-    decay = ", or a larger --decay-fraction" if spec.schedule == "wsd" else ""
+    # The first step of a fall is at the peak rate, so that it takes two.
+    left = spec.steps - 2
+    instead = f"--warmup {left}{' or less' if left else ''}"
+    if spec.schedule == "wsd":
+        instead = f"a larger --decay-fraction{f' with {instead}' if spec.warmup > left else ''}"
     return (
         f"note: {spec.schedule} never lowers the rate in {spec.steps} steps, {spec.warmup} of them warm-up; give more "
-        f"--steps, or a smaller --warmup{decay}"
+        f"--steps, or {instead}"
     )
 
 

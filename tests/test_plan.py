@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+from argparse import Namespace
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +22,9 @@ from empirics.data_sheets import DEVICES
 from empirics.model import build
 from empirics.plan import memory, plan
 from empirics.run import corpus_of
+from empirics.shards import tokenise
 from empirics.subject import Subject
+from empirics.tokenizer import GPT2_VOCAB
 from empirics.train import train
 from theory.architecture import Architecture, preset
 
@@ -135,11 +138,48 @@ def test_a_network_that_does_not_fit_says_so() -> None:
     a, sizes = preset("1.7b"), {"device": "h100", "steps": 1, "batch_size": 256, "seq_len": 1024}
     big = plan(a, devices=1, **sizes)
     assert not big.fits
-    assert "or more --devices" in str(big)
+    assert "use a smaller --micro-batch or a smaller --seq-len or more --devices" in str(big)
     assert not plan(a, devices=8, **sizes).fits
     shared = plan(a, devices=8, **sizes, micro_batch=1)
     assert shared.fits
+    assert shared.remedies == ()
     assert "does not fit" not in str(shared)
+
+
+@pytest.mark.parametrize(
+    ("n_layers", "changes", "helps"),
+    [
+        (40, {"micro_batch": 1}, ["more --devices"]),
+        (8, {"micro_batch": 1}, ["--probes none", "more --devices"]),
+        (40, {"devices": 5, "batch_size": 320, "seq_len": 1024}, ["a smaller --seq-len", "more --devices"]),
+        (
+            40,
+            {"devices": 4, "batch_size": 64, "micro_batch": 16, "seq_len": 1024},
+            ["a smaller --micro-batch with more --devices", "a smaller --seq-len with more --devices"],
+        ),
+        (40, {"batch_size": 1, "seq_len": 100_000}, ["a smaller --seq-len with more --devices"]),
+    ],
+    ids=["state", "state and probes", "activations", "of a micro-batch that stays", "state and activations"],
+)
+def test_a_remedy_is_one_that_helps(n_layers: int, changes: dict[str, Any], helps: list[str]) -> None:
+    """Of the weights' 16 bytes a number no smaller step takes any away."""
+    a = replace(preset("13b"), n_layers=n_layers)
+    sizes: dict[str, Any] = {"device": "h100", "devices": 1, "steps": 1, "batch_size": 8, "seq_len": 64} | changes
+    found = plan(a, **sizes)
+    assert list(found.remedies) == helps
+    assert str(found).endswith(f"it does not fit: use {' or '.join(helps)}")
+    assert found.record()["remedies"] == helps
+    if "--probes none" in helps:
+        assert plan(a, **sizes, probed=False).fits
+
+
+def test_a_layer_larger_than_a_device() -> None:
+    """It is gathered whole, however many devices share it."""
+    a = replace(preset("13b"), d_ffn=3_000_000)
+    found = plan(a, device="h100", devices=64, steps=1, batch_size=64, seq_len=64)
+    assert found.memory.gathered > found.device_bytes
+    assert found.remedies == ()
+    assert "use a smaller preset or a GPU with more memory" in str(found)
 
 
 def test_command(capsys: pytest.CaptureFixture[str]) -> None:
@@ -161,6 +201,47 @@ def test_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert "not read" in record["evidence"]
 
 
+def test_command_says_what_it_does_not_count(capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["train", "tiny", "--plan", "h100"]
+    assert main(command) == 0
+    assert "not counted" not in capsys.readouterr().out
+    command += ["--mask-documents", "--probes", "default,stack_jacobian,bound_ratio@10"]
+    assert main(command) == 0
+    said = "not counted  memory and time of --mask-documents, stack_jacobian, bound_ratio\n"
+    assert said in capsys.readouterr().out
+    assert main([*command, "--json"]) == 0
+    left_out = json.loads(capsys.readouterr().out)["left_out"]
+    assert left_out == ["--mask-documents", "stack_jacobian", "bound_ratio"]
+
+
+def test_gpt2_is_not_fetched_for_a_plan(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Where it has room; the network's vocabulary stays."""
+    monkeypatch.setattr("empirics.tokenizer.load_tokenizer", lambda spec: pytest.fail(f"{spec} was fetched"))
+    assert main(["train", "350m", "--plan", "h100", "--json", "--tokenizer", "gpt2"]) == 0
+    assert json.loads(capsys.readouterr().out)["parameters"] == preset("350m").n_parameters
+
+
+@pytest.mark.parametrize("options", [[], ["--tokenizer", "bytes"], ["--data", "SHARDS"], ["--tokenizer", "gpt2"]])
+def test_a_plan_refuses_the_vocabulary_that_a_training_does(
+    options: list[str], text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config, shards, gpt2 = tmp_path / "config.json", tmp_path / "shards", "gpt2" in options
+    sizes = {"n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 16, "vocab_size": 300 if gpt2 else 100}
+    config.write_text(json.dumps({"model_type": "gpt2"} | sizes))
+    if "SHARDS" in options:
+        tokenise(str(text), shards, tokenizer="bytes")
+    if gpt2:
+        monkeypatch.setattr("empirics.tokenizer.load_tokenizer", lambda _: Namespace(vocab_size=GPT2_VOCAB))
+    options = ["--data", str(text), *(str(shards) if option == "SHARDS" else option for option in options)]
+    refusals: list[str] = []
+    for end in (["--plan", "h100"], ["--out", str(tmp_path / "run")]):
+        assert main(["train", str(config), *options, "--batch", "1", *end]) == 2
+        refusals.append(capsys.readouterr().err)
+    plans, trainings = refusals
+    assert "300" in plans if gpt2 else "100" in plans
+    assert plans.split("; use")[0] == trainings.split("; use")[0]
+
+
 def test_command_writes_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "new" / "plan.txt"
     assert main(["train", "13b", "--plan", "h100", "--plan-out", str(out)]) == 0
@@ -172,7 +253,14 @@ def test_command_writes_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str
     ("arguments", "words"),
     [
         (["--plan", "abacus"], "use one of a100"),
-        (["--plan", "h100", "--devices", "3"], "use a multiple"),
+        (["--plan", "h100", "--devices", "3"], "--batch 8 does not go evenly over 3 devices; use a multiple of 3"),
+        (["--plan", "h100", "--devices", "2", "--micro-batch", "8"], "over 2 devices of --micro-batch 8; use a mul"),
+        (["--plan", "h100", "--micro-batch", "3"], "--micro-batch 3 does not divide --batch 8"),
+        (["--plan", "h100", "--micro-batch", "16"], "--micro-batch 16 does not divide --batch 8"),
+        (["--plan", "h100", "--steps", "1", "--warmup", "5"], "--warmup 5 never reaches the peak rate in --steps 1"),
+        (["--plan", "h100", "--decay-fraction", "0.2"], "of no use to the schedule cosine"),
+        (["--devices", "4"], "torchrun --nproc-per-node 4"),
+        (["--devices", "4", "--out", "/proc/none"], "--devices 4 is for a plan; add --plan GPU"),
         (["--plan", "h100", "--probes", "gradient"], "unknown probe 'gradient'"),
         ([], "--out"),
     ],

@@ -15,7 +15,7 @@ import empirics.__main__
 import empirics.command_line
 import paper_repro
 from empirics import scales
-from empirics.train_command import add_command, specification
+from empirics.train_command import add_command, specification, unscheduled
 from theory.architecture import preset
 
 # --- measuring and training ---------------------------------------------------------------------------------------
@@ -92,6 +92,7 @@ TRAIN: dict[str, list[str]] = {
     "tensorboard nowhere": ["--tensorboard", "/proc/none"],
     "JSON without a plan": ["--json"],
     "file without a plan": ["--plan-out", "plan.txt"],
+    "devices without a plan": ["--devices", "4"],
     "no steps": ["--steps", "0"],
     "negative seed": ["--seed", "-1"],
     "absurd sequence": ["--seq-len", "1000001"],
@@ -136,9 +137,9 @@ def test_a_folder_holds_one_run(tmp_path: Path, capsys: pytest.CaptureFixture[st
 @pytest.mark.parametrize(
     ("more", "noted"),
     [
-        ([], "cosine never lowers the rate in 2 steps, 2 of them warm-up; give more --steps, or a smaller --warmup"),
-        (["--schedule", "linear", "--warmup", "1"], "linear never lowers the rate in 2 steps, 1 of them warm-up"),
-        (["--schedule", "wsd"], "wsd never lowers the rate in 2 steps, 1 of them warm-up"),
+        ([], "cosine never lowers the rate in 2 steps, 2 of them warm-up; give more --steps, or --warmup 0"),
+        (["--schedule", "linear", "--warmup", "1"], "1 of them warm-up; give more --steps, or --warmup 0"),
+        (["--schedule", "wsd"], "give more --steps, or a larger --decay-fraction with --warmup 0"),
         (["--schedule", "wsd", "--decay-fraction", "1"], ""),
         (["--schedule", "constant"], ""),
         (["--warmup", "0"], ""),
@@ -161,16 +162,44 @@ def test_a_schedule_that_lowers_no_rate_is_told(
     assert (min(series["learning_rate"][1:]) == 1e-3) == (bool(noted) or "constant" in more)
 
 
+def options(*argv: str) -> argparse.Namespace:
+    """Of `train tiny`."""
+    parser = argparse.ArgumentParser()
+    add_command(parser.add_subparsers())
+    return parser.parse_args(["train", "tiny", *argv], argparse.Namespace(device="cpu"))
+
+
+@pytest.mark.parametrize(
+    ("argv", "advice", "followed"),
+    [
+        (["--steps", "9", "--warmup", "8"], "--warmup 7 or less", ["--warmup", "7"]),
+        (["--steps", "9", "--schedule", "linear", "--warmup", "9"], "--warmup 7 or less", ["--warmup", "7"]),
+        (
+            ["--steps", "9", "--schedule", "wsd", "--warmup", "8"],
+            "a larger --decay-fraction with --warmup 7 or less",
+            ["--warmup", "7", "--decay-fraction", "0.2"],
+        ),
+        (
+            ["--steps", "9", "--schedule", "wsd", "--warmup", "2"],
+            "a larger --decay-fraction",
+            ["--decay-fraction", "0.2"],
+        ),
+    ],
+)
+def test_advice_on_a_schedule_is_just_enough(argv: list[str], advice: str, followed: list[str]) -> None:
+    before, after = (specification(options(*argv, *more), preset("tiny"), 8) for more in ([], followed))
+    note = unscheduled(before)
+    assert note is not None
+    assert note.endswith(f"give more --steps, or {advice}")
+    assert unscheduled(after) is None
+
+
 @pytest.mark.parametrize(
     ("schedule", "steps", "warmup"), [("cosine", 12, 12), ("cosine", 40, 20), ("wsd", 12, 11), ("wsd", 300, 20)]
 )
 def test_default_warmup(schedule: str, steps: int, warmup: int) -> None:
     """Those of the schedules but wsd name finished runs, and stay."""
-    parser = argparse.ArgumentParser()
-    add_command(parser.add_subparsers())
-    arguments = parser.parse_args(
-        ["train", "tiny", "--steps", str(steps), "--schedule", schedule], argparse.Namespace(device="cpu")
-    )
+    arguments = options("--steps", str(steps), "--schedule", schedule)
     assert specification(arguments, preset("tiny"), 8).warmup == warmup
 
 
