@@ -76,8 +76,8 @@ def _run(arguments: argparse.Namespace) -> int:
         heldout = manifest["tokens"] - manifest["train_tokens"]
         fits = f"train with --seq-len {window} at most, or" if window > 0 else "it can be read and not trained on;"
         print(
-            f"note: {counted(heldout, 'token is', 'tokens are')} held out, and a preset's windows have {usual} and more: "
-            f"{fits} tokenise a longer text",
+            f"note: {counted(heldout, 'token is', 'tokens are')} held out, and a preset's windows have {usual} and "
+            f"more: {fits} tokenise a longer text",
             file=sys.stderr,
         )
     if arguments.json:
