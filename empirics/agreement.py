@@ -17,11 +17,33 @@ MOST_NETWORKS = 1_000_000  # that are said to be enough; whoever needs more can 
 
 
 class Scatter(NamedTuple):
-    """How a measured log growth scatters: its standard deviation, of how many draws that is, how many were averaged."""
+    """How a measured log growth scatters: its standard deviation, of how many draws that is, how many were averaged.
+
+    Of a pooled one `draws` is as many as a single sample has of the same degrees of freedom, which are one fewer.
+    """
 
     log_sd: float
     draws: int
     averaged: int
+
+
+def pooled(redraws: Scatter, log_sd: float, seeds: int) -> Scatter:
+    r"""The scatter of a mean over seeds, of both kinds of draws that there are of it.
+
+    .. math:: s^2 = \frac{(m - 1) s_r^2 + (n - 1) s_n^2}{m + n - 2}
+
+    with m draws of the signs of one network's weights and n >= 2 seeds. Both estimate the variance of the log growth
+    over networks: a seed is a further draw of the ensemble, and so is a network with other signs, of which every weight
+    is as likely as its negative. Each counts by its degrees of freedom, so that there is one rule for any number of
+    seeds, and each seed adds to what is known. What a network's signs leave as it is (the magnitudes of its weights,
+    the tokens) only the seeds draw anew; their share grows, to nearly all of it with many.
+
+    Holds: as Student's quantile does, of log growths that are near normal. More seeds decide more, but not at every
+    step: each moves the estimate too.
+    """
+    freedom = redraws.draws - 1, seeds - 1
+    variance = (freedom[0] * redraws.log_sd**2 + freedom[1] * log_sd**2) / sum(freedom)
+    return Scatter(math.sqrt(variance), sum(freedom) + 1, seeds)
 
 
 def by_chance(scatter: Scatter) -> float:
@@ -50,9 +72,12 @@ def decides(scatter: Scatter) -> bool:
 
 
 def enough(log_sd: float) -> int:
-    """How many networks that scatter so decide, by the mean of their logs; at most MOST_NETWORKS."""
+    """How many networks that scatter so decide, by the mean of their logs; at most MOST_NETWORKS.
+
+    Their scatter is then of them and of the draws of one of them, `pooled`.
+    """
     numbers = range(1, MOST_NETWORKS)
-    return numbers[0] + bisect_left(numbers, True, key=lambda n: decides(Scatter(log_sd, max(n, DRAWS), n)))
+    return numbers[0] + bisect_left(numbers, True, key=lambda n: decides(Scatter(log_sd, DRAWS - 1 + n, n)))
 
 
 def outcome(

@@ -9,7 +9,7 @@ A checkpoint is a folder `step-NNNNNNNN` (N steps have been taken):
     documents.json         the token at which attention stops, if it stops at the ends of documents
     manifest.json          the step, the run's identity, size and SHA-256 of the files above; written last
 
-A model that is kept has the files that it needs, and a manifest of them.
+A model that is kept has the files that it needs, and a manifest of them, which the header of its weights names.
 
 Several ranks write their parts of the same tensors side by side, by torch.distributed.checkpoint: `shard-RANK-...`
 files of safetensors in place of the first two, each part with its place in the whole. Both kinds are read by one
@@ -46,6 +46,7 @@ from theory.records import plain, write_json
 KEPT = 2  # so that damage to the newest loses the steps since the one before, not the run
 MODEL, OPTIMIZER, SERIES = "model.safetensors", "optimizer.safetensors", "series.json"
 ARCHITECTURE, DOCUMENTS, RUN = "architecture.json", "documents.json", "run.json"
+SEALED = {"sealed_by": MANIFEST}  # in the header of a kept model's weights: without that file they are damaged
 
 
 class Checkpoints:
@@ -198,7 +199,7 @@ def keep_model(
             weights[name] = gathered.cpu()
     with _new_folder(folder, ranks) as temporary:
         if ranks.first:
-            save_file(weights, temporary / MODEL)
+            save_file(weights, temporary / MODEL, metadata=SEALED)
             _describe(temporary, model)
             if tokenizer is not None:
                 tokenizer.save(temporary)

@@ -29,7 +29,7 @@ class DecoderGrowth:
         growth, gradient, residual_std: geometric means over seeds; the gradient over that at the last place.
         places: names, as in `StabilityRecord`.
         architecture: what the first network was measured to be.
-        model: the network of the last seed.
+        model: the network of the first seed.
         tokens, targets: (B, T), of the first seed.
     """
 
@@ -95,6 +95,9 @@ def measure_decoder(
             )
         logs.append([math.log(value / record.place_gradient[-1]) for value in record.place_gradient])
         deviations.append([math.log(value) for value in record.residual_std])
+    if len(seeds) > 1 and (first_again := make(seeds[0])) is not model:
+        model.load_state_dict(first_again.state_dict())
+        del first_again
     growth, gradient, residual_std = growth_over_seeds(np.array(logs), np.array(deviations), seeds)
     return DecoderGrowth(
         growth=growth,

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 
-from empirics.checkpoints import ARCHITECTURE, DOCUMENTS, MODEL, OPTIMIZER, SERIES, Checkpoints, fill
+from empirics.checkpoints import ARCHITECTURE, DOCUMENTS, MODEL, OPTIMIZER, RUN, SEALED, SERIES, Checkpoints, fill
 from empirics.model import Transformer
 from empirics.seals import MANIFEST, broken, read_manifest
 from theory.architecture import Architecture
@@ -53,19 +54,33 @@ def architecture_of(folder: Path) -> Architecture:
     """What the weights of a folder are of.
 
     Raises:
-        ValueError: it does not say so.
+        ValueError: it does not say so, or is not the file that was sealed.
     """
+    if (folder / MANIFEST).exists() and (reason := _differs(folder, only=ARCHITECTURE)):
+        raise ValueError(f"the model in {folder} is damaged ({reason}); {_remedy(folder)}")
+    fields = _read(folder, ARCHITECTURE)
     try:
-        return architecture_from(json.loads((folder / ARCHITECTURE).read_text()))
-    except (OSError, ValueError, TypeError, LookupError) as error:
-        raise ValueError(f"{folder / ARCHITECTURE} is damaged ({_short(error)}); {_remedy(folder)}") from None
+        return architecture_from(fields)
+    except (ValueError, TypeError, LookupError) as error:
+        reason = f"it has no {error}" if isinstance(error, KeyError) else _short(error)
+        raise ValueError(f"{folder / ARCHITECTURE} is damaged ({reason}); {_remedy(folder)}") from None
+
+
+def run_of(folder: Path) -> Mapping[str, Any]:
+    """The specification of the training that a kept model is of; empty if it was kept without, or is a checkpoint's.
+
+    Raises:
+        ValueError: it is damaged.
+    """
+    return _read(folder, RUN) if (folder / RUN).is_file() else {}
 
 
 def load_model(folder: Path) -> Transformer:
     """The model of a folder, on the CPU: one that was kept, or that of a checkpoint of any number of ranks.
 
     Its attention stops at the ends of documents if it did so in training. One that was kept without a manifest, as it
-    once was, is named on standard error: nothing tells whether it is whole.
+    once was, is named on standard error: nothing tells whether it is whole. Weights that were kept with one say so
+    themselves, and without it are damaged.
 
     Raises:
         ValueError: it is damaged, or has no weights.
@@ -73,8 +88,11 @@ def load_model(folder: Path) -> Transformer:
     architecture = architecture_of(folder)
     if next(folder.glob("*.safetensors"), None) is None:
         raise ValueError(f"{folder} has no {MODEL}; {_remedy(folder)}")
-    if damage := _damage(folder):
-        raise ValueError(f"the model in {folder} is damaged ({damage}); {_remedy(folder)}")
+    if found := damage(folder):
+        raise ValueError(f"the model in {folder} is damaged ({found}); {_remedy(folder)}")
+    if not _is_sealed(folder):
+        said = f"{folder} has no {MANIFEST}, being of an older version, so that damage to its numbers would not be seen"
+        print(f"note: {said}", file=sys.stderr)
     model = Transformer(architecture)
     model.end_of_document = _end_of_document(folder)
     try:
@@ -91,16 +109,35 @@ def is_checkpoint(folder: Path) -> bool:
     return (folder / SERIES).is_file()
 
 
-def _damage(folder: Path) -> str:
-    """What of a model is not as it was written, in a few words; an optimizer's moments beside it are not looked at."""
-    if not (folder / MANIFEST).exists() and not is_checkpoint(folder):
-        said = f"{folder} has no {MANIFEST}, being of an older version, so that damage to its numbers would not be seen"
-        print(f"note: {said}", file=sys.stderr)
-        return ""
+def damage(folder: Path) -> str:
+    """What of a model is not as it was written, in a few words; an optimizer's moments beside it are not looked at.
+
+    Of one that was kept without a manifest, only what is missing is seen.
+    """
+    if _is_sealed(folder):
+        return _differs(folder)
+    return next((f"{file} is missing" for file in (ARCHITECTURE, MODEL) if not (folder / file).is_file()), "")
+
+
+def _is_sealed(folder: Path) -> bool:
+    """Whether a model was written with a manifest, be it lost by now."""
+    if (folder / MANIFEST).exists() or is_checkpoint(folder):
+        return True
+    try:
+        with safe_open(folder / MODEL, framework="pt") as weights:
+            return SEALED.items() <= (weights.metadata() or {}).items()
+    except (OSError, SafetensorError):  # which reading the weights will say
+        return False
+
+
+def _differs(folder: Path, only: str | None = None) -> str:
+    """What of a model, or of one of its files, is not as the manifest says."""
     try:
         _, files = read_manifest(folder)
     except ValueError as error:
         return str(error)
+    if only is not None:
+        return broken(folder, {only: files[only]}) if only in files else f"{only} is not in {MANIFEST}"
     beside = [path for path in (folder / DOCUMENTS,) if path.exists()]
     for path in (folder / ARCHITECTURE, *beside, *sorted(folder.glob("*.safetensors"))):
         if path.name not in files:
@@ -111,20 +148,31 @@ def _damage(folder: Path) -> str:
 def _remedy(folder: Path) -> str:
     if is_checkpoint(folder):
         return "name the folder of its run, of which the newest whole checkpoint is used, or train again"
-    return f"bring it back, or delete it and {REMEDY}"
+    record = folder.parent.parent / "records" / f"{folder.name}.json"
+    anew = f"delete {record} and " if record.is_file() else ""  # of a finished run, which is not made again beside it
+    return f"bring it back, or {anew}{REMEDY}"
 
 
 def _end_of_document(folder: Path) -> int | None:
     path = folder / DOCUMENTS
     if not path.is_file():
+        if run_of(folder).get("mask_documents"):
+            raise ValueError(f"the model in {folder} is damaged ({DOCUMENTS} is missing); {_remedy(folder)}")
         return None
-    try:
-        end = json.loads(path.read_text())["end_of_document"]
-    except (OSError, ValueError, TypeError, LookupError) as error:
-        raise ValueError(f"{path} is damaged ({_short(error)}); {_remedy(folder)}") from None
+    end = _read(folder, DOCUMENTS).get("end_of_document")
     if not isinstance(end, int):
         raise ValueError(f"{path} is damaged (its end_of_document is no id); {_remedy(folder)}")
     return end
+
+
+def _read(folder: Path, file: str) -> dict[str, Any]:
+    try:
+        content = json.loads((folder / file).read_bytes())
+        if not isinstance(content, dict):
+            raise ValueError("it is no JSON object")
+        return content
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{folder / file} is damaged ({_short(error)}); {_remedy(folder)}") from None
 
 
 def _short(error: Exception) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from empirics.agreement import ACCURACY, DRAWS, Scatter, enough, outcome
+from empirics.agreement import ACCURACY, DRAWS, Scatter, by_chance, enough, outcome, pooled
 from empirics.anatomy import anatomy
 from empirics.block_functions import has_experts
 from empirics.block_norms import LAYER, STACK, block_norms
@@ -51,8 +51,10 @@ def add_command(commands: Any) -> argparse.ArgumentParser:
         "pass, and its gradient growth, beside the prediction. CONFIG is a preset; a config.json, built as the class "
         "of transformers with the weights that its own initialiser draws; or a folder with weights: a checkpoint of "
         "transformers (config.json, model.safetensors), or what `train` left (with --keep-checkpoint, or a checkpoint "
-        "of an unfinished run). No code of a folder runs. Verdict: agrees, differs, "
-        "undecided (it agrees, but the seeds scatter by more than the stated accuracy; more --seeds), or unknown. Exit "
+        "of an unfinished run). No code of a folder runs. Verdict: agrees (within the stated accuracy of "
+        f"{100 * ACCURACY:g} %% and what chance explains, itself no more than that), differs, undecided (as near, but "
+        "chance could move the measured mean by more than the stated accuracy; more --seeds), or unknown. What chance "
+        "explains is told from draws of one network's signs and from the seeds, pooled. Exit "
         "status: 0 measured, whatever came out; 2 bad input; 3 there is no prediction for it (it is measured all the "
         "same, if it can be).",
     )
@@ -203,8 +205,9 @@ def _answer(
     outside = (subject.unknown or "no prediction",) if predicted is None else predicted.reasons
     reasons = (*outside, *differences)
     verdict, limit, why = "unknown", math.nan, ()
+    scatter, of = None, ""
     if predicted is not None and not reasons:
-        scatter = _scatter(subject, grown)
+        scatter, of = _scatter(subject, grown)
         verdict, limit, why = outcome(predicted.value, growth, scatter)
         if verdict == "undecided" and scatter is not None:
             why = (*why, _more_seeds(subject, scatter))
@@ -249,6 +252,10 @@ def _answer(
             "log_sd": grown.log_sd,
             "seeds": grown.growth.seeds,
         },
+        "scatter": None if scatter is None else {
+            "log_sd": scatter.log_sd, "of": of, "degrees_of_freedom": scatter.draws - 1, "averaged": scatter.averaged,
+            "by_chance": by_chance(scatter),
+        },
         "gradient_profile": {
             "kind": "measured", "values": grown.gradient.values, "log_sd": grown.gradient.log_sd,
         },
@@ -260,14 +267,21 @@ def _answer(
     return plain(answer | norms)
 
 
-def _scatter(subject: Network, grown: DecoderGrowth) -> Scatter | None:
-    """Over seeds; of few, or of one network whose seeds are of its tokens alone, over draws of its weights' signs."""
+def _scatter(subject: Network, grown: DecoderGrowth) -> tuple[Scatter | None, str]:
+    """The scatter of the measured growth, and what it is of: draws of the first network's signs, and the seeds.
+
+    Of one network whose seeds are of its tokens alone it is of the draws; so it is of one seed.
+    """
     seeds = len(grown.growth.seeds)
-    if not subject.trained and grown.log_sd is not None and seeds >= DRAWS:
-        return Scatter(grown.log_sd, seeds, seeds)
     with tqdm(total=DRAWS, desc="scatter", unit="draw", disable=None) as bar:
         drawn = scatter_of_one(grown.model, grown.tokens, grown.targets, on_draw=lambda _: bar.update(1))
-    return None if drawn is None else drawn._replace(averaged=1 if subject.trained else seeds)
+    over_seeds = None if subject.trained else grown.log_sd
+    if drawn is None:
+        return (None, "") if over_seeds is None else (Scatter(over_seeds, seeds, seeds), counted(seeds, "seed"))
+    of = f"{counted(drawn.draws, 'redraw')} of one network's signs"
+    if over_seeds is None:
+        return drawn._replace(averaged=1), of
+    return pooled(drawn, over_seeds, seeds), f"{of} and {counted(seeds, 'seed')}, pooled"
 
 
 def _more_seeds(subject: Network, scatter: Scatter) -> str:
@@ -310,6 +324,11 @@ def text(answer: dict[str, Any]) -> str:
     if answer["verdict"] != "unknown":
         side = "by more than" if answer["verdict"] == "differs" else "within"
         allowed = f" ({side} {math.expm1(answer['limit']):.1%}: {ACCURACY:.0%} stated, and what scatter explains)"
+    if (scatter := answer["scatter"]) is not None:
+        lines.append(
+            f"scatter: log sd {scatter['log_sd']:.3f} ({scatter['of']}); chance moves the measured growth by up to "
+            f"{math.expm1(scatter['by_chance']):.1%}"
+        )
     lines.append(f"verdict: {answer['verdict']}{allowed}")
     lines += [f"why: {reason}" for reason in answer["why"]]
     lines.append(f"measured to be: {Measured(**answer['measured_architecture'])}")

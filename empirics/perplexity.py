@@ -24,9 +24,9 @@ Shapes: B sequences, T tokens, V ids.
 
 from __future__ import annotations
 
-import json
 import math
 import re
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,8 +38,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
-from empirics.checkpoints import RUN
-from empirics.kept import is_checkpoint, load_model, model_folder
+from empirics.kept import is_checkpoint, load_model, model_folder, run_of
 from empirics.networks import checkpoint
 from empirics.texts import WHOLE_FILES, Documents, rows_of
 from empirics.tokenizer import Tokenizer, has_tokenizer, load_tokenizer, read_tokenizer
@@ -74,6 +73,7 @@ class LanguageModel:
         context: tokens that `logits` is given unless more are asked for: for a network of this package the length it
             was trained at, for another one its number of positions.
         positions: the most tokens that it takes; None for any number.
+        end_of_document: the token at which its attention stops; None if it sees the documents before.
     """
 
     logits: Callable[[Tensor], Tensor]
@@ -82,6 +82,7 @@ class LanguageModel:
     vocab_size: int
     context: int
     positions: int | None = None
+    end_of_document: int | None = None
     device: str = "cpu"
 
 
@@ -105,7 +106,7 @@ def load_language_model(folder: Path, *, tokenizer: str | None = None, device: s
         ValueError: the folder has no model or no tokenizer, or its weights are not safetensors.
     """
     if (ours := model_folder(folder)) is not None:
-        return _own(ours, _tokenizer(tokenizer, ours), device)
+        return _own(ours, tokenizer, device)
     if not (folder / "config.json").is_file():
         raise ValueError(
             f"{folder} holds no model; name the folder of a run that train --keep-checkpoint left, or one of "
@@ -114,16 +115,17 @@ def load_language_model(folder: Path, *, tokenizer: str | None = None, device: s
     return _foreign(folder, _tokenizer(tokenizer, folder), device)
 
 
-def _own(folder: Path, tokenizer: Tokenizer, device: str) -> LanguageModel:
-    model = load_model(folder).to(device).eval()
-    a, run = model.architecture, folder / RUN
+def _own(folder: Path, asked: str | None, device: str) -> LanguageModel:
+    model = load_model(folder).to(device).eval()  # first: what is damaged of its tokenizer is damage to the model
+    a, tokenizer = model.architecture, _tokenizer(asked, folder)
     return LanguageModel(
         logits=model,
         tokenizer=tokenizer,
         start_id=tokenizer.end_id,
         vocab_size=a.vocab_size,
-        context=json.loads(run.read_text())["seq_len"] if run.is_file() else a.context,
+        context=run_of(folder).get("seq_len", a.context),
         positions=a.context if a.positions == "learned" else None,
+        end_of_document=model.end_of_document,
         device=device,
     )
 
@@ -145,7 +147,10 @@ def _foreign(folder: Path, tokenizer: Tokenizer, device: str) -> LanguageModel:
 
 def _tokenizer(asked: str | None, folder: Path) -> Tokenizer:
     if asked is not None:
-        return load_tokenizer(asked)
+        tokenizer = load_tokenizer(asked)
+        if has_tokenizer(folder) and not _is_own(tokenizer, folder):
+            print(f"note: --tokenizer {asked} is not the tokenizer that {folder} has of its own", file=sys.stderr)
+        return tokenizer
     if not has_tokenizer(folder):
         # The default tokenizer has no name that could be given.
         finish = "the run is not finished: finish it with --keep-checkpoint, or " if is_checkpoint(folder) else ""
@@ -154,6 +159,14 @@ def _tokenizer(asked: str | None, folder: Path) -> Tokenizer:
             "gpt2, or the path of a tokenizer.json"
         )
     return read_tokenizer(folder)
+
+
+def _is_own(tokenizer: Tokenizer, folder: Path) -> bool:
+    try:
+        own = read_tokenizer(folder)
+    except ValueError:  # which is a reason to name another
+        return False
+    return (own.file, own.end_of_document) == (tokenizer.file, tokenizer.end_of_document)
 
 
 def windows(tokens: int, context: int, stride: int) -> Iterator[Window]:
@@ -272,7 +285,7 @@ def perplexity(
     Returns:
         JSON-ready: `read_as`, `nats`, `tokens`, `token_perplexity`, and by format `bits_per_byte`, or `words`,
         `word_perplexity`, `unknown_words`, or `examples`, `word_perplexity`, `accuracy`. `trained_context` is there
-        where the context is longer than that.
+        where the context is longer than that, `end_of_document` where the model's attention stops at that token.
 
     Raises:
         ValueError: the text is missing, empty or of another format; context or stride is out of range.
@@ -288,9 +301,11 @@ def perplexity(
     if data.startswith("hf:"):
         data += "" if data.count(":") > 2 else ":" * (3 - data.count(":")) + "test"
     sizes: dict[str, Any] = {"context": context, "stride": stride, "batch": batch, "progress": progress}
-    settings = {"format": format, "data": data, "read_as": Documents(data).formats, "context": context}
+    settings: dict[str, Any] = {"format": format, "data": data, "read_as": Documents(data).formats, "context": context}
     if context > model.context:
         settings["trained_context"] = model.context
+    if model.end_of_document is not None:
+        settings["end_of_document"] = model.end_of_document
     if format == "lambada":
         return settings | _lambada(model, data, context=context, batch=batch, progress=progress)
     if format == "wikitext":

@@ -100,4 +100,9 @@ def _lines(told: dict[str, Any]) -> list[str]:
             f"note: the model was trained at {counted(told['trained_context'], 'token')} and is asked for "
             f"{told['context']} at once: what it says of the rest is extrapolation"
         )
+    if "end_of_document" in told:
+        lines.append(
+            "note: the model was trained with --mask-documents, and its attention stops at token "
+            f"{told['end_of_document']}, the end of a document"
+        )
     return lines

@@ -16,6 +16,7 @@ from empirics.checkpoints import Checkpoints
 from empirics.data import Corpus, load_corpus, require_length
 from empirics.distributed import ALONE, Ranks
 from empirics.initialisation import InitialisationSpec, initialisation
+from empirics.kept import damage
 from empirics.lock import sole_trainer
 from empirics.run_spec import RunSpec
 from empirics.train import OnStep, check_shares, train
@@ -75,7 +76,7 @@ def run(
 
     Raises:
         ValueError: bad input; another process trains the run; or it is finished and its model, which is to be kept, is
-            not there.
+            not there or damaged.
     """
     path = record_path(spec, out)
     record = read_record(path)
@@ -96,8 +97,8 @@ def run(
         ranks.wait()
         record = read_record(path)
         assert record is not None
-    elif keep_model and isinstance(spec, RunSpec) and not model_path(spec, out).exists():
-        raise ValueError(f"the run is finished and its model was not kept; delete {path} and run again to train anew")
+    elif keep_model and isinstance(spec, RunSpec):
+        _require_kept(model_path(spec, out), path)
     if ranks.first:
         for made in (path, model_path(spec, out)) if isinstance(spec, RunSpec) else (path,):
             remove_unfinished(made)
@@ -107,6 +108,16 @@ def run(
             with suppress(OSError):
                 lock_path(spec, out).unlink()
     return record
+
+
+def _require_kept(model: Path, record: Path) -> None:
+    """A finished run is not made again for the sake of its model: what would do so is named."""
+    found = damage(model) if model.exists() else ""
+    if found or not model.exists():
+        what = f"in {model} is damaged ({found})" if found else f"is not in {model}"
+        raise ValueError(
+            f"the run is finished and its model {what}; bring it back, or delete {record} and run again to train anew"
+        )
 
 
 def _train(

@@ -20,6 +20,8 @@ from empirics.__main__ import main
 from empirics.checkpoints import DOCUMENTS, MANIFEST, keep_model
 from empirics.kept import load_model, model_folder
 from empirics.model import build
+from empirics.run import model_path, record_path
+from empirics.run import run as train
 from empirics.tokenizer import load_tokenizer
 
 WEIGHTS = "model.safetensors"
@@ -141,9 +143,7 @@ def test_a_kept_model_is_held_to_its_manifest(file: str, kept: Path, capfd: pyte
         (kept / file).write_bytes(whole.replace(*changed[file]))
     else:
         flip(kept / file)
-    with pytest.raises(
-        ValueError, match=rf"is damaged \({file} has another SHA-256\); bring it back, or delete it and"
-    ):
+    with pytest.raises(ValueError, match=rf"is damaged \({file} has another SHA-256\); bring it back, or train again"):
         load_model(kept)
     (kept / file).unlink()
     with pytest.raises(ValueError, match=f"{file} is missing|{file} is damaged|has no {file}"):
@@ -165,20 +165,37 @@ def test_a_manifest_has_every_file_that_is_read(kept: Path) -> None:
             load_model(kept)
 
 
-def test_an_older_model_without_a_manifest_is_loaded_and_said_to_be(
-    kept: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def older(kept: Path) -> None:
+    """Make it one of a version that wrote no manifest."""
     (kept / MANIFEST).unlink()
+    save_file(load_file(kept / WEIGHTS), kept / WEIGHTS)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_an_older_model_without_a_manifest_is_said_to_be(
+    name: str, kept: Path, stopped: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """One whose manifest is lost is damaged: its weights were written with one."""
+    (kept / MANIFEST).unlink()
+    assert main(command(name, kept, stopped)) == 2
+    assert f"the model in {kept} is damaged (manifest.json is missing); bring" in capfd.readouterr().err
+    save_file(load_file(kept / WEIGHTS), kept / WEIGHTS)
+    _, lines = said(capfd, command(name, kept, stopped))
+    assert [line for line in lines if line.startswith("note: ")] == [
+        f"note: {kept} has no manifest.json, being of an older version, so that damage to its numbers would not be seen"
+    ]
+
+
+def test_an_older_model_has_the_numbers_of_its_file(kept: Path) -> None:
+    older(kept)
     model = load_model(kept)
-    (line,) = capfd.readouterr().err.splitlines()
-    assert line.startswith(f"note: {kept} has no manifest.json")
     for name, value in load_file(kept / WEIGHTS).items():
         assert torch.equal(model.get_parameter(name), value)
 
 
 def test_an_older_model_of_other_weights_is_damaged(kept: Path) -> None:
     """As far as anybody can see without a manifest."""
-    (kept / MANIFEST).unlink()
+    older(kept)
     weights = load_file(kept / WEIGHTS)
     del weights["head.weight"]
     save_file(weights, kept / WEIGHTS)
@@ -201,7 +218,7 @@ def test_a_checkpoint_without_a_manifest_is_no_older_model(run: Path) -> None:
 
 def test_no_traceback_of_torchs_is_on_standard_error(kept: Path) -> None:
     """Its loader logs one, which pytest's own handler would take: a process without one sees what a user does."""
-    (kept / MANIFEST).unlink()  # else the damage is seen before the loader sees it
+    older(kept)  # else the damage is seen before the loader sees it
     cut(kept / WEIGHTS)
     argv = [sys.executable, "-m", "empirics", "probes", str(kept), "--only", "weight_norm"]
     done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, check=False)
@@ -209,4 +226,64 @@ def test_no_traceback_of_torchs_is_on_standard_error(kept: Path) -> None:
     assert (done.returncode, done.stdout) == (2, "")
     assert note.startswith("note: ")
     assert f"the model in {kept} is damaged (" in line
-    assert line.endswith("bring it back, or delete it and train again with --keep-checkpoint")
+    assert line.endswith("bring it back, or train again with --keep-checkpoint")
+
+
+def test_an_older_model_that_was_masked_needs_to_know_where(kept: Path) -> None:
+    older(kept)
+    (kept / "run.json").write_text('{"seq_len": 9, "mask_documents": true}')
+    with pytest.raises(ValueError, match=r"is damaged \(documents.json is missing\)"):
+        load_model(kept)
+    (kept / DOCUMENTS).write_text('{"end_of_document": 5}')
+    assert load_model(kept).end_of_document == 5
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.parametrize("sealed", [True, False])
+def test_what_is_wrong_with_an_architecture_is_said(
+    name: str, sealed: bool, kept: Path, stopped: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    if not sealed:
+        older(kept)
+    for content, words in (("[]", "it is no JSON object"), ("{}", "it has no 'init'")):
+        (kept / "architecture.json").write_text(content)
+        assert main(command(name, kept, stopped)) == 2
+        assert f"damaged ({'architecture.json has 2 bytes and not ' if sealed else words}" in capfd.readouterr().err
+
+
+def test_a_damaged_tokenizer_is_damage_to_perplexity_too(
+    kept: Path, stopped: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    cut(kept / "tokenizer.json")
+    assert main(["perplexity", str(kept), "--data", str(stopped / "text.txt")]) == 2
+    assert f"the model in {kept} is damaged (tokenizer.json has " in capfd.readouterr().err
+
+
+def test_another_tokenizer_than_the_models_own_is_noted(
+    kept: Path, stopped: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    tokenizer = load_tokenizer("bytes")
+    (tmp_path / "other.json").write_text(tokenizer.file + "\n ")
+    for asked, noted in (("bytes", False), (str(tmp_path / "other.json"), True)):
+        _, lines = said(capfd, [*command("perplexity", kept, stopped), "--tokenizer", asked])
+        note = f"note: --tokenizer {asked} is not the tokenizer that {kept} has of its own"
+        assert lines == ([note] if noted else [])
+
+
+def test_a_finished_run_whose_model_is_damaged_is_told_what_makes_it_anew(
+    stopped: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Both remedies, that of the training and that of who reads the model, name the record, and are true."""
+    spec, out = specification(stopped / "text.txt", steps=2), tmp_path / "out"
+    train(spec, out, keep_model=True)
+    train(spec, out, keep_model=True)  # whole: nothing to say
+    model, record = model_path(spec, out), record_path(spec, out)
+    flip(model / WEIGHTS)
+    with pytest.raises(ValueError, match=rf"its model in {model} is damaged \(.*\); .*, or delete {record} and run"):
+        train(spec, out, keep_model=True)
+    with pytest.raises(ValueError, match=rf"bring it back, or delete {record} and train again with --keep"):
+        load_model(model)
+    record.unlink()
+    train(spec, out, keep_model=True)
+    load_model(model)
+    assert capfd.readouterr().err == ""

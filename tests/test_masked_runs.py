@@ -15,13 +15,14 @@ import torch
 from helpers.commands import assert_refused, call
 from helpers.ranks import Launcher
 from helpers.training import record_bytes, specification, train_until
+from safetensors.torch import load_file, save_file
 
 import empirics.__main__
 from empirics.checkpoints import keep_model
 from empirics.data import Corpus, batch, heldout_batches, load_corpus
 from empirics.kept import load_model
 from empirics.model import Transformer, build
-from empirics.perplexity import load_language_model, text_loss
+from empirics.perplexity import load_language_model, perplexity, text_loss
 from empirics.registry import find
 from empirics.run import corpus_of, model_path, run
 from empirics.run_spec import RunSpec
@@ -166,6 +167,7 @@ def test_a_damaged_file_is_one_line(kept: Kept, tmp_path: Path, content: str) ->
     with pytest.raises(ValueError, match=r"is damaged \(documents\.json .*\); .*train again with --keep-checkpoint"):
         load_model(tmp_path)
     (tmp_path / "manifest.json").unlink()  # as of an older version: its content shows it too
+    save_file(load_file(tmp_path / "model.safetensors"), tmp_path / "model.safetensors")  # which no manifest seals
     with pytest.raises(ValueError, match=r"documents\.json is damaged .*; .*train again with --keep-checkpoint"):
         load_model(tmp_path)
 
@@ -176,6 +178,11 @@ def test_perplexity_does_not_see_the_start_token(kept: Kept) -> None:
     model = load_language_model(model_path(spec, out))
     text = "12 plus 5 is 17\n"
     nats, tokens = text_loss(model, [text], context=32, stride=32, batch=1)
+    (out / "one.txt").write_text(text)
+    assert perplexity(model, str(out / "one.txt"), format="text")["end_of_document"] == END
+    argv = ["perplexity", str(out), "--data", str(out / "one.txt"), "--out", str(out / "told.txt")]
+    assert empirics.__main__.main(argv) == 0
+    assert f"and its attention stops at token {END}, the end of a document" in (out / "told.txt").read_text()
     ids = model.tokenizer.encode([text])[0].tolist()
     assert tokens == len(ids)
     network = load_model(model_path(spec, out)).requires_grad_(False)

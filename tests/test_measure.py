@@ -20,7 +20,18 @@ from helpers.real_classes import REAL, TINY, measured_growth  # noqa: E402
 
 from empirics import measure_command, real_classes  # noqa: E402
 from empirics.__main__ import main  # noqa: E402
-from empirics.agreement import ACCURACY, CHANCE, DRAWS, Scatter, allowed, by_chance, decides, enough, outcome  # noqa: E402
+from empirics.agreement import (  # noqa: E402
+    ACCURACY,
+    CHANCE,
+    DRAWS,
+    Scatter,
+    allowed,
+    by_chance,
+    decides,
+    enough,
+    outcome,
+    pooled,
+)
 from empirics.block_norms import Norms, block_norms  # noqa: E402
 from empirics.comparison import one_pass, predict, redrawn, scatter_of_one  # noqa: E402
 from empirics.decoder_growth import distinct_tokens, measure_decoder  # noqa: E402
@@ -332,27 +343,64 @@ def test_an_agreement_decides_if_chance_explains_no_more_than_the_accuracy() -> 
         )  # so much, and not several times 8 %
     for log_sd in (0.03, 0.06, 0.1, 0.5):
         n = enough(log_sd)
-        assert decides(Scatter(log_sd, max(n, DRAWS), n))
-        assert not decides(Scatter(log_sd, max(n - 1, DRAWS), n - 1))
+        assert decides(Scatter(log_sd, DRAWS - 1 + n, n))
+        assert not decides(Scatter(log_sd, DRAWS - 2 + n, n - 1))
     assert enough(1e-9) == 1
+
+
+def test_what_seeds_and_redraws_say_of_a_scatter_is_pooled() -> None:
+    """By the definition, and against many samples: a mean of 3, in units of the error that both kinds give."""
+    assert pooled(Scatter(0.3, 8, 1), 0.3, 5) == (pytest.approx(0.3), 12, 5)
+    assert pooled(Scatter(0.0, 8, 1), 1.0, 8).log_sd == pytest.approx(math.sqrt(0.5))
+    seeds, redraws = (np.random.default_rng(0).normal(size=(100_000, n)) for n in (3, DRAWS))
+    each = zip(redraws.std(1, ddof=1).tolist(), seeds.std(1, ddof=1).tolist(), strict=True)
+    sds = np.array([pooled(Scatter(one, DRAWS, 1), other, 3).log_sd for one, other in each])
+    beyond = np.abs(seeds.mean(1)) > sds * by_chance(Scatter(1.0, DRAWS + 2, 3))
+    assert beyond.mean() == pytest.approx(CHANCE, abs=5 * math.sqrt(CHANCE / 100_000))
+    # Of one scatter, each seed more decides more: there is no number at which another kind of draw takes over.
+    limits = [
+        by_chance(Scatter(1.0, DRAWS, 1)),
+        *(by_chance(pooled(Scatter(1.0, DRAWS, 1), 1.0, n)) for n in range(2, 40)),
+    ]
+    assert limits == sorted(limits, reverse=True)
+
+
+def test_what_is_redrawn_is_the_first_network_whatever_the_seeds() -> None:
+    a = replace(preset("tiny"), n_layers=1)
+    grown = measure_decoder(
+        lambda seed: build(a, seed=seed),
+        seeds=(0, 1, 2),
+        batches=lambda model, seed: distinct_tokens(model, seed, batch_size=1, seq_len=8),
+    )
+    for p, first in zip(grown.model.parameters(), build(a, seed=0).parameters(), strict=True):
+        assert torch.equal(p, first)
 
 
 def test_too_few_seeds_leave_it_undecided(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The error is printed with it, and what would decide is what decides."""
-    scatter, n = Scatter(0.08, 8, 2), enough(0.08)
-    monkeypatch.setattr(measure_command, "scatter_of_one", lambda *_, **__: scatter)
+    redraws = Scatter(0.08, DRAWS, 1)
+    monkeypatch.setattr(measure_command, "scatter_of_one", lambda *_, **__: redraws)
     options = ["tiny", "--layers", "2", "--seq-len", "12", "--seeds"]
     status, answer = measure(*options, "2", capsys=capsys)
+    scatter = pooled(redraws, answer["gradient_growth"]["log_sd"], 2)
+    n = enough(scatter.log_sd)
     assert (status, answer["verdict"], answer["limit"]) == (0, "undecided", pytest.approx(allowed(scatter)))
     assert answer["why"][1:] == [f"about --seeds {n} would decide"]
     error = answer["predicted"]["gradient_growth"] / answer["gradient_growth"]["value"] - 1
     assert abs(math.log1p(error)) < answer["limit"]
     assert main(["measure", *options, "2"]) == 0
     printed = capsys.readouterr().out
-    assert f"(sharp): {error:+.2%}\nverdict: undecided (within {math.expm1(allowed(scatter)):.1%}: " in printed
-    assert outcome(2.0, 2.0, Scatter(0.08, n, n))[0] == "agrees"
+    assert f"(sharp): {error:+.2%}\nscatter: " in printed
+    assert f"\nverdict: undecided (within {math.expm1(allowed(scatter)):.1%}: " in printed
+    assert f"\nscatter: log sd {scatter.log_sd:.3f} (8 redraws of one network's signs and 2 seeds, pooled); " in printed
+    assert outcome(2.0, 2.0, Scatter(scatter.log_sd, DRAWS - 1 + n, n))[0] == "agrees"
+    _, answer = measure(*options, "1", capsys=capsys)
+    assert answer["scatter"] == {
+        "log_sd": 0.08, "of": "8 redraws of one network's signs", "degrees_of_freedom": 7, "averaged": 1,
+        "by_chance": pytest.approx(by_chance(redraws)),
+    }  # fmt: skip
 
     settings, _ = real_classes.settings(LLAMA)
     real_classes.build(settings, 0).save_pretrained(tmp_path / "kept")
@@ -364,7 +412,7 @@ def test_too_few_seeds_leave_it_undecided(
         "why: one network does not decide, whatever its tokens; measure its configuration at initialisation, "
         in printed
     )
-    assert re.search(r"\(sharp, at initialisation\): [+-]\d+\.\d\d%\nverdict: undecided ", printed)
+    assert re.search(r"\(sharp, at initialisation\): [+-]\d+\.\d\d%\nscatter: .*\nverdict: undecided ", printed)
 
 
 def test_weights_of_other_signs_scatter_as_seeds_do_and_are_put_back() -> None:
@@ -434,7 +482,7 @@ def test_a_wrong_growth_differs(tmp_path: Path, capsys: pytest.CaptureFixture[st
     status, answer = measure(*options, capsys=capsys)
     assert (status, answer["verdict"], answer["why"]) == (0, "differs", [])
     assert main(["measure", *options]) == 0
-    assert re.search(r"\): [+-]\d+\.\d\d%\nverdict: differs \(by more than ", capsys.readouterr().out)
+    assert re.search(r"\): [+-]\d+\.\d\d%\nscatter: .*\nverdict: differs \(by more than ", capsys.readouterr().out)
 
 
 def test_repeated_tokens_are_predicted_as_they_are() -> None:

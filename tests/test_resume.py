@@ -416,5 +416,5 @@ def test_the_model_is_kept(text: Path, tmp_path: Path) -> None:
 def test_a_finished_run_has_no_model_to_keep(text: Path, tmp_path: Path) -> None:
     spec = specification(text, steps=2)
     run(spec, tmp_path)
-    with pytest.raises(ValueError, match=r"its model was not kept; delete .*json and run again"):
+    with pytest.raises(ValueError, match=r"its model is not in .*; bring it back, or delete .*json and run again"):
         run(spec, tmp_path, keep_model=True)
