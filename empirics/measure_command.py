@@ -52,7 +52,7 @@ def add_command(commands: Any) -> argparse.ArgumentParser:
         "of transformers with the weights that its own initialiser draws; or a folder with weights: a checkpoint of "
         "transformers (config.json, model.safetensors), or what `train` left (with --keep-checkpoint, or a checkpoint "
         "of an unfinished run). No code of a folder runs. Verdict: agrees (within the stated accuracy of "
-        f"{100 * ACCURACY:g} %% and what chance explains, itself no more than that), differs, undecided (as near, but "
+        f"{100 * ACCURACY:g} % and what chance explains, itself no more than that), differs, undecided (as near, but "
         "chance could move the measured mean by more than the stated accuracy; more --seeds), or unknown. What chance "
         "explains is told from draws of one network's signs and from the seeds, pooled. Exit "
         "status: 0 measured, whatever came out; 2 bad input; 3 there is no prediction for it (it is measured all the "
