@@ -199,7 +199,7 @@ def keep_model(
             weights[name] = gathered.cpu()
     with _new_folder(folder, ranks) as temporary:
         if ranks.first:
-            save_file(weights, temporary / MODEL, metadata={"format": "pt"} | SEALED)
+            save_file(weights, temporary / MODEL, metadata=SEALED)  # one entry: several come in any order
             _describe(temporary, model)
             if tokenizer is not None:
                 tokenizer.save(temporary)
