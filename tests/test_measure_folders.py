@@ -237,8 +237,8 @@ FOLDERS: dict[str, tuple[Spoil, str]] = {
     "shards of numbers": (index({"a": 3}), "outside its folder"),
     "ours, cut": (own(cut_weights), "damaged"),
     "ours, no weights": (own(lambda f: (f / "model.safetensors").unlink()), "no model.safetensors"),
-    "ours, no such architecture": (own(lambda f: write(f / "architecture.json", {"init": {}})), "(architecture.json has"),
-    "ours, not JSON": (own(lambda f: (f / "architecture.json").write_text("{")), "(architecture.json has"),
+    "ours, no such architecture": (own(lambda f: write(f / "architecture.json", {"init": {}})), "(architecture.json"),
+    "ours, not JSON": (own(lambda f: (f / "architecture.json").write_text("{")), "(architecture.json"),
     "ours, other weights": (other_weights, "is damaged (model.safetensors has "),
 }
 
