@@ -67,7 +67,7 @@ class Checkpoints:
         Raises:
             ValueError: the folder cannot be written.
         """
-        name = _name(step)
+        name = step_name(step)
         with _new_folder(self.folder / name, self.ranks) as temporary:
             tensors = _parameters(model), _moments(model, optimizer)
             if self.ranks.size == 1:
@@ -147,7 +147,7 @@ class Checkpoints:
         step, run = manifest.get("step"), manifest.get("run")
         if not isinstance(step, int) or SERIES not in files or len(files) < 2:
             return f"{MANIFEST} cannot be read"
-        if run != self.identity or path.name != _name(step):
+        if run != self.identity or path.name != step_name(step):
             return f"it is step {step} of {run}"
         mine = sorted(files)[self.ranks.rank :: self.ranks.size]
         return broken(path, {file: files[file] for file in mine})
@@ -157,7 +157,8 @@ class Checkpoints:
             print(f"{line}; {remedy}", file=sys.stderr)
 
 
-def _name(step: int) -> str:
+def step_name(step: int) -> str:
+    """What the folder of a checkpoint is called after so many steps."""
     return f"step-{step:08d}"
 
 

@@ -18,6 +18,7 @@ from torch import nn
 from empirics.data_sheets import DEVICES
 from empirics.footprint import Moment, footprint
 from empirics.model import Kernel, Transformer
+from empirics.run_spec import require_even
 from theory.architecture import Architecture
 from theory.records import plain
 from theory.words import counted
@@ -261,12 +262,7 @@ def plan(
     """
     if device not in DEVICES:
         raise ValueError(f"no data sheet for device {device!r}; use one of {', '.join(DEVICES)}")
-    if batch_size % (together := devices * (micro_batch or 1)):
-        micro = "" if micro_batch is None else f" of micro_batch={micro_batch}"
-        raise ValueError(
-            f"batch_size={batch_size} does not go evenly over {counted(devices, 'device')}{micro}; "
-            f"use a multiple of {together}"
-        )
+    require_even(batch_size, devices, micro_batch, "device")
     a, sheet = architecture, DEVICES[device]
     tokens = steps * batch_size * seq_len
     flops = tokens * flops_per_token(a, seq_len)

@@ -191,3 +191,17 @@ def decay_steps(steps: int, decay_fraction: float = DECAY_FRACTION) -> int:
 
 def _default(name: str) -> object:
     return next(field.default for field in fields(RunSpec) if field.name == name)
+
+
+def require_even(batch_size: int, n: int, micro_batch: int | None, what: str) -> None:
+    """Refuse a batch that does not go evenly over `n` of what takes it, each `micro_batch` sequences at a time.
+
+    Raises:
+        ValueError: it does not.
+    """
+    together = n * (micro_batch or 1)
+    if batch_size % together:
+        micro = "" if micro_batch is None else f" of micro_batch={micro_batch}"
+        raise ValueError(
+            f"batch_size={batch_size} does not go evenly over {counted(n, what)}{micro}; use a multiple of {together}"
+        )

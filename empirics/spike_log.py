@@ -143,13 +143,13 @@ def _begun(folder: Path, column: str) -> Log | None:
     runs = sorted((folder / "checkpoints").glob("*/"))
     if len(runs) != 1:
         return None
-    from empirics.checkpoints import SERIES, Checkpoints  # torch, which no other log needs
+    from empirics.checkpoints import SERIES, Checkpoints, step_name  # torch, which no other log needs
 
     kept = Checkpoints(runs[0], runs[0].name)
     if (found := kept.series()) is None:
         return None
     step, series = found
-    log = _of_record(runs[0] / f"step-{step:08d}" / SERIES, column, {"series": series, "final": series})
+    log = _of_record(runs[0] / step_name(step) / SERIES, column, {"series": series, "final": series})
     return replace(log, unfinished=log.diverged_at is None and series.get("diverged_at") is None)
 
 

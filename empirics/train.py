@@ -24,7 +24,7 @@ from empirics.distributed import ALONE, Ranks
 from empirics.model import Transformer, build, cross_entropy
 from empirics.optimization import Stepper, adamw, decay_table, total_norm
 from empirics.probes import distributions
-from empirics.run_spec import RunSpec
+from empirics.run_spec import RunSpec, require_even
 from empirics.subject import Subject
 from empirics.surroundings import environment, true_float32
 from empirics.training_probes import LeftOut, Probed, TrainingProbes
@@ -325,13 +325,7 @@ def check_shares(spec: RunSpec, ranks: Ranks) -> None:
     Raises:
         ValueError: it does not.
     """
-    together = ranks.size * (spec.micro_batch or 1)
-    if spec.batch_size % together:
-        micro = "" if spec.micro_batch is None else f" of micro_batch={spec.micro_batch}"
-        raise ValueError(
-            f"batch_size={spec.batch_size} does not go evenly over {counted(ranks.size, 'rank')}{micro}; "
-            f"use a multiple of {together}"
-        )
+    require_even(spec.batch_size, ranks.size, spec.micro_batch, "rank")
 
 
 def _uncompiled(wanted: bool) -> AbstractContextManager[Any]:
